@@ -1,5 +1,7 @@
 //! Files made to hurt: each is refused by name, quickly, with small memory.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // helpers outside #[test] functions
+
 use std::io::Cursor;
 
 use gguf::{GgufError, Header, TensorInfo, TensorType, Value};

@@ -1,0 +1,356 @@
+//! What a stage is to its callers: rows in, rows out.
+//!
+//! ```text
+//! token ids ─▶ [layer 0 … layer k) ─▶ hidden rows ─▶ [k … n_layer) ─▶ logits rows
+//! ```
+//!
+//! A row is one position of one session. Rows are addressed by position:
+//! writing at `pos0` drops what the session held from `pos0` on, so a step may
+//! be sent twice, replayed, or take back rejected drafts.
+
+use std::ops::Range;
+
+use crate::PREFILL_CHUNK;
+
+/// One session's KV in one stage. Never reused, so a late step for a closed
+/// session is refused rather than written into another's KV.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Slot(pub u64);
+
+impl std::fmt::Display for Slot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "slot {}", self.0)
+    }
+}
+
+/// The dimensions of a stage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StageShape {
+    /// Floats in a hidden row.
+    pub n_embd: u32,
+    /// Floats in a logits row.
+    pub n_vocab: u32,
+    /// Layers of the whole model.
+    pub n_layer: u32,
+    /// Layers held here. Holding layer 0 implies the embedding, holding the
+    /// last implies the head.
+    pub layers: Range<u32>,
+    /// Longest context a session may ask for.
+    pub n_ctx_max: u32,
+}
+
+/// What a stage has done and what it has left.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StageStats {
+    /// Open sessions.
+    pub sessions: u32,
+    /// Bytes of KV that open sessions hold.
+    pub kv_bytes: u64,
+    /// Bytes of KV that sessions may hold together.
+    pub kv_bytes_max: u64,
+    /// Positions that still fit when a session uses every layer held here.
+    pub free_cells: u64,
+    /// Bytes of tensors held.
+    pub tensor_bytes: u64,
+    /// Steps that ended well.
+    pub steps: u64,
+    /// Rows in those steps.
+    pub rows: u64,
+}
+
+/// One step of one session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Which session.
+    pub slot: Slot,
+    /// Layers to run, within those the session was opened for.
+    pub layers: Range<u32>,
+    /// Position of the first row. At most the session's end; what lies behind
+    /// it is dropped first.
+    pub pos0: u32,
+    /// Number of rows, 1 to [`PREFILL_CHUNK`].
+    pub n_rows: u32,
+    /// Which logits rows to return, when the last layer runs.
+    pub want: Want,
+}
+
+/// Which rows of logits a step returns. It does not matter to a step that ends
+/// before the last layer: that one returns every hidden row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// None: prefill.
+    None,
+    /// That of the last row.
+    Last,
+    /// One for every row.
+    All,
+}
+
+impl Want {
+    /// Logits rows returned for `n_rows` rows.
+    pub fn rows(self, n_rows: u32) -> u32 {
+        match self {
+            Want::None => 0,
+            Want::Last => n_rows.min(1),
+            Want::All => n_rows,
+        }
+    }
+}
+
+/// Rows that enter a step.
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    /// Token ids, one a row: only where layer 0 begins.
+    Tokens(&'a [u32]),
+    /// Hidden rows, `n_rows × n_embd`, row after row: only beyond layer 0.
+    Hidden(&'a [f32]),
+}
+
+/// Runs layers for several sessions. Owned by one [`crate::Worker`] thread.
+pub trait Stage: Send {
+    /// Its dimensions.
+    fn shape(&self) -> StageShape;
+
+    /// Takes KV for `n_ctx` positions of one session in `layers`.
+    ///
+    /// # Errors
+    /// Layers that are not held, a context beyond the longest, or no room.
+    fn open(&mut self, n_ctx: u32, layers: Range<u32>) -> Result<Slot, EngineError>;
+
+    /// Gives a session's KV back. An unknown slot is no error.
+    fn close(&mut self, slot: Slot);
+
+    /// Runs a step: `out` is cleared and filled with hidden rows
+    /// (`n_rows × n_embd`) or, when the last layer ran, logits rows
+    /// ([`Want::rows`] `× n_vocab`).
+    ///
+    /// # Errors
+    /// A step that does not fit the session or the stage leaves the session as
+    /// it was. After [`EngineError::Backend`] the session ends at `pos0`.
+    fn run(
+        &mut self,
+        step: &Step,
+        input: &Input<'_>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), EngineError>;
+
+    /// Counters, for adverts.
+    fn stats(&self) -> StageStats;
+}
+
+/// Whose doing an error is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Whoever sent the step.
+    Caller,
+    /// This machine.
+    Local,
+}
+
+/// Why a stage did not do as asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// Layers outside those held, or outside those opened.
+    #[error("layers {}..{} asked for, {}..{} are held", asked.start, asked.end, held.start, held.end)]
+    LayersNotHeld {
+        /// What the caller wants.
+        asked: Range<u32>,
+        /// What there is.
+        held: Range<u32>,
+    },
+    /// A slot that is not open.
+    #[error("{0} is not open")]
+    BadSlot(Slot),
+    /// No room for another session.
+    #[error(
+        "kv cache full: {needed} bytes needed, {used} of {budget} in use by {sessions} sessions \
+         (the largest holds {largest})"
+    )]
+    Full {
+        /// Bytes the session would take.
+        needed: u64,
+        /// Bytes in use.
+        used: u64,
+        /// Bytes there are.
+        budget: u64,
+        /// Sessions that are open.
+        sessions: u32,
+        /// Bytes of the largest of them.
+        largest: u64,
+    },
+    /// A context longer than the model or the operator allows, or of no length.
+    #[error("a context of {n_ctx} positions asked for, 1 to {max} are possible")]
+    ContextLength {
+        /// What the caller wants.
+        n_ctx: u32,
+        /// What there is.
+        max: u32,
+    },
+    /// A step that would leave a gap in the KV.
+    #[error("rows begin at position {pos0}, layer {layer} of the session ends at {end}")]
+    Gap {
+        /// Where the step begins.
+        pos0: u32,
+        /// Where the session ends.
+        end: u32,
+        /// In which layer.
+        layer: u32,
+    },
+    /// The session's context is used up.
+    #[error("rows end at position {end}, the session's context has {n_ctx}")]
+    ContextFull {
+        /// Where the step would end.
+        end: u64,
+        /// The session's context.
+        n_ctx: u32,
+    },
+    /// No rows, or more than fit one step.
+    #[error("{n_rows} rows in one step, 1 to {max} are possible")]
+    RowCount {
+        /// Rows in the step.
+        n_rows: u32,
+        /// Most rows.
+        max: u32,
+    },
+    /// Fewer or more values than the step says.
+    #[error("{what}: {len} values, {expected} expected")]
+    InputLength {
+        /// Tokens or hidden rows.
+        what: &'static str,
+        /// Values there are.
+        len: usize,
+        /// Values there should be.
+        expected: usize,
+    },
+    /// Tokens beyond layer 0, or hidden rows at layer 0.
+    #[error("layer {layer} takes {takes}")]
+    InputKind {
+        /// First layer of the step.
+        layer: u32,
+        /// What it takes.
+        takes: &'static str,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token {token} is outside the vocabulary of {n_vocab}")]
+    Token {
+        /// The id.
+        token: u32,
+        /// Size of the vocabulary.
+        n_vocab: u32,
+    },
+    /// NaN or infinity in a hidden row.
+    #[error("row {row} holds a value that is not finite")]
+    NotFinite {
+        /// Index of the row in the step.
+        row: u32,
+    },
+    /// llama.cpp did not do it.
+    #[error("engine: {0}")]
+    Backend(String),
+    /// The worker's thread has ended.
+    #[error("the stage worker has stopped")]
+    Stopped,
+}
+
+impl EngineError {
+    /// Whose doing it is.
+    pub fn fault(&self) -> Fault {
+        match self {
+            EngineError::Full { .. } | EngineError::Backend(_) | EngineError::Stopped => {
+                Fault::Local
+            }
+            _ => Fault::Caller,
+        }
+    }
+}
+
+/// Whether `inner` is not empty and lies within `outer`.
+pub(crate) fn check_layers(inner: &Range<u32>, outer: &Range<u32>) -> Result<(), EngineError> {
+    if inner.start < inner.end && outer.start <= inner.start && inner.end <= outer.end {
+        return Ok(());
+    }
+    Err(EngineError::LayersNotHeld {
+        asked: inner.clone(),
+        held: outer.clone(),
+    })
+}
+
+/// Holds a step and its input against the stage and the session's context.
+/// What depends on the session's end is checked by [`check_end`].
+pub(crate) fn check_step(
+    shape: &StageShape,
+    opened: &Range<u32>,
+    n_ctx: u32,
+    step: &Step,
+    input: &Input<'_>,
+) -> Result<(), EngineError> {
+    check_layers(&step.layers, opened)?;
+    if step.n_rows == 0 || step.n_rows > PREFILL_CHUNK {
+        return Err(EngineError::RowCount {
+            n_rows: step.n_rows,
+            max: PREFILL_CHUNK,
+        });
+    }
+    let end = u64::from(step.pos0) + u64::from(step.n_rows);
+    if end > n_ctx.into() {
+        return Err(EngineError::ContextFull { end, n_ctx });
+    }
+    check_input(shape, step, input)
+}
+
+fn check_input(shape: &StageShape, step: &Step, input: &Input<'_>) -> Result<(), EngineError> {
+    let n_rows = step.n_rows as usize;
+    let length = |what, len, expected| {
+        if len == expected {
+            Ok(())
+        } else {
+            Err(EngineError::InputLength {
+                what,
+                len,
+                expected,
+            })
+        }
+    };
+    match *input {
+        Input::Tokens(tokens) if step.layers.start == 0 => {
+            length("tokens", tokens.len(), n_rows)?;
+            match tokens.iter().find(|&&token| token >= shape.n_vocab) {
+                Some(&token) => Err(EngineError::Token {
+                    token,
+                    n_vocab: shape.n_vocab,
+                }),
+                None => Ok(()),
+            }
+        }
+        Input::Hidden(rows) if step.layers.start > 0 => {
+            let n_embd = shape.n_embd as usize;
+            length("hidden rows", rows.len(), n_rows * n_embd)?;
+            match rows.iter().position(|value| !value.is_finite()) {
+                Some(at) => Err(EngineError::NotFinite {
+                    row: (at / n_embd) as u32,
+                }),
+                None => Ok(()),
+            }
+        }
+        _ => Err(EngineError::InputKind {
+            layer: step.layers.start,
+            takes: if step.layers.start == 0 {
+                "token ids"
+            } else {
+                "hidden rows"
+            },
+        }),
+    }
+}
+
+/// Whether the step begins within what layer `layer` of the session holds.
+pub(crate) fn check_end(step: &Step, layer: u32, end: u32) -> Result<(), EngineError> {
+    if step.pos0 > end {
+        return Err(EngineError::Gap {
+            pos0: step.pos0,
+            end,
+            layer,
+        });
+    }
+    Ok(())
+}

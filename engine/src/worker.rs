@@ -1,0 +1,540 @@
+//! A stage on a thread of its own, fed by a bounded queue.
+//!
+//! ```text
+//! submit ─▶ queue (bounded, refuses visibly) ─▶ thread: stage.run ─▶ reply
+//! ```
+//!
+//! The interface is messages only: nothing the stage owns leaves the thread.
+//! Single rows (decode) go before longer steps (prefill) of other sessions, a
+//! bounded number of times; the steps of one session keep their order.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::stage::{EngineError, Input, Slot, Stage, StageShape, StageStats, Step};
+
+/// How often a step may be overtaken: keeps prefill going under many decoders.
+const OVERTAKEN_MAX: u32 = 4;
+/// Row buffers kept for reuse: the depth of a short pipeline.
+const SPARE_MAX: usize = 8;
+
+/// Called once, on the worker's thread: it must not block.
+pub type Reply<T> = Box<dyn FnOnce(Result<T, EngineError>) + Send>;
+
+/// Rows that a job brings along.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Rows {
+    /// Token ids.
+    Tokens(Vec<u32>),
+    /// Hidden rows.
+    Hidden(Vec<f32>),
+}
+
+/// One step and where its result goes.
+pub struct Job {
+    /// The step.
+    pub step: Step,
+    /// Its input.
+    pub input: Rows,
+    /// Gets the result.
+    pub reply: Reply<Done>,
+}
+
+/// A step's result.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Done {
+    /// Hidden rows or logits rows, as [`Stage::run`] says.
+    pub rows: Vec<f32>,
+    /// Time in the stage.
+    pub compute: Duration,
+    /// Time in the queue.
+    pub queued: Duration,
+}
+
+/// The queue is full; try again later or elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the stage worker's queue of {max} is full")]
+pub struct Busy {
+    /// The queue's length.
+    pub max: usize,
+}
+
+/// A handle to a stage worker. The thread ends, and the stage is dropped, when
+/// the last handle is dropped and the queue is empty.
+#[derive(Clone)]
+pub struct Worker {
+    handle: Arc<Handle>,
+}
+
+struct Handle {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    shape: StageShape,
+    queue_max: usize,
+    queue: Mutex<Queue>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    items: VecDeque<Item>,
+    stats: StageStats,
+    closed: bool,
+    dead: bool,
+}
+
+enum Item {
+    Open {
+        n_ctx: u32,
+        layers: Range<u32>,
+        reply: Reply<Slot>,
+    },
+    Close(Slot),
+    Run {
+        job: Job,
+        since: Instant,
+        overtaken: u32,
+    },
+}
+
+impl Worker {
+    /// Starts the thread. `queue` bounds the opens and steps that wait.
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub fn spawn(stage: Box<dyn Stage>, queue: usize) -> io::Result<Worker> {
+        let shared = Arc::new(Shared {
+            shape: stage.shape(),
+            queue_max: queue.max(1),
+            queue: Mutex::new(Queue {
+                stats: stage.stats(),
+                ..Queue::default()
+            }),
+            wake: Condvar::new(),
+        });
+        let ours = Arc::clone(&shared);
+        std::thread::Builder::new()
+            .name("stage".into())
+            .spawn(move || {
+                Thread {
+                    shared: ours,
+                    stage,
+                    spare: Vec::new(),
+                }
+                .run()
+            })?;
+        Ok(Worker {
+            handle: Arc::new(Handle { shared }),
+        })
+    }
+
+    /// The stage's dimensions.
+    pub fn shape(&self) -> &StageShape {
+        &self.shared().shape
+    }
+
+    /// The stage's counters after the latest step.
+    pub fn stats(&self) -> StageStats {
+        self.shared().lock().stats.clone()
+    }
+
+    /// Opens and steps that wait.
+    pub fn queued(&self) -> usize {
+        self.shared().lock().items.len()
+    }
+
+    /// Queues a step. The reply is called in any case once this returns `Ok`.
+    ///
+    /// # Errors
+    /// [`Busy`] when the queue is full: the job is dropped, its reply too.
+    pub fn submit(&self, job: Job) -> Result<(), Busy> {
+        let since = Instant::now();
+        self.shared().push(Item::Run {
+            job,
+            since,
+            overtaken: 0,
+        })
+    }
+
+    /// Queues [`Stage::open`].
+    ///
+    /// # Errors
+    /// [`Busy`] when the queue is full.
+    pub fn open(&self, n_ctx: u32, layers: Range<u32>, reply: Reply<Slot>) -> Result<(), Busy> {
+        self.shared().push(Item::Open {
+            n_ctx,
+            layers,
+            reply,
+        })
+    }
+
+    /// Queues [`Stage::close`]: never refused, so that KV is never lost. Steps
+    /// of the slot that still wait run first.
+    pub fn close(&self, slot: Slot) {
+        let mut queue = self.shared().lock();
+        if !queue.dead {
+            queue.items.push_back(Item::Close(slot));
+            self.shared().wake.notify_one();
+        }
+    }
+
+    fn shared(&self) -> &Shared {
+        &self.handle.shared
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.wake.notify_one();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        // The queue holds no invariant that a panic could break.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, item: Item) -> Result<(), Busy> {
+        let mut queue = self.lock();
+        if queue.dead {
+            drop(queue);
+            item.stopped();
+            return Ok(());
+        }
+        if queue.items.len() >= self.queue_max {
+            return Err(Busy {
+                max: self.queue_max,
+            });
+        }
+        queue.items.push_back(item);
+        drop(queue);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    fn pop(&self) -> Option<Item> {
+        let mut queue = self.lock();
+        loop {
+            if let Some(item) = queue.take() {
+                return Some(item);
+            }
+            if queue.closed {
+                return None;
+            }
+            queue = self
+                .wake
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Queue {
+    /// The first item, or a single row that may overtake it.
+    fn take(&mut self) -> Option<Item> {
+        let at = self.first_decode().unwrap_or(0);
+        for item in self.items.iter_mut().take(at) {
+            if let Item::Run { overtaken, .. } = item {
+                *overtaken += 1;
+            }
+        }
+        self.items.remove(at)
+    }
+
+    fn first_decode(&self) -> Option<usize> {
+        for (at, item) in self.items.iter().enumerate() {
+            match item {
+                Item::Run { job, .. } if job.step.n_rows == 1 => {
+                    let slot = job.step.slot;
+                    if !self
+                        .items
+                        .iter()
+                        .take(at)
+                        .any(|earlier| earlier.slot() == Some(slot))
+                    {
+                        return Some(at);
+                    }
+                }
+                Item::Run { overtaken, .. } if *overtaken >= OVERTAKEN_MAX => return None,
+                _ => {}
+            }
+        }
+        None
+    }
+}
+
+impl Item {
+    fn slot(&self) -> Option<Slot> {
+        match self {
+            Item::Open { .. } => None,
+            Item::Close(slot) => Some(*slot),
+            Item::Run { job, .. } => Some(job.step.slot),
+        }
+    }
+
+    fn stopped(self) {
+        match self {
+            Item::Open { reply, .. } => reply(Err(EngineError::Stopped)),
+            Item::Close(_) => {}
+            Item::Run { job, .. } => (job.reply)(Err(EngineError::Stopped)),
+        }
+    }
+}
+
+struct Thread {
+    shared: Arc<Shared>,
+    stage: Box<dyn Stage>,
+    spare: Vec<Vec<f32>>,
+}
+
+impl Thread {
+    fn run(mut self) {
+        while let Some(item) = self.shared.pop() {
+            if self.handle(item).is_err() {
+                self.die();
+                return;
+            }
+        }
+    }
+
+    /// Handles one item; an error means the stage panicked and is not to be
+    /// used again.
+    fn handle(&mut self, item: Item) -> Result<(), ()> {
+        match item {
+            Item::Open {
+                n_ctx,
+                layers,
+                reply,
+            } => {
+                let opened = self.guarded(|stage| stage.open(n_ctx, layers));
+                self.finish(opened, reply)
+            }
+            Item::Close(slot) => {
+                let closed = self.guarded(|stage| {
+                    stage.close(slot);
+                    Ok(())
+                });
+                self.finish(closed, Box::new(|_| {}))
+            }
+            Item::Run { job, since, .. } => {
+                let queued = since.elapsed();
+                let mut rows = self.spare.pop().unwrap_or_default();
+                let begin = Instant::now();
+                let Job { step, input, reply } = job;
+                let ran = self.guarded(|stage| {
+                    let input = match &input {
+                        Rows::Tokens(tokens) => Input::Tokens(tokens),
+                        Rows::Hidden(rows) => Input::Hidden(rows),
+                    };
+                    stage.run(&step, &input, &mut rows)?;
+                    Ok(rows)
+                });
+                let compute = begin.elapsed();
+                if let Rows::Hidden(buffer) = input
+                    && self.spare.len() < SPARE_MAX
+                {
+                    self.spare.push(buffer);
+                }
+                let done = ran.map(|ran| {
+                    ran.map(|rows| Done {
+                        rows,
+                        compute,
+                        queued,
+                    })
+                });
+                self.finish(done, reply)
+            }
+        }
+    }
+
+    fn guarded<T>(
+        &mut self,
+        call: impl FnOnce(&mut dyn Stage) -> Result<T, EngineError>,
+    ) -> Result<Result<T, EngineError>, ()> {
+        let stage = self.stage.as_mut();
+        catch_unwind(AssertUnwindSafe(|| call(stage))).map_err(|_| ())
+    }
+
+    fn finish<T>(
+        &mut self,
+        result: Result<Result<T, EngineError>, ()>,
+        reply: Reply<T>,
+    ) -> Result<(), ()> {
+        match result {
+            Ok(result) => {
+                self.shared.lock().stats = self.stage.stats();
+                reply(result);
+                Ok(())
+            }
+            Err(()) => {
+                reply(Err(EngineError::Stopped));
+                Err(())
+            }
+        }
+    }
+
+    fn die(&self) {
+        tracing::error!("the stage worker's thread panicked; it takes no more work");
+        let items = {
+            let mut queue = self.shared.lock();
+            queue.dead = true;
+            std::mem::take(&mut queue.items)
+        };
+        items.into_iter().for_each(Item::stopped);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+
+    use super::*;
+    use crate::chain::ChainStage;
+    use crate::stage::Want;
+
+    fn reply<T: Send + 'static>() -> (Reply<T>, Receiver<Result<T, EngineError>>) {
+        let (tx, rx) = channel();
+        (Box::new(move |result| drop(tx.send(result))), rx)
+    }
+
+    fn open(worker: &Worker) -> Slot {
+        let (tx, rx) = reply();
+        worker.open(64, 0..3, tx).unwrap();
+        rx.recv().unwrap().unwrap()
+    }
+
+    fn job(slot: Slot, pos0: u32, tokens: &[u32], reply: Reply<Done>) -> Job {
+        let n_rows = tokens.len() as u32;
+        let step = Step {
+            slot,
+            layers: 0..3,
+            pos0,
+            n_rows,
+            want: Want::Last,
+        };
+        Job {
+            step,
+            input: Rows::Tokens(tokens.to_vec()),
+            reply,
+        }
+    }
+
+    fn chain() -> ChainStage {
+        ChainStage::new(3, 32, 50, 0..3, 1)
+    }
+
+    #[test]
+    fn steps_run_in_order_and_replies_come() {
+        let worker = Worker::spawn(Box::new(chain()), 4).unwrap();
+        let slot = open(&worker);
+        let (tx, first) = reply();
+        worker.submit(job(slot, 0, &[1, 2], tx)).unwrap();
+        let (tx, second) = reply();
+        worker.submit(job(slot, 2, &[3], tx)).unwrap();
+        first.recv().unwrap().unwrap();
+        let rows = second.recv().unwrap().unwrap().rows;
+        let top = (0..50u32).max_by(|&a, &b| rows[a as usize].total_cmp(&rows[b as usize]));
+        assert_eq!(top, Some(chain().expected(&[1, 2, 3])));
+        assert_eq!(worker.stats().rows, 3);
+        worker.close(slot);
+        let (tx, late) = reply();
+        worker.submit(job(slot, 3, &[4], tx)).unwrap();
+        assert_eq!(late.recv().unwrap(), Err(EngineError::BadSlot(slot)));
+    }
+
+    /// A stage whose steps wait for the test; it panics at position 63.
+    struct Gate {
+        inner: ChainStage,
+        gate: Receiver<()>,
+    }
+
+    impl Stage for Gate {
+        fn shape(&self) -> StageShape {
+            self.inner.shape()
+        }
+        fn open(&mut self, n_ctx: u32, layers: Range<u32>) -> Result<Slot, EngineError> {
+            self.inner.open(n_ctx, layers)
+        }
+        fn close(&mut self, slot: Slot) {
+            self.inner.close(slot);
+        }
+        fn run(
+            &mut self,
+            step: &Step,
+            input: &Input<'_>,
+            out: &mut Vec<f32>,
+        ) -> Result<(), EngineError> {
+            self.gate.recv().map_err(|_| EngineError::Stopped)?;
+            assert!(step.pos0 < 63, "as the test wants");
+            self.inner.run(step, input, out)
+        }
+        fn stats(&self) -> StageStats {
+            self.inner.stats()
+        }
+    }
+
+    #[test]
+    fn decode_overtakes_prefill_of_others_and_a_full_queue_refuses() {
+        let (open_gate, gate) = channel();
+        let worker = Worker::spawn(
+            Box::new(Gate {
+                inner: chain(),
+                gate,
+            }),
+            3,
+        )
+        .unwrap();
+        let (a, b) = (open(&worker), open(&worker));
+        let (order, seen) = channel();
+        let note = |what: &'static str| -> Reply<Done> {
+            let order = order.clone();
+            Box::new(move |result| {
+                let _ = order.send((what, result.is_ok()));
+            })
+        };
+        worker.submit(job(a, 0, &[1; 8], note("a0"))).unwrap();
+        while worker.queued() > 0 {
+            std::thread::yield_now(); // until the thread is inside the first step
+        }
+        worker.submit(job(a, 8, &[1; 8], note("a8"))).unwrap();
+        worker.submit(job(a, 16, &[1], note("a16"))).unwrap();
+        worker.submit(job(b, 0, &[1], note("b0"))).unwrap();
+        let full = worker.submit(job(b, 1, &[1], note("b1")));
+        assert_eq!(full, Err(Busy { max: 3 }));
+        (0..4).for_each(|_| open_gate.send(()).unwrap());
+        let got: Vec<_> = (0..4).map(|_| seen.recv().unwrap()).collect();
+        assert_eq!(
+            got,
+            [("a0", true), ("b0", true), ("a8", true), ("a16", true)]
+        );
+    }
+
+    #[test]
+    fn a_panic_is_an_error_for_everyone() {
+        let (open_gate, gate) = channel();
+        let worker = Worker::spawn(
+            Box::new(Gate {
+                inner: chain(),
+                gate,
+            }),
+            3,
+        )
+        .unwrap();
+        let slot = open(&worker);
+        open_gate.send(()).unwrap();
+        let (tx, rx) = reply();
+        worker.submit(job(slot, 63, &[1], tx)).unwrap();
+        assert_eq!(rx.recv().unwrap(), Err(EngineError::Stopped));
+        let (tx, rx) = reply();
+        worker.submit(job(slot, 0, &[1], tx)).unwrap();
+        assert_eq!(rx.recv().unwrap(), Err(EngineError::Stopped));
+    }
+}
