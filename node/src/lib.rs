@@ -1,1 +1,8 @@
-//! placeholder
+//! A peer of the swarm: the network, the sessions, the worker that computes. The only crate that
+//! names libp2p. It never touches a pointer of the compute library and never prints.
+
+pub mod identity;
+pub mod net;
+
+pub use identity::{Identity, IdentityError};
+pub use net::{Access, Net, NetConfig, NetError, OpenError, Proto, Stream};

@@ -1,2 +1,3 @@
-//! placeholder
+//! The daemon: `node::daemon` behind a `main`.
+
 fn main() {}

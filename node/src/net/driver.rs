@@ -1,0 +1,432 @@
+//! The one task that owns the libp2p swarm.
+//!
+//! ```text
+//!   Net handle ──commands──▶ ┌────────┐ ──outbox──▶ adverts task (checks signatures)
+//!   adverts task ──────────▶ │ driver │
+//!                            └────────┘ swarm events
+//! ```
+//! Handlers here are not async and never wait. Events leave through a bounded outbox; while that is
+//! full the swarm is not polled, but commands still are, so that the two sides cannot block each
+//! other. No hashing, decoding or checking of signatures happens here, and no activation passes.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures::StreamExt;
+use libp2p::{
+    Multiaddr, PeerId, Swarm,
+    core::ConnectedPoint,
+    gossipsub::{self, IdentTopic, MessageAcceptance, MessageId},
+    identify, kad, mdns, ping,
+    swarm::{ConnectionId, DialError, SwarmEvent, dial_opts::DialOpts},
+};
+use swarm_proto::{Peer, SwarmId};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::{
+    behaviour::{Behaviour, BehaviourEvent},
+    bootstrap::Bootstrap,
+    names,
+    shared::Shared,
+    streams::OpenRequest,
+};
+use crate::identity::peer_of;
+
+/// Events that may wait for the adverts task before the swarm is no longer polled.
+pub(super) const OUTBOX_MAX: usize = 256;
+/// Events the driver itself holds while the outbox is full: one poll of the swarm yields one.
+const PENDING_MAX: usize = 8;
+/// Peers found by mDNS or Kademlia are dialled only up to this many connections.
+const DISCOVERED_MAX: usize = 64;
+/// Provider queries that may run at once.
+const QUERIES_MAX: usize = 32;
+/// How long the last messages (a withdrawn advert) may take to leave. Gossipsub has no receipt;
+/// the connections' own tasks write within a few milliseconds.
+const LINGER: Duration = Duration::from_millis(300);
+/// Providers one key may have with us: an attacker's keys and ours share the store.
+const PROVIDER_KEYS_MAX: usize = 4096;
+
+/// What the driver is asked to do.
+pub(super) enum Command {
+    Open(OpenRequest),
+    Publish {
+        topics: Vec<String>,
+        bytes: Vec<u8>,
+    },
+    Subscribe(String),
+    Report {
+        id: MessageId,
+        source: PeerId,
+        acceptance: MessageAcceptance,
+    },
+    Provide(Vec<u8>),
+    StopProviding(Vec<u8>),
+    Providers {
+        key: Vec<u8>,
+        reply: oneshot::Sender<Vec<Peer>>,
+    },
+    Dial(Multiaddr),
+}
+
+/// What the driver tells the adverts task.
+#[derive(Debug)]
+pub(super) enum Notice {
+    /// An advert to be checked and reported back.
+    Advert {
+        bytes: Vec<u8>,
+        id: MessageId,
+        source: PeerId,
+    },
+    /// A peer of our swarm that serves the fetch protocol is connected.
+    Identified { peer: Peer, fetch: bool },
+    /// Somebody new listens to adverts.
+    Subscribed,
+    /// Our own addresses changed.
+    Listening,
+}
+
+/// The task.
+pub(super) struct Driver {
+    pub(super) swarm: Swarm<Behaviour>,
+    pub(super) swarm_id: SwarmId,
+    pub(super) commands: mpsc::Receiver<Command>,
+    pub(super) outbox: mpsc::Sender<Notice>,
+    pub(super) pending: VecDeque<Notice>,
+    pub(super) bootstrap: Bootstrap,
+    pub(super) queries: HashMap<kad::QueryId, (Vec<Peer>, oneshot::Sender<Vec<Peer>>)>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) shutdown: watch::Receiver<bool>,
+    pub(super) provider_keys: HashMap<kad::RecordKey, ()>,
+}
+
+impl Driver {
+    /// Runs until told to stop, then lets the last messages out and closes the connections.
+    pub(super) async fn run(mut self) {
+        let outbox = self.outbox.clone();
+        loop {
+            let next_dial = self.bootstrap.next();
+            let timer = async {
+                match next_dial {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                changed = self.shutdown.changed() => {
+                    if changed.is_err() || *self.shutdown.borrow() { break }
+                }
+                command = self.commands.recv() => match command {
+                    Some(command) => self.on_command(command),
+                    None => break,
+                },
+                place = outbox.reserve(), if !self.pending.is_empty() => match (place, self.pending.pop_front()) {
+                    (Ok(place), Some(notice)) => place.send(notice),
+                    (Err(_), _) => break,
+                    _ => {}
+                },
+                () = timer => self.dial_bootstrap(),
+                event = self.swarm.select_next_some(), if self.pending.len() < PENDING_MAX => self.on_event(event),
+            }
+        }
+        self.wind_down().await;
+    }
+
+    async fn wind_down(&mut self) {
+        while let Ok(command) = self.commands.try_recv() {
+            self.on_command(command);
+        }
+        let _ = tokio::time::timeout(LINGER, self.drive_only()).await;
+        let peers: Vec<PeerId> = self.swarm.connected_peers().copied().collect();
+        for peer in peers {
+            let _ = self.swarm.disconnect_peer_id(peer);
+        }
+        let closed = async {
+            while self.swarm.network_info().num_peers() > 0 {
+                self.swarm.select_next_some().await;
+            }
+        };
+        let _ = tokio::time::timeout(LINGER, closed).await;
+    }
+
+    async fn drive_only(&mut self) {
+        loop {
+            self.swarm.select_next_some().await;
+        }
+    }
+
+    fn on_command(&mut self, command: Command) {
+        let behaviour = self.swarm.behaviour_mut();
+        match command {
+            Command::Open(request) => behaviour.streams.open(request),
+            Command::Publish { topics, bytes } => self.publish(&topics, &bytes),
+            Command::Subscribe(topic) => {
+                if let Err(error) = behaviour.gossip.subscribe(&IdentTopic::new(topic)) {
+                    tracing::warn!(%error, "cannot subscribe to adverts");
+                }
+            }
+            Command::Report {
+                id,
+                source,
+                acceptance,
+            } => {
+                behaviour
+                    .gossip
+                    .report_message_validation_result(&id, &source, acceptance);
+            }
+            Command::Provide(key) => {
+                if let Err(error) = behaviour.kad.start_providing(kad::RecordKey::new(&key)) {
+                    tracing::debug!(%error, "not announced as a provider");
+                }
+            }
+            Command::StopProviding(key) => behaviour.kad.stop_providing(&kad::RecordKey::new(&key)),
+            Command::Providers { key, reply } => {
+                self.queries.retain(|_, (_, reply)| !reply.is_closed());
+                // Dropping the reply says: not now.
+                if self.queries.len() < QUERIES_MAX {
+                    let id = behaviour.kad.get_providers(kad::RecordKey::new(&key));
+                    self.queries.insert(id, (Vec::new(), reply));
+                }
+            }
+            Command::Dial(addr) => self.dial(addr),
+        }
+    }
+
+    fn publish(&mut self, topics: &[String], bytes: &[u8]) {
+        for topic in topics {
+            let gossip = &mut self.swarm.behaviour_mut().gossip;
+            match gossip.publish(IdentTopic::new(topic), bytes) {
+                Ok(_) | Err(gossipsub::PublishError::NoPeersSubscribedToTopic) => {}
+                Err(error) => tracing::debug!(%error, topic, "advert not published"),
+            }
+        }
+    }
+
+    fn dial(&mut self, addr: Multiaddr) {
+        if let Err(error) = self.swarm.dial(addr.clone()) {
+            tracing::debug!(%addr, %error, "not dialled");
+        }
+    }
+
+    fn dial_bootstrap(&mut self) {
+        let now = Instant::now();
+        for addr in self.bootstrap.due(now) {
+            let opts = DialOpts::from(addr.clone());
+            let id = opts.connection_id();
+            self.bootstrap.dialling(&addr, id);
+            if let Err(error) = self.swarm.dial(opts) {
+                self.bootstrap_failed(id, &error);
+            }
+        }
+    }
+
+    fn bootstrap_failed(&mut self, id: ConnectionId, error: &DialError) {
+        if self.bootstrap.failed(id, Instant::now()) {
+            tracing::info!(error = %describe(error), "a peer given by --peer does not answer yet; trying on");
+        }
+    }
+
+    fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
+        match event {
+            SwarmEvent::Behaviour(event) => self.on_behaviour(event),
+            SwarmEvent::NewListenAddr { address, .. } => self.listening(Some(address), None),
+            SwarmEvent::ExpiredListenAddr { address, .. } => self.listening(None, Some(address)),
+            SwarmEvent::ListenerClosed {
+                addresses, reason, ..
+            } => {
+                tracing::warn!(?addresses, ?reason, "no longer listening");
+                for address in addresses {
+                    self.listening(None, Some(address));
+                }
+            }
+            SwarmEvent::ListenerError { error, .. } => tracing::warn!(%error, "listener"),
+            SwarmEvent::ConnectionEstablished {
+                peer_id,
+                connection_id,
+                endpoint,
+                ..
+            } => {
+                self.connected(peer_id, connection_id, &endpoint);
+            }
+            SwarmEvent::ConnectionClosed {
+                peer_id,
+                num_established: 0,
+                cause,
+                ..
+            } => {
+                tracing::debug!(peer = %peer_id, ?cause, "disconnected");
+                self.bootstrap.disconnected(peer_id, Instant::now());
+                if let Some(peer) = peer_of(&peer_id) {
+                    self.shared.disconnected(&peer);
+                }
+            }
+            SwarmEvent::OutgoingConnectionError {
+                connection_id,
+                peer_id,
+                error,
+            } => {
+                tracing::debug!(?peer_id, error = %describe(&error), "dial failed");
+                self.bootstrap_failed(connection_id, &error);
+            }
+            SwarmEvent::IncomingConnectionError {
+                error,
+                send_back_addr,
+                ..
+            } => {
+                tracing::debug!(%error, from = %send_back_addr, "inbound connection refused");
+            }
+            _ => {}
+        }
+    }
+
+    fn connected(&mut self, id: PeerId, connection: ConnectionId, endpoint: &ConnectedPoint) {
+        tracing::debug!(peer = %id, addr = %endpoint.get_remote_address(), "connected");
+        self.bootstrap.connected(id, connection);
+    }
+
+    fn listening(&mut self, new: Option<Multiaddr>, gone: Option<Multiaddr>) {
+        self.shared.listening(new, gone);
+        self.pending.push_back(Notice::Listening);
+    }
+
+    fn on_behaviour(&mut self, event: BehaviourEvent) {
+        match event {
+            BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
+                self.identified(peer_id, info);
+            }
+            BehaviourEvent::Ping(ping::Event {
+                peer,
+                result: Ok(rtt),
+                ..
+            }) => {
+                if let Some(peer) = peer_of(&peer) {
+                    self.shared.rtt(peer, rtt);
+                }
+            }
+            BehaviourEvent::Ping(ping::Event {
+                peer,
+                connection,
+                result: Err(error),
+            }) => {
+                tracing::debug!(%peer, %error, "ping failed: closing");
+                self.swarm.close_connection(connection);
+            }
+            BehaviourEvent::Gossip(gossipsub::Event::Message {
+                propagation_source,
+                message_id,
+                message,
+            }) => {
+                self.pending.push_back(Notice::Advert {
+                    bytes: message.data,
+                    id: message_id,
+                    source: propagation_source,
+                });
+            }
+            BehaviourEvent::Gossip(gossipsub::Event::Subscribed { .. }) => {
+                self.pending.push_back(Notice::Subscribed);
+            }
+            BehaviourEvent::Kad(event) => self.on_kad(event),
+            BehaviourEvent::Mdns(mdns::Event::Discovered(found)) => self.discovered(found),
+            _ => {}
+        }
+    }
+
+    /// A stranger is told to the user and let go; one of us is remembered.
+    fn identified(&mut self, id: PeerId, info: identify::Info) {
+        let theirs = names::swarm_in(&info.protocol_version);
+        self.swarm
+            .behaviour_mut()
+            .streams
+            .identified(id, theirs, &info.protocols);
+        if theirs != Some(self.swarm_id.to_string().as_str()) {
+            let theirs = theirs.unwrap_or("none");
+            tracing::warn!(peer = %id, "peer speaks swarm {theirs}, we are {}: disconnecting", self.swarm_id);
+            self.bootstrap.useless(id, Instant::now());
+            let _ = self.swarm.disconnect_peer_id(id);
+            return;
+        }
+        for addr in info.listen_addrs.into_iter().take(8) {
+            self.swarm.behaviour_mut().kad.add_address(&id, addr);
+        }
+        if let Some(peer) = peer_of(&id) {
+            self.shared.connected(peer);
+            let fetch = super::stream::Proto::Fetch.name(&self.swarm_id);
+            let fetch = info.protocols.iter().any(|p| p.as_ref() == fetch);
+            self.pending.push_back(Notice::Identified { peer, fetch });
+        }
+    }
+
+    fn discovered(&mut self, found: Vec<(PeerId, Multiaddr)>) {
+        for (peer, addr) in found {
+            let room = self.swarm.network_info().num_peers() < DISCOVERED_MAX;
+            if room && !self.swarm.is_connected(&peer) {
+                let opts = DialOpts::peer_id(peer).addresses(vec![addr]).build();
+                if let Err(error) = self.swarm.dial(opts) {
+                    tracing::debug!(%peer, %error, "found on this network, not dialled");
+                }
+            }
+        }
+    }
+
+    fn on_kad(&mut self, event: kad::Event) {
+        match event {
+            kad::Event::InboundRequest {
+                request:
+                    kad::InboundRequest::AddProvider {
+                        record: Some(record),
+                    },
+            } => self.keep_provider(record),
+            kad::Event::OutboundQueryProgressed {
+                id,
+                result: kad::QueryResult::GetProviders(result),
+                step,
+                ..
+            } => {
+                if let Some((found, _)) = self.queries.get_mut(&id)
+                    && let Ok(kad::GetProvidersOk::FoundProviders { providers, .. }) = result
+                {
+                    found.extend(providers.iter().filter_map(peer_of).take(64));
+                }
+                if step.last
+                    && let Some((found, reply)) = self.queries.remove(&id)
+                {
+                    let _ = reply.send(found);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Keys are model ids (32 bytes) and the table is bounded; Kademlia itself has checked that the
+    /// provider is the sender.
+    fn keep_provider(&mut self, record: kad::ProviderRecord) {
+        use kad::store::RecordStore;
+        if record.key.as_ref().len() != 32 || record.addresses.len() > 16 {
+            tracing::debug!(provider = %record.provider, "provider record refused");
+            return;
+        }
+        if !self.provider_keys.contains_key(&record.key)
+            && self.provider_keys.len() >= PROVIDER_KEYS_MAX
+        {
+            tracing::debug!("provider table is full ({PROVIDER_KEYS_MAX} keys)");
+            return;
+        }
+        self.provider_keys.insert(record.key.clone(), ());
+        let _ = self
+            .swarm
+            .behaviour_mut()
+            .kad
+            .store_mut()
+            .add_provider(record);
+    }
+}
+
+fn describe(error: &DialError) -> String {
+    match error {
+        DialError::Denied { cause } => cause.to_string(),
+        other => other.to_string(),
+    }
+}

@@ -1,0 +1,394 @@
+//! The handle to the network: starting it, opening and accepting streams, shutting it down.
+
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use libp2p::{Multiaddr, StreamProtocol, Swarm, multiaddr::Protocol, swarm};
+use swarm_proto::{Peer, SwarmId};
+use tokio::{
+    sync::{Mutex, mpsc, oneshot, watch},
+    task::JoinHandle,
+};
+
+use super::{
+    admission::Acceptors,
+    behaviour::{Behaviour, BehaviourError, Parts},
+    bootstrap::Bootstrap,
+    driver::{Command, Driver, OUTBOX_MAX},
+    gate::Access,
+    shared::Shared,
+    stream::{OpenError, Proto, Stream},
+    streams::OpenRequest,
+    transport::{self, TransportError},
+};
+use crate::identity::{Identity, peer_id};
+
+/// Commands that may wait for the driver: it takes thousands a second, so a full queue means that
+/// it is stuck, and callers then wait up to their own deadline.
+const COMMANDS_MAX: usize = 256;
+/// New streams that may wait for whoever accepts them, per protocol; more are refused.
+const ACCEPT_MAX: usize = 64;
+/// How long the system may take to give us our addresses.
+const LISTEN_DEADLINE: Duration = Duration::from_secs(5);
+/// A connection on which nothing happens is kept this long: the next session then needs no dial.
+const IDLE_CONNECTION: Duration = Duration::from_secs(600);
+/// Addresses of one peer that are tried.
+const ADDRS_PER_PEER: usize = 8;
+
+/// What a network is started with.
+#[derive(Debug, Clone)]
+pub struct NetConfig {
+    /// Who we are.
+    pub identity: Identity,
+    /// Which swarm: peers of another one are told so and left alone.
+    pub swarm: SwarmId,
+    /// The key of a private swarm; TCP only then.
+    pub key: Option<[u8; 32]>,
+    /// Whom we talk to.
+    pub access: Access,
+    /// Where to listen, as multiaddresses; none for a client.
+    pub listen: Vec<String>,
+    /// Peers to stay connected to, as multiaddresses with or without `/p2p/…`.
+    pub bootstrap: Vec<String>,
+    /// Whether to look for peers on the local network.
+    pub mdns: bool,
+    /// What we call ourselves, for people: `shoal-node/0.1.0`.
+    pub agent: String,
+}
+
+impl NetConfig {
+    /// A client of `swarm`: listens nowhere, knows nobody yet.
+    pub fn client(identity: Identity, swarm: SwarmId) -> Self {
+        Self {
+            identity,
+            swarm,
+            key: None,
+            access: Access::Open,
+            listen: Vec::new(),
+            bootstrap: Vec::new(),
+            mdns: false,
+            agent: concat!("shoal/", env!("CARGO_PKG_VERSION")).into(),
+        }
+    }
+}
+
+/// Why the network did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// Not a multiaddress.
+    #[error("address {addr:?}: {reason}; expected for example /ip4/192.168.1.5/tcp/4001")]
+    Address {
+        /// What was given.
+        addr: String,
+        /// Why it is none.
+        reason: String,
+    },
+    /// An address could not be bound.
+    #[error("cannot listen on {addr}: {reason}")]
+    Listen {
+        /// Where.
+        addr: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// With a pre-shared key only TCP is covered.
+    #[error(
+        "{addr} is a QUIC address, and a pre-shared key protects TCP only: leave it out, or use --allow instead of a key"
+    )]
+    QuicWithKey {
+        /// The address.
+        addr: String,
+    },
+    /// The system did not report an address in time.
+    #[error("no listening address after {LISTEN_DEADLINE:?}")]
+    NoAddress,
+    /// The protocols could not be set up.
+    #[error(transparent)]
+    Behaviour(#[from] BehaviourError),
+    /// The transports could not be set up.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+}
+
+/// A running network; clones share it. It stops with [`Net::shutdown`] or when the last clone goes.
+#[derive(Clone)]
+pub struct Net {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    identity: Identity,
+    swarm: SwarmId,
+    access: Access,
+    shared: Arc<Shared>,
+    acceptors: Arc<Acceptors>,
+    commands: mpsc::Sender<Command>,
+    shutdown: watch::Sender<bool>,
+    driver: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Net {
+    /// Starts the driver and waits until every listening address is bound.
+    ///
+    /// # Errors
+    /// When an address is none, is in use, or the system gives no address in time.
+    pub async fn start(config: NetConfig) -> Result<Self, NetError> {
+        let listen = parse_all(&config.listen)?;
+        let bootstrap = parse_all(&config.bootstrap)?;
+        if config.key.is_some() {
+            no_quic(listen.iter().chain(&bootstrap))?;
+        }
+        let acceptors = Arc::new(Acceptors::default());
+        let keypair = config.identity.keypair();
+        let behaviour = Behaviour::new(Parts {
+            keypair,
+            swarm: &config.swarm,
+            access: config.access.clone(),
+            acceptors: acceptors.clone(),
+            agent: config.agent.clone(),
+            mdns: config.mdns,
+            server: !listen.is_empty(),
+        })?;
+        let transport = transport::build(keypair, config.key)?;
+        let settings =
+            swarm::Config::with_tokio_executor().with_idle_connection_timeout(IDLE_CONNECTION);
+        let me = keypair.public().to_peer_id();
+        let mut swarm = Swarm::new(transport, behaviour, me, settings);
+        for addr in &listen {
+            bind(&mut swarm, addr)?;
+        }
+        let shared = Arc::new(Shared::new());
+        let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let (outbox, _notices) = mpsc::channel(OUTBOX_MAX);
+        let (shutdown, stop) = watch::channel(false);
+        let driver = Driver {
+            swarm,
+            swarm_id: config.swarm.clone(),
+            commands: inbox,
+            outbox,
+            pending: Default::default(),
+            bootstrap: Bootstrap::new(bootstrap, Instant::now()),
+            queries: Default::default(),
+            shared: shared.clone(),
+            shutdown: stop,
+            provider_keys: Default::default(),
+        };
+        let driver = tokio::spawn(driver.run());
+        let net = Self {
+            inner: Arc::new(Inner {
+                identity: config.identity,
+                swarm: config.swarm,
+                access: config.access,
+                shared,
+                acceptors,
+                commands,
+                shutdown,
+                driver: Mutex::new(Some(driver)),
+            }),
+        };
+        net.wait_listening(listen.len()).await?;
+        Ok(net)
+    }
+
+    async fn wait_listening(&self, wanted: usize) -> Result<(), NetError> {
+        let mut addrs = self.inner.shared.addrs();
+        let bound = addrs.wait_for(|addrs| addrs.len() >= wanted);
+        match tokio::time::timeout(LISTEN_DEADLINE, bound).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(NetError::NoAddress),
+        }
+    }
+
+    /// Our own id.
+    pub fn me(&self) -> Peer {
+        self.inner.identity.peer()
+    }
+
+    /// Our swarm.
+    pub fn swarm(&self) -> &SwarmId {
+        &self.inner.swarm
+    }
+
+    /// Our key, for signing.
+    pub fn identity(&self) -> &Identity {
+        &self.inner.identity
+    }
+
+    /// Where we listen now, each with `/p2p/<our id>`, other machines' views first, loopback last.
+    pub fn listen_addrs(&self) -> Vec<String> {
+        let mut addrs = self.inner.shared.addrs().borrow().clone();
+        addrs.sort_by_key(address_rank);
+        addrs
+            .into_iter()
+            .map(|addr| format!("{addr}/p2p/{}", self.me()))
+            .collect()
+    }
+
+    /// Peers of our swarm that we are connected to now; changes as they come and go.
+    pub fn peers(&self) -> watch::Receiver<Vec<Peer>> {
+        self.inner.shared.peers()
+    }
+
+    /// The least round trip measured to each connected peer, nearest first.
+    pub fn rtts(&self) -> Vec<(Peer, Duration)> {
+        self.inner.shared.rtts()
+    }
+
+    /// Opens a stream, dialling first where there is no connection: `addrs` and whatever else is
+    /// known of the peer are tried.
+    ///
+    /// # Errors
+    /// See [`OpenError`]; never waits longer than `deadline`.
+    ///
+    /// # Cancel safety
+    /// Dropping the future gives the stream up.
+    pub async fn open(
+        &self,
+        peer: Peer,
+        addrs: &[String],
+        proto: Proto,
+        deadline: Duration,
+    ) -> Result<Stream, OpenError> {
+        if !self.inner.access.may_dial(&peer) {
+            return Err(OpenError::NotAllowed { peer });
+        }
+        let id = peer_id(&peer).ok_or(OpenError::BadPeer { peer })?;
+        let name = proto.name(&self.inner.swarm);
+        let name = StreamProtocol::try_from_owned(name).map_err(|_| OpenError::ShuttingDown)?;
+        // Addresses that are none, or name another peer, are useless and not an error of ours.
+        let addrs = addrs
+            .iter()
+            .filter_map(|addr| addr.parse::<Multiaddr>().ok());
+        let addrs = addrs.take(ADDRS_PER_PEER).collect();
+        let (reply, answer) = oneshot::channel();
+        let request = OpenRequest {
+            peer,
+            id,
+            addrs,
+            name,
+            reply,
+        };
+        let opened = async {
+            let sent = self.inner.commands.send(Command::Open(request)).await;
+            sent.map_err(|_| OpenError::ShuttingDown)?;
+            let lost = || OpenError::Lost {
+                peer,
+                reason: "the connection closed".into(),
+            };
+            answer.await.unwrap_or_else(|_| Err(lost()))
+        };
+        let timed = tokio::time::timeout(deadline, opened).await;
+        timed.unwrap_or(Err(OpenError::Timeout { peer, deadline }))
+    }
+
+    /// Takes the streams that peers open for `proto`, until the receiver is dropped; `None` where
+    /// somebody takes them already. The queue is bounded: while it is full, openers are refused.
+    pub fn accept(&self, proto: Proto) -> Option<mpsc::Receiver<(Peer, Stream)>> {
+        self.inner
+            .acceptors
+            .register(proto.name(&self.inner.swarm), ACCEPT_MAX)
+    }
+
+    /// Connects to an address, once, in the background; failures are logged.
+    pub async fn dial(&self, addr: &str) -> Result<(), NetError> {
+        let addr = parse(addr)?;
+        let _ = self.inner.commands.send(Command::Dial(addr)).await;
+        Ok(())
+    }
+
+    /// Peers that Kademlia says hold `key` (a model's id); empty where nobody answers in time.
+    pub async fn providers(&self, key: [u8; 32], deadline: Duration) -> Vec<Peer> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Providers {
+            key: key.to_vec(),
+            reply,
+        };
+        let asked = async {
+            self.inner.commands.send(command).await.ok()?;
+            answer.await.ok()
+        };
+        tokio::time::timeout(deadline, asked)
+            .await
+            .ok()
+            .flatten()
+            .unwrap_or_default()
+    }
+
+    /// Refuses new streams, lets the last messages out, closes all connections. Bounded: about a
+    /// second at most.
+    pub async fn shutdown(&self) {
+        self.inner.acceptors.close();
+        self.inner.shutdown.send_replace(true);
+        if let Some(driver) = self.inner.driver.lock().await.take() {
+            let _ = driver.await;
+        }
+    }
+}
+
+impl std::fmt::Debug for Net {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Net")
+            .field("me", &self.me())
+            .field("swarm", &self.inner.swarm)
+            .finish()
+    }
+}
+
+fn bind(swarm: &mut Swarm<Behaviour>, addr: &Multiaddr) -> Result<(), NetError> {
+    let bound = swarm.listen_on(addr.clone());
+    bound.map(drop).map_err(|error| {
+        let reason = match &error {
+            libp2p::TransportError::Other(io) => explain_deep(io),
+            libp2p::TransportError::MultiaddrNotSupported(_) => "no such transport here".into(),
+        };
+        NetError::Listen {
+            addr: addr.to_string(),
+            reason,
+        }
+    })
+}
+
+/// The transports wrap the system's error several times over; its kind is what helps.
+fn explain_deep(error: &io::Error) -> String {
+    let inner = error.get_ref().and_then(|e| e.downcast_ref::<io::Error>());
+    inner.map_or_else(|| transport::explain(error), explain_deep)
+}
+
+fn parse(addr: &str) -> Result<Multiaddr, NetError> {
+    addr.parse()
+        .map_err(|error: libp2p::multiaddr::Error| NetError::Address {
+            addr: addr.into(),
+            reason: error.to_string(),
+        })
+}
+
+fn parse_all(addrs: &[String]) -> Result<Vec<Multiaddr>, NetError> {
+    addrs.iter().map(|addr| parse(addr)).collect()
+}
+
+fn no_quic<'a>(mut addrs: impl Iterator<Item = &'a Multiaddr>) -> Result<(), NetError> {
+    let quic = |addr: &&Multiaddr| {
+        addr.iter()
+            .any(|p| matches!(p, Protocol::QuicV1 | Protocol::Quic))
+    };
+    addrs.find(quic).map_or(Ok(()), |addr| {
+        Err(NetError::QuicWithKey {
+            addr: addr.to_string(),
+        })
+    })
+}
+
+/// Reachable by most first; TCP before QUIC, whose echo takes half as long again on a LAN.
+fn address_rank(addr: &Multiaddr) -> (bool, bool, bool) {
+    let first = addr.iter().next();
+    let loopback = match &first {
+        Some(Protocol::Ip4(ip)) => ip.is_loopback(),
+        Some(Protocol::Ip6(ip)) => ip.is_loopback(),
+        _ => false,
+    };
+    let quic = addr.iter().any(|p| matches!(p, Protocol::QuicV1));
+    (loopback, quic, matches!(first, Some(Protocol::Ip6(_))))
+}

@@ -1,0 +1,190 @@
+//! One of our streams to a peer, and why opening one failed. Bytes only: frames belong to swarm-proto.
+
+use std::{
+    fmt, io,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use swarm_proto::{Peer, SwarmId};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::OwnedSemaphorePermit,
+};
+
+trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+
+/// A bidirectional byte stream to one peer: yamux or QUIC underneath, or anything in tests.
+///
+/// A write goes to the connection's task and wakes it: write a frame in one call. Dropping the
+/// stream resets it; `shutdown` closes our half and leaves the other open.
+pub struct Stream {
+    io: Box<dyn Io>,
+    /// Counts against the limit of streams a connection may hold open; given back on drop.
+    _slot: Option<OwnedSemaphorePermit>,
+}
+
+impl Stream {
+    /// Wraps any byte stream, for example one end of `tokio::io::duplex` in a test.
+    pub fn new(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Self {
+        Self {
+            io: Box::new(io),
+            _slot: None,
+        }
+    }
+
+    pub(super) fn with_slot(
+        io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        slot: OwnedSemaphorePermit,
+    ) -> Self {
+        Self {
+            io: Box::new(io),
+            _slot: Some(slot),
+        }
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Stream")
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.io).poll_shutdown(cx)
+    }
+}
+
+/// Which of our stream protocols.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Proto {
+    /// Client to stage 1, and stage to stage.
+    Session,
+    /// Client to the tail.
+    Answer,
+    /// Adverts, manifests and metadata by hash.
+    Fetch,
+}
+
+impl Proto {
+    /// All of them.
+    pub const ALL: [Proto; 3] = [Proto::Session, Proto::Answer, Proto::Fetch];
+
+    /// The name negotiated on the wire; it carries the swarm id, so that swarms do not mix.
+    pub fn name(self, swarm: &SwarmId) -> String {
+        match self {
+            Proto::Session => format!("/shoal/{swarm}/session/1"),
+            Proto::Answer => format!("/shoal/{swarm}/answer/1"),
+            Proto::Fetch => format!("/shoal/{swarm}/fetch/1"),
+        }
+    }
+}
+
+/// Why a stream could not be opened.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum OpenError {
+    /// Not connected, and nothing says where the peer is.
+    #[error("no address is known for peer {peer}; give one with --peer, or wait for its advert")]
+    NoAddress {
+        /// Whom we wanted.
+        peer: Peer,
+    },
+    /// Every address failed.
+    #[error("peer {peer} is unreachable: {reason}")]
+    Unreachable {
+        /// Whom we wanted.
+        peer: Peer,
+        /// What the transports said.
+        reason: String,
+    },
+    /// The peer belongs to another swarm.
+    #[error("peer {peer} speaks swarm {theirs}, we are {ours}")]
+    OtherSwarm {
+        /// Whom we wanted.
+        peer: Peer,
+        /// The swarm it named.
+        theirs: String,
+        /// Our swarm.
+        ours: SwarmId,
+    },
+    /// Same swarm, other protocols: another version, or a client that serves nothing.
+    #[error("version mismatch: we want {wanted}, peer {peer} offers {offers}")]
+    Unsupported {
+        /// Whom we wanted.
+        peer: Peer,
+        /// The protocol asked for.
+        wanted: String,
+        /// What the peer said it offers.
+        offers: String,
+    },
+    /// The deadline passed.
+    #[error("peer {peer} did not open a stream within {deadline:?}")]
+    Timeout {
+        /// Whom we wanted.
+        peer: Peer,
+        /// How long we waited.
+        deadline: Duration,
+    },
+    /// Our own list forbids it.
+    #[error("peer {peer} is not on the list of allowed peers")]
+    NotAllowed {
+        /// Whom we wanted.
+        peer: Peer,
+    },
+    /// The peer is there and says no: its queue of new streams is full.
+    #[error("peer {peer} refused the stream: it has too many open")]
+    Refused {
+        /// Whom we wanted.
+        peer: Peer,
+    },
+    /// We already have too many openings under way.
+    #[error("too many streams to peer {peer} are being opened (limit {limit})")]
+    Busy {
+        /// Whom we wanted.
+        peer: Peer,
+        /// How many may wait.
+        limit: usize,
+    },
+    /// The connection went away meanwhile.
+    #[error("the connection to peer {peer} was lost while opening a stream: {reason}")]
+    Lost {
+        /// Whom we wanted.
+        peer: Peer,
+        /// What happened.
+        reason: String,
+    },
+    /// The bytes of the peer id are not a key.
+    #[error("{peer} is not a valid peer id")]
+    BadPeer {
+        /// Whom we wanted.
+        peer: Peer,
+    },
+    /// We are going down.
+    #[error("this node is shutting down")]
+    ShuttingDown,
+}
