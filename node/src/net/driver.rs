@@ -46,6 +46,9 @@ const QUERIES_MAX: usize = 32;
 /// How long the last messages (a withdrawn advert) may take to leave. Gossipsub has no receipt;
 /// the connections' own tasks write within a few milliseconds.
 const LINGER: Duration = Duration::from_millis(300);
+/// A stranger's connection is kept this long after identify, so that streams being opened on it
+/// fail with the reason and not with a lost connection, on both sides.
+const STRANGER_GRACE: Duration = Duration::from_secs(2);
 /// Providers one key may have with us: an attacker's keys and ours share the store.
 const PROVIDER_KEYS_MAX: usize = 4096;
 
@@ -100,6 +103,8 @@ pub(super) struct Driver {
     pub(super) shared: Arc<Shared>,
     pub(super) shutdown: watch::Receiver<bool>,
     pub(super) provider_keys: HashMap<kad::RecordKey, ()>,
+    /// Connected strangers and when they are let go.
+    pub(super) strangers: VecDeque<(Instant, PeerId)>,
 }
 
 impl Driver {
@@ -107,9 +112,9 @@ impl Driver {
     pub(super) async fn run(mut self) {
         let outbox = self.outbox.clone();
         loop {
-            let next_dial = self.bootstrap.next();
+            let next = self.next_timer();
             let timer = async {
-                match next_dial {
+                match next {
                     Some(at) => tokio::time::sleep_until(at.into()).await,
                     None => std::future::pending().await,
                 }
@@ -128,7 +133,7 @@ impl Driver {
                     (Err(_), _) => break,
                     _ => {}
                 },
-                () = timer => self.dial_bootstrap(),
+                () = timer => self.on_timer(),
                 event = self.swarm.select_next_some(), if self.pending.len() < PENDING_MAX => self.on_event(event),
             }
         }
@@ -209,6 +214,24 @@ impl Driver {
         if let Err(error) = self.swarm.dial(addr.clone()) {
             tracing::debug!(%addr, %error, "not dialled");
         }
+    }
+
+    fn next_timer(&self) -> Option<Instant> {
+        let stranger = self.strangers.front().map(|(at, _)| *at);
+        [self.bootstrap.next(), stranger]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    fn on_timer(&mut self) {
+        let now = Instant::now();
+        while self.strangers.front().is_some_and(|(at, _)| *at <= now) {
+            if let Some((_, stranger)) = self.strangers.pop_front() {
+                let _ = self.swarm.disconnect_peer_id(stranger);
+            }
+        }
+        self.dial_bootstrap();
     }
 
     fn dial_bootstrap(&mut self) {
@@ -343,9 +366,14 @@ impl Driver {
             .identified(id, theirs, &info.protocols);
         if theirs != Some(self.swarm_id.to_string().as_str()) {
             let theirs = theirs.unwrap_or("none");
-            tracing::warn!(peer = %id, "peer speaks swarm {theirs}, we are {}: disconnecting", self.swarm_id);
-            self.bootstrap.useless(id, Instant::now());
-            let _ = self.swarm.disconnect_peer_id(id);
+            tracing::warn!(
+                peer = %id,
+                "peer speaks swarm {theirs}, we are {}: disconnecting",
+                self.swarm_id
+            );
+            let now = Instant::now();
+            self.bootstrap.useless(id, now);
+            self.strangers.push_back((now + STRANGER_GRACE, id));
             return;
         }
         for addr in info.listen_addrs.into_iter().take(8) {

@@ -162,7 +162,8 @@ impl Net {
         }
         let shared = Arc::new(Shared::new());
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
-        let (outbox, _notices) = mpsc::channel(OUTBOX_MAX);
+        let (outbox, mut notices) = mpsc::channel(OUTBOX_MAX);
+        tokio::spawn(async move { while notices.recv().await.is_some() {} });
         let (shutdown, stop) = watch::channel(false);
         let driver = Driver {
             swarm,
@@ -175,6 +176,7 @@ impl Net {
             shared: shared.clone(),
             shutdown: stop,
             provider_keys: Default::default(),
+            strangers: Default::default(),
         };
         let driver = tokio::spawn(driver.run());
         let net = Self {
