@@ -22,6 +22,7 @@ const SWARM_ID_MAX: usize = 32;
     bincode::Encode,
     bincode::Decode,
 )]
+#[serde(into = "String", try_from = "String")]
 pub struct Peer(pub [u8; 32]);
 
 /// Why a text is no peer id.
@@ -59,6 +60,20 @@ impl FromStr for Peer {
         key.map(Peer).ok_or_else(|| PeerError {
             text: text.chars().take(64).collect(),
         })
+    }
+}
+
+impl From<Peer> for String {
+    fn from(peer: Peer) -> String {
+        peer.to_string()
+    }
+}
+
+impl TryFrom<String> for Peer {
+    type Error = PeerError;
+
+    fn try_from(text: String) -> Result<Self, PeerError> {
+        text.parse()
     }
 }
 

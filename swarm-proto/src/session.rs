@@ -1,0 +1,536 @@
+//! What a session's two streams carry: the session stream from hop to hop (`Down` with the rows,
+//! `Up` against them) and the answer stream, which the client opens to the tail.
+//!
+//! ```text
+//! client ──Down──▶ hop 0 ──Down──▶ … ──Down──▶ tail ──Answer──▶ client
+//!        ◀──Up──         ◀──Up──       ◀──Up──      ◀──Attach──
+//! ```
+
+use std::fmt;
+
+use bincode::{Decode, Encode};
+use serde::Serialize;
+
+use crate::{
+    LayerRange, ModelId, Peer,
+    codec::{CheckError, Message, at_most, wrong},
+};
+
+/// Most hops of a route: `at` is a byte, and no model we know has more layers.
+pub const HOPS_MAX: usize = 128;
+/// Most addresses of a hop: a peer behind more is not reachable through the fifth either.
+pub const HOP_ADDRS_MAX: usize = 4;
+/// Longest address: a DNS name, a port, a transport and a peer id stay below.
+pub const ADDR_BYTES_MAX: usize = 128;
+/// Most rows of one frame: prefill chunks are far smaller.
+pub const ROWS_MAX: u16 = 512;
+/// Most logits of a `Top` row: samplers rarely look past some hundred.
+pub const TOP_MAX: u16 = 4096;
+/// Longest text of a failure.
+pub const FAILURE_BYTES_MAX: usize = 512;
+/// Largest header of a session or answer stream once the session is open.
+pub const SESSION_HEADER_MAX: usize = 1024;
+/// Largest open message: a frame's header length is a `u16`.
+pub const OPEN_BYTES_MAX: usize = 60 * 1024;
+
+/// A session: drawn at random by the client.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Encode, Decode)]
+pub struct SessionId(pub [u8; 16]);
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SessionId({self})")
+    }
+}
+
+/// A number that only the client raises: frames of an older one are refused.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Encode, Decode,
+)]
+pub struct Epoch(pub u32);
+
+/// How numbers of hidden states are written on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Encode, Decode)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// Four bytes each, exact.
+    F32,
+    /// The upper half of an f32: its range, 8 bits of precision.
+    Bf16,
+    /// Blocks of 32: an f16 scale and 32 signed bytes, as ggml's `q8_0`.
+    Q8_0,
+}
+
+impl Dtype {
+    /// Bytes of one row of `n` numbers.
+    pub fn row_len(self, n: u32) -> usize {
+        let n = n as usize;
+        match self {
+            Dtype::F32 => 4 * n,
+            Dtype::Bf16 => 2 * n,
+            Dtype::Q8_0 => n.div_ceil(32) * 34,
+        }
+    }
+
+    /// As the user writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "f32",
+            Dtype::Bf16 => "bf16",
+            Dtype::Q8_0 => "q8_0",
+        }
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Why a text is no dtype.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not a wire type: f32, bf16 or q8_0")]
+pub struct DtypeError {
+    /// What was given, shortened.
+    pub text: String,
+}
+
+impl std::str::FromStr for Dtype {
+    type Err = DtypeError;
+
+    fn from_str(text: &str) -> Result<Self, DtypeError> {
+        [Dtype::F32, Dtype::Bf16, Dtype::Q8_0]
+            .into_iter()
+            .find(|dtype| dtype.name() == text)
+            .ok_or_else(|| DtypeError {
+                text: text.chars().take(32).collect(),
+            })
+    }
+}
+
+/// A W3C trace parent without its text form: version, trace id, span id, flags.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct TraceParent(pub [u8; 25]);
+
+impl TraceParent {
+    /// From the ids of a span.
+    pub fn new(trace_id: [u8; 16], span_id: [u8; 8], sampled: bool) -> Self {
+        let mut bytes = [0; 25];
+        bytes[..16].copy_from_slice(&trace_id);
+        bytes[16..24].copy_from_slice(&span_id);
+        bytes[24] = sampled.into();
+        Self(bytes)
+    }
+
+    /// The trace's id.
+    pub fn trace_id(&self) -> [u8; 16] {
+        std::array::from_fn(|i| self.0[i])
+    }
+
+    /// The parent span's id.
+    pub fn span_id(&self) -> [u8; 8] {
+        std::array::from_fn(|i| self.0[16 + i])
+    }
+
+    /// Whether the trace is recorded.
+    pub fn sampled(&self) -> bool {
+        self.0[24] & 1 == 1
+    }
+}
+
+/// One element of a route.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct Hop {
+    /// Who computes.
+    pub peer: Peer,
+    /// Where it may be reached; the dialler may know more.
+    pub addrs: Vec<String>,
+    /// What it computes.
+    pub layers: LayerRange,
+}
+
+/// Opens a session on a hop, which opens the next hop in turn.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Open {
+    /// The session.
+    pub session: SessionId,
+    /// Its first epoch.
+    pub epoch: Epoch,
+    /// Who may attach to the tail.
+    pub client: Peer,
+    /// The model.
+    pub model: ModelId,
+    /// Positions to reserve.
+    pub n_ctx: u32,
+    /// How hidden states are written between hops.
+    pub dtype: Dtype,
+    /// The whole route.
+    pub hops: Vec<Hop>,
+    /// Which hop this message is for.
+    pub at: u8,
+    /// The sender's span.
+    pub trace: Option<TraceParent>,
+}
+
+impl Open {
+    /// Holds the route against the model: contiguous from layer 0 to `n_layer`.
+    ///
+    /// # Errors
+    /// The first gap, overlap or wrong end.
+    pub fn check(&self, n_layer: u16) -> Result<(), CheckError> {
+        self.check_shape()?;
+        let end = self.hops.last().map_or(0, |hop| hop.layers.end);
+        if end == n_layer {
+            return Ok(());
+        }
+        Err(wrong(format!(
+            "the route ends at layer {end}, the model has {n_layer}"
+        )))
+    }
+
+    fn check_shape(&self) -> Result<(), CheckError> {
+        at_most("hops of a route", self.hops.len(), HOPS_MAX)?;
+        if usize::from(self.at) >= self.hops.len() {
+            let (at, hops) = (self.at, self.hops.len());
+            return Err(wrong(format!("hop {at} of a route of {hops} hops")));
+        }
+        if self.n_ctx == 0 {
+            return Err(wrong("a context of 0 positions"));
+        }
+        let mut next = 0;
+        for (i, hop) in self.hops.iter().enumerate() {
+            check_addrs(&hop.addrs, HOP_ADDRS_MAX)?;
+            let layers = hop.layers;
+            if layers.start != next || layers.is_empty() {
+                return Err(wrong(format!(
+                    "hop {i} of the route has layers {layers}, {next} comes next"
+                )));
+            }
+            next = layers.end;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn check_addrs(addrs: &[String], max: usize) -> Result<(), CheckError> {
+    at_most("addresses of a peer", addrs.len(), max)?;
+    addrs
+        .iter()
+        .try_for_each(|addr| at_most("bytes of an address", addr.len(), ADDR_BYTES_MAX))
+}
+
+/// What the payload of a `Rows` frame holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum Content {
+    /// Token ids, `u32` LE each: to the first hop.
+    Tokens,
+    /// Hidden states, row after row: to the others.
+    Hidden(Dtype),
+}
+
+/// For which rows of a frame the client wants logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum WantRows {
+    /// None: prefill.
+    None,
+    /// The last one.
+    Last,
+    /// Every one: verifying drafts, perplexity.
+    All,
+}
+
+/// How logits are returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum Form {
+    /// The largest so many, with the log-sum-exp of the row.
+    Top(u16),
+    /// The whole row.
+    Full,
+}
+
+/// Which logits the client wants of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Want {
+    /// Of which rows.
+    pub rows: WantRows,
+    /// In which form.
+    pub form: Form,
+}
+
+impl Want {
+    /// No logits.
+    pub const NONE: Want = Want {
+        rows: WantRows::None,
+        form: Form::Full,
+    };
+}
+
+/// Header of a frame of rows; the payload's length follows from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Rows {
+    /// The session.
+    pub session: SessionId,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Position of the first row. Writing there truncates what the KV holds from there on.
+    pub pos0: u32,
+    /// Number of rows, 1 to [`ROWS_MAX`].
+    pub n_rows: u16,
+    /// What they are.
+    pub content: Content,
+    /// What is to come back.
+    pub want: Want,
+    /// Time spent computing this frame on the hops so far, in µs.
+    pub spent_us: u32,
+}
+
+impl Rows {
+    /// Bytes of the payload for a model of `n_embd` numbers a row.
+    pub fn payload_len(&self, n_embd: u32) -> usize {
+        let row = match self.content {
+            Content::Tokens => 4,
+            Content::Hidden(dtype) => dtype.row_len(n_embd),
+        };
+        row.saturating_mul(self.n_rows.into())
+    }
+
+    fn check_shape(&self) -> Result<(), CheckError> {
+        if self.n_rows == 0 {
+            return Err(wrong("a frame of 0 rows"));
+        }
+        at_most("rows of a frame", self.n_rows.into(), ROWS_MAX.into())?;
+        if self.pos0.checked_add(self.n_rows.into()).is_none() {
+            return Err(wrong(format!("rows beyond position {}", u32::MAX)));
+        }
+        match self.want.form {
+            Form::Top(0) => Err(wrong("the top 0 of the logits")),
+            Form::Top(k) => at_most("logits of a row", k.into(), TOP_MAX.into()),
+            Form::Full => Ok(()),
+        }
+    }
+}
+
+/// Down the route.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Down {
+    /// The first message of a stream.
+    Open(Open),
+    /// Rows, with a payload.
+    Rows(Rows),
+    /// The session is over: its KV may go.
+    Close,
+}
+
+impl Message for Down {
+    const NAME: &'static str = "session message";
+    const BYTES_MAX: usize = OPEN_BYTES_MAX;
+
+    fn check(&self) -> Result<(), CheckError> {
+        match self {
+            Down::Open(open) => open.check_shape(),
+            Down::Rows(rows) => rows.check_shape(),
+            Down::Close => Ok(()),
+        }
+    }
+}
+
+/// Up the route.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Up {
+    /// This hop and all below are ready.
+    Opened {
+        /// Numbers in a row, as this hop and all below have it.
+        n_embd: u32,
+        /// Tokens in the vocabulary, as this hop and all below have it.
+        n_vocab: u32,
+    },
+    /// Rows before `pos_end` were computed and forwarded.
+    Ack {
+        /// Of this epoch.
+        epoch: Epoch,
+        /// One after the last position.
+        pos_end: u32,
+    },
+    /// The session is over.
+    Failed(Failure),
+}
+
+impl Message for Up {
+    const NAME: &'static str = "session reply";
+    const BYTES_MAX: usize = SESSION_HEADER_MAX;
+
+    fn check(&self) -> Result<(), CheckError> {
+        match self {
+            Up::Failed(failure) => failure.check(),
+            Up::Opened { .. } | Up::Ack { .. } => Ok(()),
+        }
+    }
+}
+
+/// The client claims a session's answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Attach {
+    /// The session.
+    pub session: SessionId,
+    /// Its epoch.
+    pub epoch: Epoch,
+}
+
+impl Message for Attach {
+    const NAME: &'static str = "attach message";
+    const BYTES_MAX: usize = 64;
+}
+
+/// From the tail to the client.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum Answer {
+    /// Logits will come on this stream.
+    Attached,
+    /// One row of logits, with a payload.
+    Logits(Logits),
+    /// The session is over.
+    Failed(Failure),
+}
+
+impl Message for Answer {
+    const NAME: &'static str = "answer";
+    const BYTES_MAX: usize = SESSION_HEADER_MAX;
+
+    fn check(&self) -> Result<(), CheckError> {
+        match self {
+            Answer::Attached => Ok(()),
+            Answer::Logits(logits) => logits.check(),
+            Answer::Failed(failure) => failure.check(),
+        }
+    }
+}
+
+/// Header of a row of logits; the payload's length follows from it.
+#[derive(Debug, Clone, Copy, PartialEq, Encode, Decode)]
+pub struct Logits {
+    /// The session's epoch.
+    pub epoch: Epoch,
+    /// Position of the row that the logits belong to.
+    pub pos: u32,
+    /// Numbers in a whole row.
+    pub n_vocab: u32,
+    /// What the payload holds.
+    pub form: LogitsForm,
+    /// Time spent computing this row on all hops, in µs.
+    pub spent_us: u32,
+}
+
+/// What the payload of a row of logits holds.
+#[derive(Debug, Clone, Copy, PartialEq, Encode, Decode)]
+pub enum LogitsForm {
+    /// `k` pairs of (`u32` LE token, `f32` LE logit), the largest logit first.
+    Top {
+        /// Number of pairs.
+        k: u16,
+        /// Log-sum-exp of the whole row: what is missing for probabilities.
+        lse: f32,
+    },
+    /// `n_vocab` numbers, `f32` LE.
+    Full,
+}
+
+impl Logits {
+    /// Bytes of the payload.
+    pub fn payload_len(&self) -> usize {
+        match self.form {
+            LogitsForm::Top { k, .. } => 8 * usize::from(k),
+            LogitsForm::Full => (self.n_vocab as usize).saturating_mul(4),
+        }
+    }
+
+    fn check(&self) -> Result<(), CheckError> {
+        match self.form {
+            LogitsForm::Full => Ok(()),
+            LogitsForm::Top { lse, .. } if !lse.is_finite() => {
+                Err(wrong(format!("a log-sum-exp of {lse}")))
+            }
+            LogitsForm::Top { k, .. } => at_most("logits of a row", k.into(), TOP_MAX.into()),
+        }
+    }
+}
+
+/// Who was wrong, as the reporting hop sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Encode, Decode, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fault {
+    /// Another peer that the reporter depends on.
+    Peer,
+    /// The reporter itself.
+    Local,
+    /// Whoever asked.
+    Caller,
+}
+
+/// What went wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Encode, Decode, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureCode {
+    /// The model is not served here.
+    UnknownModel,
+    /// The model is served here, these layers are not.
+    LayersNotHeld,
+    /// No room for another session, or for one so large.
+    Full,
+    /// A frame that breaks the protocol.
+    BadFrame,
+    /// A session, or an epoch, that is not open here.
+    WrongSession,
+    /// Something did not come in time.
+    Deadline,
+    /// The next hop, or the client's answer stream, is gone.
+    DownstreamLost,
+    /// The computation failed.
+    Engine,
+    /// This node is leaving.
+    ShuttingDown,
+    /// The other side speaks another version.
+    Version,
+}
+
+/// Why a session is over.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize, thiserror::Error)]
+#[error("hop {at}: {message}")]
+pub struct Failure {
+    /// The hop it is about.
+    pub at: u8,
+    /// Who was wrong.
+    pub fault: Fault,
+    /// What went wrong.
+    pub code: FailureCode,
+    /// The cause in words, at most [`FAILURE_BYTES_MAX`] bytes.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure; the text is cut to what a message may carry.
+    pub fn new(at: u8, fault: Fault, code: FailureCode, message: impl Into<String>) -> Self {
+        let mut message = message.into();
+        message.truncate(message.floor_char_boundary(FAILURE_BYTES_MAX));
+        Self {
+            at,
+            fault,
+            code,
+            message,
+        }
+    }
+
+    fn check(&self) -> Result<(), CheckError> {
+        at_most(
+            "bytes of a failure's text",
+            self.message.len(),
+            FAILURE_BYTES_MAX,
+        )
+    }
+}
