@@ -6,18 +6,29 @@
 //! TensorSource (bytes) ──────┴▶ LlamaStage ─▶ Worker (a thread, a queue)
 //! ```
 
+mod arch;
 mod blueprint;
 mod chain;
+#[allow(unsafe_code)]
+mod llama;
 mod llama_stage;
+mod random_model;
 mod source;
 mod stage;
+mod system;
+mod whole;
 mod worker;
 
 pub use blueprint::{Blueprint, UnsupportedModel};
 pub use chain::ChainStage;
 pub use llama_stage::{LlamaStage, LoadError, LoadOptions};
+pub use random_model::{
+    QuantType, RandomModelError, RandomShape, RandomWeights, quantize, random_model,
+};
 pub use source::{FileSource, TensorSource};
 pub use stage::{EngineError, Fault, Input, Slot, Stage, StageShape, StageStats, Step, Want};
+pub use system::{Device, SystemInfo, numerics_class, physical_cores, system_info};
+pub use whole::WholeModel;
 pub use worker::{Busy, Done, Job, Reply, Rows, Worker};
 
 /// Most rows in one step. Below 64, where flash attention begins to tile, so

@@ -1,0 +1,86 @@
+//! llama.cpp behind a small safe interface: the only module with `unsafe`.
+//!
+//! [`Model`] and [`Context`] own what llama.cpp allocates; a context keeps its
+//! model alive. Nothing here is `Sync`: one thread owns a stage and all of it.
+
+mod context;
+mod log;
+mod model;
+mod quant;
+mod sampler;
+mod vocab;
+
+pub(crate) use context::{Context, ContextOptions, Output, Rows, ThreadPool};
+pub(crate) use model::{FileModel, Model};
+pub(crate) use quant::{dequantize_row, quantize_file, quantize_rows};
+pub(crate) use sampler::{Chain, Link};
+pub(crate) use vocab::VocabModel;
+
+use std::ffi::CStr;
+use std::sync::Once;
+
+use llama_cpp_sys_2 as sys;
+
+/// Starts llama.cpp's backends and sends its log to `tracing`, once.
+pub(crate) fn start() {
+    static START: Once = Once::new();
+    START.call_once(|| {
+        // SAFETY: the callback is a plain function without state; called once,
+        // before any other call into the library.
+        unsafe { sys::llama_log_set(Some(log::forward), std::ptr::null_mut()) };
+        // SAFETY: called once, before any model is loaded.
+        unsafe { sys::llama_backend_init() };
+    });
+}
+
+/// A description of a backend device: name, what it is, free and total bytes.
+pub(crate) fn devices() -> Vec<(String, String, usize, usize)> {
+    start();
+    // SAFETY: the backends are started.
+    let n = unsafe { sys::ggml_backend_dev_count() };
+    let describe = |i| {
+        // SAFETY: `i` is below the count.
+        let dev = unsafe { sys::ggml_backend_dev_get(i) };
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: `dev` is a device; the pointers are to locals.
+        unsafe { sys::ggml_backend_dev_memory(dev, &raw mut free, &raw mut total) };
+        // SAFETY: `dev` is a device; its name is static.
+        let name = unsafe { text(sys::ggml_backend_dev_name(dev)) };
+        // SAFETY: `dev` is a device; its description is static.
+        let what = unsafe { text(sys::ggml_backend_dev_description(dev)) };
+        (name, what, free, total)
+    };
+    (0..n).map(describe).collect()
+}
+
+/// llama.cpp's own line about CPU features.
+pub(crate) fn cpu_features() -> String {
+    start();
+    // SAFETY: returns a static string.
+    unsafe { text(sys::llama_print_system_info()) }
+}
+
+/// llama.cpp's version.
+pub(crate) fn version() -> String {
+    // SAFETY: returns a static string.
+    unsafe { text(sys::llama_version()) }
+}
+
+/// Whether layers can go to a GPU in this build and on this machine.
+pub(crate) fn gpu() -> bool {
+    start();
+    // SAFETY: no arguments.
+    unsafe { sys::llama_supports_gpu_offload() }
+}
+
+/// # Safety
+/// `ptr` is null or a C string that outlives the call.
+unsafe fn text(ptr: *const std::ffi::c_char) -> String {
+    if ptr.is_null() {
+        return String::new();
+    }
+    // SAFETY: the caller's promise.
+    unsafe { CStr::from_ptr(ptr) }
+        .to_string_lossy()
+        .into_owned()
+}
