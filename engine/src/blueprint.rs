@@ -151,9 +151,6 @@ impl Blueprint {
         keys.check_vocab(n_vocab)?;
         let (kv, arrays) = keys.stage_keys(n_layer)?;
         let tied = !tensors.head.iter().any(|t| t.name == OUTPUT);
-        if arch.tied_always && !tied {
-            return Err(bad_tensor(OUTPUT, format!("{} has none", arch.name)));
-        }
         let long = |t: &TensorInfo| t.name.starts_with("rope_factors_");
         Ok(Blueprint {
             arch,
@@ -261,13 +258,7 @@ impl Blueprint {
         };
         let n_embd = u64::from(self.n_embd);
         let rows = if last { u64::from(self.n_vocab) } else { 1 };
-        let head_in_embedding = last && self.arch.tied_always;
-        if head_in_embedding {
-            let fill = Fill::Source(EMBEDDING.into());
-            push(EMBEDDING, &self.embedding.dims, self.embedding.ty, fill);
-        } else {
-            push(EMBEDDING, &[n_embd, rows], hole_type(n_embd), Fill::Hole);
-        }
+        push(EMBEDDING, &[n_embd, rows], hole_type(n_embd), Fill::Hole);
         if last {
             for tensor in &self.head {
                 push(
@@ -277,15 +268,13 @@ impl Blueprint {
                     Fill::Source(tensor.name.clone()),
                 );
             }
-            if self.tied && !head_in_embedding {
+            if self.tied {
                 let fill = Fill::Source(EMBEDDING.into());
                 push(OUTPUT, &self.embedding.dims, self.embedding.ty, fill);
             }
         } else {
             push("output_norm.weight", &[n_embd], TensorType::F32, Fill::Ones);
-            if !self.arch.tied_always {
-                push(OUTPUT, &[n_embd, 1], TensorType::F32, Fill::Hole);
-            }
+            push(OUTPUT, &[n_embd, 1], TensorType::F32, Fill::Hole);
         }
         for tensor in &self.shared {
             push(
@@ -316,20 +305,16 @@ impl Blueprint {
         let name = self.arch.name;
         kv.push((format!("{name}.block_count"), Value::U32(1)));
         kv.push((format!("{name}.vocab_size"), Value::U32(n_vocab)));
+        let Some(local) = &self.local else { return kv };
         let window = format!("{name}.attention.sliding_window");
-        match &self.local {
-            // A period of one has no local layer, a longer one begins with one.
-            Some(local) => {
-                let period = if local.get(i as usize) == Some(&true) {
-                    2
-                } else {
-                    1
-                };
-                kv.push((format!("{window}_pattern"), Value::U32(period)));
-            }
-            None if self.arch.window != Window::None => kv.retain(|(key, _)| *key != window),
-            None => {}
+        if local.get(i as usize) == Some(&true) {
+            // A pattern of two begins with a local layer.
+            kv.push((format!("{window}_pattern"), Value::U32(2)));
+            return kv;
         }
+        // llama.cpp asserts that a model with windows has a local layer: one
+        // that looks at everything has no window.
+        kv.retain(|(key, _)| *key != window);
         kv
     }
 }
@@ -610,8 +595,8 @@ impl Keys<'_> {
         let window = self.optional("attention.sliding_window")?;
         let period = match self.arch.window {
             Window::None => return Ok(None),
-            Window::Optional { .. } if window.unwrap_or(0) == 0 => return Ok(None),
-            Window::Optional { period } | Window::Always { period } => period,
+            Window::Pattern { .. } if window.unwrap_or(0) == 0 => return Ok(None),
+            Window::Pattern { period } => period,
         };
         let key = "attention.sliding_window_pattern";
         if let Some(Value::Array(array)) = self.header.get(&self.key(key)) {

@@ -201,7 +201,6 @@ struct ArchTraits {
     moe: bool,
     shared_expert: bool,
     gated_in_up: bool,
-    tied_always: bool,
     rope_factors: RopeFactors,
 }
 
@@ -229,7 +228,6 @@ impl ArchTraits {
             moe: false,
             shared_expert: false,
             gated_in_up: false,
-            tied_always: false,
             rope_factors: RopeFactors::None,
         };
         Some(match arch {
@@ -255,15 +253,6 @@ impl ArchTraits {
             "qwen3moe" => ArchTraits {
                 qk_norm: Some(QkNorm::Head),
                 moe: true,
-                ..plain
-            },
-            "gemma" => ArchTraits {
-                tied_always: true,
-                ..plain
-            },
-            "gemma2" => ArchTraits {
-                tied_always: true,
-                norms_after: true,
                 ..plain
             },
             "gemma3" => ArchTraits {
@@ -325,10 +314,6 @@ fn keys(arch: &str, shape: &RandomShape, traits: &ArchTraits) -> Vec<(String, Va
         key("attention.sliding_window", shape.window.into());
     }
     match arch {
-        "gemma2" => {
-            key("attn_logit_softcapping", 50f32.into());
-            key("final_logit_softcapping", 30f32.into());
-        }
         "granite" => {
             key("logit_scale", 8f32.into());
             key("residual_scale", 0.22f32.into());
@@ -421,7 +406,7 @@ impl Plan<'_> {
         } = *self.shape;
         self.matrix("token_embd.weight".into(), &[n_embd, n_vocab], true);
         self.vector("output_norm.weight".into(), n_embd);
-        if !self.shape.tied && !self.traits.tied_always {
+        if !self.shape.tied {
             self.matrix("output.weight".into(), &[n_embd, n_vocab], true);
         }
         match self.traits.rope_factors {

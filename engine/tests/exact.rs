@@ -25,8 +25,6 @@ macro_rules! archs {
 }
 
 archs! {
-    gemma "gemma",
-    gemma2 "gemma2",
     gemma3 "gemma3",
     granite "granite",
     llama "llama",

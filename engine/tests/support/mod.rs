@@ -13,8 +13,6 @@ use gguf::TensorType;
 
 /// Every architecture with a random model.
 pub const ARCHS: &[&str] = &[
-    "gemma",
-    "gemma2",
     "gemma3",
     "granite",
     "llama",
@@ -35,7 +33,6 @@ pub const N_CTX: u32 = 256;
 pub fn tiny(arch: &str) -> RandomShape {
     let mut shape = RandomShape::tiny();
     match arch {
-        "gemma2" => (shape.n_layer, shape.window) = (4, 16),
         // Layer 5 is the first that looks at everything.
         "gemma3" => (shape.n_layer, shape.window, shape.tied) = (7, 16, true),
         "olmo2" => (shape.n_layer, shape.window) = (4, 16),
