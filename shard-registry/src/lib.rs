@@ -1,1 +1,27 @@
-//! placeholder
+//! What exists and who has it: manifests, the content-addressed store, adverts, route planning.
+//!
+//! ```text
+//! GGUF files ─import─▶ Store ─▶ Manifest (its hash is the model's id)
+//!                        └────▶ ShardReader: bytes of tensors, after their shard's hash was right
+//! adverts ─▶ AdvertTable ─▶ Snapshot ─▶ route::plan ─▶ hops
+//! ```
+//!
+//! No network. The table and the planner are plain structs: time and seeds are passed in. The only
+//! I/O is the store's.
+
+pub mod adverts;
+mod files;
+mod import;
+mod layout;
+mod manifest;
+mod reader;
+pub mod route;
+mod store;
+
+pub use adverts::{AdvertTable, Coverage, Outcome, Refusal, Snapshot};
+pub use files::GgufFiles;
+pub use import::{ImportError, Imported, Progress};
+pub use layout::{Piece, ShardKind};
+pub use manifest::{MANIFEST_BYTES_MAX, Manifest, ManifestError, ShardEntry, Tensor};
+pub use reader::{ReadError, ShardReader};
+pub use store::{AliasName, Problem, Resolved, Store, StoreError, Stored, UnknownModel};

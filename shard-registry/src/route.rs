@@ -1,0 +1,532 @@
+//! The route planner: the cheapest way through all layers, by what the adverts say. Pure; the same
+//! input gives the same route.
+//!
+//! ```text
+//! boundary 0      1      2      …      n_layer
+//! peer A   ●──────●──────●                       ──▶ compute one more layer here
+//! peer B          ●──────●──────●                 ↘  hand over: delay + frame/bandwidth + queue
+//! peer C                 ●──────●───── … ──●──▶ client
+//! ```
+//!
+//! A state is (boundary, peer that computed the layer before it); layer by layer each holder takes
+//! the cheaper of going on and being handed the rows. Round trips between most pairs are unknown and
+//! estimated as a sum of one term for each side, so that one sorted list of givers serves all takers
+//! and only known pairs are looked at one by one. A peer may appear more than once in a route.
+
+use std::{collections::HashMap, fmt::Write as _, time::Duration};
+
+use swarm_proto::{Advert, Hop, LayerRange, ModelAdvert, ModelId, Peer, session};
+
+use crate::adverts::Snapshot;
+
+/// What a hop costs beyond compute and wire (waking up, copying): the budget of the session code.
+const HOP_NS: u64 = 80_000;
+/// Half of a round trip to a peer that was never measured: somewhere on the same continent.
+const HALF_RTT_UNKNOWN_NS: u64 = 10_000_000;
+/// Uplink of a peer that did not measure it, in bytes a second: a home's.
+const UPLINK_UNKNOWN: f64 = 2.5e6;
+/// Layers a second of a peer that did not measure it: a slow one's, so that measured peers win.
+const LAYER_TOKENS_UNKNOWN: f64 = 200.0;
+/// Compute counts for more than its measured time: a machine under load is slower than idle.
+const COMPUTE_WEIGHT: f64 = 1.5;
+/// Larger than any real cost, small enough to add up.
+const COST_MAX: u64 = 1 << 50;
+
+/// What is asked of the planner.
+#[derive(Debug, Clone)]
+pub struct Query<'a> {
+    /// The model.
+    pub model: ModelId,
+    /// Its layers.
+    pub n_layer: u16,
+    /// Bytes of one row between hops.
+    pub frame_bytes: u64,
+    /// Bytes of one answer from the tail.
+    pub reply_bytes: u64,
+    /// Context the session will ask for; 0 when it is not known.
+    pub n_ctx: u32,
+    /// Peers not to use.
+    pub avoid: &'a [Peer],
+    /// When given, only these.
+    pub allow: Option<&'a [Peer]>,
+    /// Round trips measured from here, in µs.
+    pub rtts: &'a [(Peer, u32)],
+    /// Makes each peer dearer by a factor of 1 to `1 + jitter`, so that clients with the same view
+    /// do not all choose the same route. 0: none.
+    pub jitter: f32,
+    /// What the jitter is drawn from.
+    pub seed: u64,
+}
+
+impl<'a> Query<'a> {
+    /// A query without wishes.
+    pub fn new(model: ModelId, n_layer: u16) -> Query<'a> {
+        Query {
+            model,
+            n_layer,
+            frame_bytes: 16 * 1024,
+            reply_bytes: 2 * 1024,
+            n_ctx: 0,
+            avoid: &[],
+            allow: None,
+            rtts: &[],
+            jitter: 0.0,
+            seed: 0,
+        }
+    }
+}
+
+/// A way through all layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// In order; their layers cover the model exactly once.
+    pub hops: Vec<Hop>,
+    /// Estimated time of one token, from the client back to the client.
+    pub estimate: Duration,
+}
+
+/// Why there is no route.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", self.text())]
+pub struct NoRoute {
+    /// Layers that no usable peer serves.
+    pub missing: Vec<LayerRange>,
+    /// Of these, layers that peers serve who may not be used (avoided, or not allowed).
+    pub excluded: Vec<LayerRange>,
+    /// Of these, layers that peers serve who have no room for the context.
+    pub full: Vec<LayerRange>,
+    /// Peers who serve some layer of the model.
+    pub n_peers: usize,
+}
+
+impl NoRoute {
+    fn text(&self) -> String {
+        let list = |ranges: &[LayerRange]| {
+            let texts: Vec<_> = ranges.iter().map(ToString::to_string).collect();
+            texts.join(", ")
+        };
+        if self.n_peers == 0 {
+            return "no peer serves any layer of this model; start a node with it, or wait for adverts".into();
+        }
+        let mut text = format!("no usable peer serves layers {}", list(&self.missing));
+        if !self.excluded.is_empty() {
+            let _ = write!(
+                text,
+                "; peers that may not be used serve {}",
+                list(&self.excluded)
+            );
+        }
+        if !self.full.is_empty() {
+            let _ = write!(
+                text,
+                "; peers without room for this context serve {}",
+                list(&self.full)
+            );
+        }
+        let _ = write!(text, " ({} peers serve others of its layers)", self.n_peers);
+        text
+    }
+}
+
+/// Plans the cheapest route.
+///
+/// # Errors
+/// Some layer has no usable holder; says which.
+pub fn plan(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
+    let table = Table::new(snapshot, query);
+    let missing = table.missing(query.n_layer, |_| true);
+    if !missing.is_empty() || query.n_layer == 0 {
+        return Err(explain(snapshot, query, missing));
+    }
+    let steps = search(&table, query);
+    let mut hops: Vec<(usize, LayerRange)> = Vec::new();
+    for (layer, &peer) in (0u16..).zip(&steps.peers) {
+        match hops.last_mut() {
+            Some((last, layers)) if *last == peer && !steps.entered[usize::from(layer)] => {
+                layers.end = layer + 1;
+            }
+            _ => hops.push((
+                peer,
+                LayerRange {
+                    start: layer,
+                    end: layer + 1,
+                },
+            )),
+        }
+    }
+    Ok(Route {
+        hops: hops
+            .into_iter()
+            .map(|(peer, layers)| table.hop(peer, layers))
+            .collect(),
+        estimate: Duration::from_nanos(steps.cost.ns),
+    })
+}
+
+/// What the planner would say that a given route costs; `None` when it uses a peer or layer that it
+/// would not.
+pub fn estimate(snapshot: &Snapshot, query: &Query, hops: &[Hop]) -> Option<Duration> {
+    let table = Table::new(snapshot, query);
+    let mut ns = 0;
+    let mut last: Option<usize> = None;
+    for hop in hops {
+        let i = table
+            .peers
+            .iter()
+            .position(|peer| peer.advert.peer == hop.peer)?;
+        let peer = &table.peers[i];
+        let all_held = hop.layers.layers().all(|layer| peer.holds(layer));
+        if !all_held {
+            return None;
+        }
+        let link = last.map_or(peer.half_ns, |from| table.link(from, i));
+        ns += link + peer.enter_ns + peer.layer_ns * u64::from(hop.layers.len());
+        last = Some(i);
+    }
+    last.map(|i| Duration::from_nanos(ns + table.peers[i].exit_ns))
+}
+
+/// A cost, then the hops it takes: of two equal ones the shorter wins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Cost {
+    ns: u64,
+    hops: u16,
+}
+
+impl Cost {
+    const NONE: Cost = Cost {
+        ns: u64::MAX,
+        hops: u16::MAX,
+    };
+
+    fn plus(self, ns: u64) -> Cost {
+        Cost {
+            ns: self.ns.saturating_add(ns),
+            ..self
+        }
+    }
+
+    fn hop(self, ns: u64) -> Cost {
+        Cost {
+            ns: self.ns.saturating_add(ns),
+            hops: self.hops.saturating_add(1),
+        }
+    }
+}
+
+/// A peer as the planner sees it.
+struct Usable<'a> {
+    advert: &'a Advert,
+    live: Vec<LayerRange>,
+    /// One layer of one row.
+    layer_ns: u64,
+    /// Its share of a delay that was not measured.
+    half_ns: u64,
+    /// Sending a frame.
+    send_ns: u64,
+    /// Waking up and waiting in its queue.
+    enter_ns: u64,
+    /// From it back to the client.
+    exit_ns: u64,
+    /// One-way delays to other usable peers that are known: (index, ns), by index.
+    known: Vec<(usize, u64)>,
+}
+
+impl Usable<'_> {
+    fn holds(&self, layer: u16) -> bool {
+        self.live.iter().any(|span| span.contains(layer))
+    }
+}
+
+struct Table<'a> {
+    peers: Vec<Usable<'a>>,
+    /// For each layer who holds it.
+    holders: Vec<Vec<usize>>,
+}
+
+impl<'a> Table<'a> {
+    fn new(snapshot: &'a Snapshot, query: &Query) -> Table<'a> {
+        let rtts: HashMap<Peer, u32> = query.rtts.iter().copied().collect();
+        let mut peers: Vec<Usable> = Vec::new();
+        for advert in &snapshot.adverts {
+            let Some(model) = claim(advert, query) else {
+                continue;
+            };
+            if usable(advert, query) && has_room(model, query) {
+                peers.push(weigh(advert, model, query, &rtts));
+            }
+        }
+        let index: HashMap<Peer, usize> = peers
+            .iter()
+            .enumerate()
+            .map(|(i, peer)| (peer.advert.peer, i))
+            .collect();
+        let mut known: Vec<Vec<(usize, u64)>> = vec![Vec::new(); peers.len()];
+        for (i, peer) in peers.iter().enumerate() {
+            for (other, rtt_us) in &peer.advert.rtts {
+                if let Some(&j) = index.get(other).filter(|j| **j != i) {
+                    let ns = half(*rtt_us);
+                    known[i].push((j, ns));
+                    known[j].push((i, ns));
+                }
+            }
+        }
+        for (peer, mut known) in peers.iter_mut().zip(known) {
+            // Both ends may have measured: the smaller one is nearer to the wire.
+            known.sort_unstable();
+            known.dedup_by_key(|(j, _)| *j);
+            peer.known = known;
+        }
+        let mut holders = vec![Vec::new(); query.n_layer.into()];
+        for (i, peer) in peers.iter().enumerate() {
+            for layer in peer.live.iter().flat_map(LayerRange::layers) {
+                if let Some(holders) = holders.get_mut(usize::from(layer)) {
+                    holders.push(i);
+                }
+            }
+        }
+        Table { peers, holders }
+    }
+
+    fn missing(&self, n_layer: u16, only: impl Fn(u16) -> bool) -> Vec<LayerRange> {
+        let empty = (0..n_layer).filter(|l| self.holders[usize::from(*l)].is_empty() && only(*l));
+        LayerRange::merge(
+            empty
+                .map(|l| LayerRange {
+                    start: l,
+                    end: l + 1,
+                })
+                .collect(),
+        )
+    }
+
+    /// One frame from one peer to another.
+    fn link(&self, from: usize, to: usize) -> u64 {
+        let (giver, taker) = (&self.peers[from], &self.peers[to]);
+        let known = taker.known.binary_search_by_key(&from, |(i, _)| *i);
+        let delay = match known {
+            Ok(at) => taker.known[at].1,
+            Err(_) => giver.half_ns + taker.half_ns,
+        };
+        giver.send_ns + delay
+    }
+
+    fn hop(&self, peer: usize, layers: LayerRange) -> Hop {
+        let advert = self.peers[peer].advert;
+        let fits = advert
+            .addrs
+            .iter()
+            .filter(|addr| addr.len() <= session::ADDR_BYTES_MAX);
+        Hop {
+            peer: advert.peer,
+            addrs: fits.take(session::HOP_ADDRS_MAX).cloned().collect(),
+            layers,
+        }
+    }
+}
+
+fn claim<'a>(advert: &'a Advert, query: &Query) -> Option<&'a ModelAdvert> {
+    let mut models = advert.models.iter();
+    models.find(|model| model.model == query.model && model.n_layer == query.n_layer)
+}
+
+fn usable(advert: &Advert, query: &Query) -> bool {
+    !advert.leaving
+        && !query.avoid.contains(&advert.peer)
+        && query.allow.is_none_or(|allow| allow.contains(&advert.peer))
+}
+
+/// Room for at least one layer of the session; whether it has room for all is seen on opening.
+fn has_room(model: &ModelAdvert, query: &Query) -> bool {
+    query.n_ctx <= model.n_ctx_max && u64::from(query.n_ctx) <= model.free_cells || query.n_ctx == 0
+}
+
+fn half(rtt_us: u32) -> u64 {
+    u64::from(rtt_us) * 500
+}
+
+/// Whole ns; a figure that is absurd counts as the worst that can be added up.
+fn ns(seconds: f64) -> u64 {
+    ((seconds * 1e9) as u64).min(COST_MAX >> 16)
+}
+
+fn weigh<'a>(
+    advert: &'a Advert,
+    model: &ModelAdvert,
+    query: &Query,
+    rtts: &HashMap<Peer, u32>,
+) -> Usable<'a> {
+    let live = LayerRange::merge(model.live.clone());
+    let speed = model
+        .layer_tokens_s
+        .map_or(LAYER_TOKENS_UNKNOWN, |m| m.value.into());
+    let uplink = advert
+        .uplink_bytes_s
+        .map_or(UPLINK_UNKNOWN, |m| m.value.into());
+    let dearer = 1.0 + f64::from(query.jitter.max(0.0)) * draw(query.seed, &advert.peer);
+    let layer_ns = ns(COMPUTE_WEIGHT * dearer / speed.max(1e-3)).max(1);
+    let half_ns = rtts
+        .get(&advert.peer)
+        .map_or(HALF_RTT_UNKNOWN_NS, |rtt| half(*rtt));
+    let send = |bytes: u64| ns(bytes as f64 / uplink.max(1.0));
+    let n_live: u64 = live.iter().map(|span| u64::from(span.len())).sum();
+    let queued = layer_ns
+        .saturating_mul(n_live)
+        .saturating_mul(advert.queue.into());
+    Usable {
+        advert,
+        layer_ns,
+        half_ns,
+        send_ns: send(query.frame_bytes),
+        enter_ns: HOP_NS + queued.min(COST_MAX >> 16),
+        exit_ns: half_ns + send(query.reply_bytes),
+        known: Vec::new(),
+        live,
+    }
+}
+
+/// A number in 0 to 1 from a seed and a peer.
+fn draw(seed: u64, peer: &Peer) -> f64 {
+    let mut bytes = [0; 40];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    bytes[8..].copy_from_slice(&peer.0);
+    let hash = blake3::hash(&bytes);
+    let word = hash
+        .as_bytes()
+        .first_chunk()
+        .map_or(0, |word| u32::from_le_bytes(*word));
+    f64::from(word) / f64::from(u32::MAX)
+}
+
+/// For each layer who computes it, and whether rows are handed over before it.
+struct Steps {
+    peers: Vec<usize>,
+    entered: Vec<bool>,
+    cost: Cost,
+}
+
+/// Where the rows of a state came from.
+#[derive(Clone, Copy)]
+enum From {
+    Client,
+    Same,
+    Peer(usize),
+}
+
+fn search(table: &Table, query: &Query) -> Steps {
+    let n = table.peers.len();
+    let n_layer = usize::from(query.n_layer);
+    let mut cost = vec![Cost::NONE; n];
+    let mut from = vec![From::Client; n * n_layer];
+    // One list of givers is enough for every taker when it is longer than what any taker skips.
+    let longest = table
+        .peers
+        .iter()
+        .map(|peer| peer.known.len())
+        .max()
+        .unwrap_or(0)
+        + 2;
+    let mut givers: Vec<(Cost, usize)> = Vec::new();
+    let mut skip = vec![usize::MAX; n];
+    for layer in 0..n_layer {
+        givers.clear();
+        if layer > 0 {
+            let before = table.holders[layer - 1].iter();
+            givers.extend(before.map(|&p| {
+                let peer = &table.peers[p];
+                (cost[p].plus(peer.send_ns + peer.half_ns), p)
+            }));
+            if givers.len() > longest {
+                givers.select_nth_unstable(longest);
+                givers.truncate(longest);
+            }
+            givers.sort_unstable();
+        }
+        let mut next = vec![Cost::NONE; n];
+        for &q in &table.holders[layer] {
+            let taker = &table.peers[q];
+            let (best, source) = if layer == 0 {
+                let ns = taker.half_ns + taker.enter_ns;
+                (Cost { ns, hops: 1 }, From::Client)
+            } else {
+                let mut best = (cost[q], From::Same);
+                let mut offer = |cost: Cost, p| {
+                    if cost < best.0 {
+                        best = (cost, From::Peer(p));
+                    }
+                };
+                skip[q] = q;
+                for &(p, delay) in &taker.known {
+                    skip[p] = q;
+                    let giver = table.peers[p].send_ns;
+                    offer(cost[p].hop(giver + delay + taker.enter_ns), p);
+                }
+                if let Some(&(giver, p)) = givers.iter().find(|(_, p)| skip[*p] != q) {
+                    offer(giver.hop(taker.half_ns + taker.enter_ns), p);
+                }
+                best
+            };
+            next[q] = best.plus(taker.layer_ns);
+            from[layer * n + q] = source;
+        }
+        cost = next;
+    }
+    walk_back(table, &cost, &from, n_layer)
+}
+
+fn walk_back(table: &Table, cost: &[Cost], from: &[From], n_layer: usize) -> Steps {
+    let n = table.peers.len();
+    let ends = table.holders[n_layer - 1].iter();
+    let end = ends
+        .map(|&p| (cost[p].plus(table.peers[p].exit_ns), p))
+        .min();
+    // The caller made sure that every layer has a holder.
+    let (total, mut peer) = end.unwrap_or((Cost::NONE, 0));
+    let mut steps = Steps {
+        peers: vec![0; n_layer],
+        entered: vec![false; n_layer],
+        cost: total,
+    };
+    for layer in (0..n_layer).rev() {
+        steps.peers[layer] = peer;
+        match from[layer * n + peer] {
+            From::Same => {}
+            From::Client => steps.entered[layer] = true,
+            From::Peer(p) => {
+                steps.entered[layer] = true;
+                peer = p;
+            }
+        }
+    }
+    steps
+}
+
+fn explain(snapshot: &Snapshot, query: &Query, missing: Vec<LayerRange>) -> NoRoute {
+    let wanted = |layer: u16| missing.iter().any(|range| range.contains(layer));
+    let served = |pick: &dyn Fn(&Advert, &ModelAdvert) -> bool| {
+        let adverts = snapshot.adverts.iter();
+        let claims = adverts.filter_map(|advert| Some((&**advert, claim(advert, query)?)));
+        let layers = claims
+            .filter(|(a, m)| pick(a, m))
+            .flat_map(|(_, m)| m.live.clone());
+        let single = layers
+            .flat_map(|range| range.layers())
+            .filter(|layer| wanted(*layer));
+        LayerRange::merge(
+            single
+                .map(|l| LayerRange {
+                    start: l,
+                    end: l.saturating_add(1),
+                })
+                .collect(),
+        )
+    };
+    let holds =
+        |advert: &&std::sync::Arc<Advert>| claim(advert, query).is_some_and(|m| !m.live.is_empty());
+    NoRoute {
+        excluded: served(&|advert, _| !usable(advert, query)),
+        full: served(&|advert, model| usable(advert, query) && !has_room(model, query)),
+        n_peers: snapshot.adverts.iter().filter(holds).count(),
+        missing,
+    }
+}
