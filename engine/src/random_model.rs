@@ -132,6 +132,8 @@ pub enum RandomModelError {
 /// A file type of llama.cpp's quantiser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QuantType {
+    /// Not quantised at all.
+    F32,
     /// Eight bits, blocks of 32.
     Q8_0,
     /// Four bits, blocks of 32.
@@ -146,6 +148,7 @@ pub enum QuantType {
 /// What llama.cpp logged.
 pub fn quantize(input: &Path, output: &Path, ty: QuantType) -> Result<(), RandomModelError> {
     let ftype = match ty {
+        QuantType::F32 => 0,
         QuantType::Q4_0 => 2,
         QuantType::Q8_0 => 7,
         QuantType::Q4KM => 15,
