@@ -1,0 +1,215 @@
+//! What one run does: look at the model, start the nodes, ask, compare, report.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use testnet::client::Ask;
+use testnet::facts::Facts;
+use testnet::picture::Scene;
+use testnet::plan::spans;
+use testnet::report::{Report, seconds};
+use testnet::screen::Screen;
+use testnet::swarm::{NodeSpec, StartPlan, Swarm, check_spans};
+
+use crate::Args;
+
+/// Nodes that start at the same time once every layer is held: more wait for each other on few cores.
+const STARTS_AT_ONCE: usize = 4;
+
+/// How long a client may take to see what all nodes said: adverts travel within seconds.
+const COVERED_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What a node, a prompt and a token may take on a slow machine, for each GB of model.
+const BASE_TIMEOUT: Duration = Duration::from_secs(120);
+const TIMEOUT_PER_GB: Duration = Duration::from_secs(60);
+
+/// Plays the whole scenario; says whether the swarm's text is that of the whole model.
+///
+/// # Errors
+/// When anything but the comparison fails.
+pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result<bool> {
+    let began = Instant::now();
+    let model = resolve(&args.model)?;
+    let client = swarm.client("client");
+    let facts = client.inspect(&model, BASE_TIMEOUT).await?;
+    let limit = time_limit(facts.bytes);
+    screen.lines(&format!(
+        "{} nodes on this machine, swarm {}, model {} ({} layers, {:.1} MB), seed {}",
+        args.nodes,
+        swarm.id(),
+        args.model,
+        facts.n_layer,
+        facts.bytes as f64 / 1e6,
+        args.seed
+    ));
+
+    let start = Instant::now();
+    start_nodes(args, &model, &facts, swarm, screen, limit).await?;
+    let client = swarm.client("client");
+    let layers = client.until_covered(facts.n_layer, COVERED_TIMEOUT).await?;
+    let start_s = seconds(start.elapsed());
+
+    let ask = Ask {
+        model: model.clone(),
+        prompt: args.prompt.clone(),
+        tokens: args.tokens,
+        n: args.n_predict,
+    };
+    screen.lines(&format!("\nasking greedily: {}", args.prompt));
+    let answer = client.ask(&ask, limit).await?;
+    screen.lines(&format!("\n{}\n", indent(&answer.text)));
+    let rss_bytes = swarm
+        .nodes()
+        .iter()
+        .filter_map(|node| node.process.rss_bytes())
+        .collect();
+    let whole = client
+        .ask_local(&ask, limit)
+        .await
+        .context("the whole model in one process")?;
+
+    let report = Report {
+        nodes: swarm.nodes().len(),
+        covered: true,
+        model: args.model.clone(),
+        n_layer: facts.n_layer,
+        copies: layers.iter().map(|layer| layer.holders.len()).collect(),
+        seed: args.seed,
+        layers: swarm
+            .spans()
+            .iter()
+            .map(|span| format!("{}..{}", span.start, span.end))
+            .collect(),
+        same_as_whole: answer.same(&whole),
+        hops: answer.route.len(),
+        route: answer.route,
+        prompt: args.prompt.clone(),
+        text: answer.text,
+        ttft_ms: answer.ttft_ms,
+        tokens_per_s: answer.tokens_per_s,
+        start_s,
+        total_s: seconds(began.elapsed()),
+        rss_bytes,
+    };
+    screen.lines(&report.lines().join("\n"));
+    if !report.same_as_whole {
+        screen.lines(&format!("\nthe whole model says:\n{}", indent(&whole.text)));
+    }
+    if let Some(path) = &args.report {
+        let json = serde_json::to_string_pretty(&report)?;
+        fs::write(path, json + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(report.same_as_whole)
+}
+
+/// What to type to talk to a swarm that was left running, and to stop it.
+///
+/// # Errors
+/// When the list of processes cannot be written.
+pub fn farewell(args: &Args, swarm: Swarm) -> Result<String> {
+    let client = swarm.client("client");
+    let model = resolve(&args.model)?;
+    let folder = swarm.folder().to_owned();
+    let pids: Vec<String> = swarm
+        .nodes()
+        .iter()
+        .map(|node| node.process.pid().to_string())
+        .collect();
+    fs::write(folder.join("pids"), pids.join("\n") + "\n")
+        .context("cannot write the list of processes")?;
+    let count = pids.len();
+    swarm.keep();
+    let folder = folder.display();
+    Ok(format!(
+        "\n{count} nodes keep running. Talk to them:\n  {} --model {model} \"Once upon a time\"\n  {}\n\
+         Their homes and logs are under {folder}. Stop them:\n  kill $(cat {folder}/pids) && rm -r {folder}",
+        client.command_line("run"),
+        client.command_line("status"),
+    ))
+}
+
+async fn start_nodes(
+    args: &Args,
+    model: &str,
+    facts: &Facts,
+    swarm: &mut Swarm,
+    screen: &mut Screen,
+    limit: Duration,
+) -> Result<()> {
+    let specs: Vec<NodeSpec> = spans(facts.n_layer, args.nodes, args.seed)
+        .into_iter()
+        .map(|span| {
+            NodeSpec::new([
+                "--model",
+                model,
+                "--memory",
+                &facts.budget(span).to_string(),
+            ])
+        })
+        .collect();
+    let plan = StartPlan {
+        n_layer: facts.n_layer,
+        at_once: STARTS_AT_ONCE,
+        ready_timeout: limit,
+        seed: args.seed,
+    };
+    let start = Instant::now();
+    let mut covered = false;
+    let mut show = |swarm: &Swarm| {
+        let spans = swarm.spans();
+        let scene = Scene {
+            spans: &spans,
+            nodes: specs.len(),
+            n_layer: facts.n_layer,
+            elapsed: start.elapsed(),
+        };
+        let first_covered = !covered && scene.covered();
+        covered |= first_covered;
+        let few = specs.len() <= 8;
+        if screen.is_live()
+            || few
+            || first_covered
+            || scene.serving().is_multiple_of(4)
+            || scene.serving() == specs.len()
+        {
+            screen.picture(&scene.draw(screen.width()));
+        }
+    };
+    swarm.start_all(&specs, &plan, &mut show).await?;
+    let spans = swarm.spans();
+    if !screen.is_live() {
+        let scene = Scene {
+            spans: &spans,
+            nodes: specs.len(),
+            n_layer: facts.n_layer,
+            elapsed: start.elapsed(),
+        };
+        screen.lines(&scene.draw(screen.width())[1..].join("\n"));
+    }
+    check_spans(&spans, facts.n_layer)
+}
+
+/// A file's path from the root, as processes with other working folders need it; a name stays a name.
+fn resolve(model: &str) -> Result<String> {
+    let looks_like_a_file = model.contains('/') || model.ends_with(".gguf");
+    if !looks_like_a_file {
+        return Ok(model.to_owned());
+    }
+    let path = fs::canonicalize(model).with_context(|| format!("no model file at {model}"))?;
+    Ok(path.display().to_string())
+}
+
+fn time_limit(bytes: u64) -> Duration {
+    let gigabytes = u32::try_from(bytes / 1_000_000_000)
+        .unwrap_or(u32::MAX)
+        .min(1000);
+    BASE_TIMEOUT + TIMEOUT_PER_GB * gigabytes
+}
+
+fn indent(text: &str) -> String {
+    text.lines()
+        .map(|line| format!("    {line}"))
+        .collect::<Vec<_>>()
+        .join("\n")
+}

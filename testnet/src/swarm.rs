@@ -1,0 +1,362 @@
+//! The nodes of one run: started a few at a time, watched, always ended.
+//!
+//! ```text
+//! NodeSpec ─▶ start_all ─▶ process per node ─▶ ready lines ─▶ on_ready (the picture)
+//!                 first: one at a time, until every layer is held; then `at_once` together
+//! ```
+//! Nodes choose their layers from the adverts they hear, so the first ones start one after another: two that start
+//! together would take the same weakest layers.
+
+use std::ops::Range;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use tempfile::TempDir;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::binaries::Binaries;
+use crate::client::Client;
+use crate::plan::{Seeded, span_max};
+use crate::process::{NodeProcess, Ready};
+
+/// To how many nodes that already serve a new one is introduced.
+const INTRODUCTIONS: usize = 3;
+
+/// What distinguishes one node from the others.
+#[derive(Clone, Debug, Default)]
+pub struct NodeSpec {
+    /// Flags besides those every node gets (swarm, home, listen address, peers).
+    pub args: Vec<String>,
+}
+
+impl NodeSpec {
+    /// A node with these further flags.
+    pub fn new<S: Into<String>>(args: impl IntoIterator<Item = S>) -> Self {
+        Self {
+            args: args.into_iter().map(Into::into).collect(),
+        }
+    }
+}
+
+/// A node and, once it serves, what it said.
+#[derive(Debug)]
+pub struct Node {
+    /// The process.
+    pub process: NodeProcess,
+    /// Its ready line.
+    pub ready: Option<Ready>,
+}
+
+/// How a set of nodes is started.
+#[derive(Clone, Debug)]
+pub struct StartPlan {
+    /// The model's layers: until they are all held, one node starts at a time.
+    pub n_layer: u32,
+    /// How many nodes start at the same time afterwards.
+    pub at_once: usize,
+    /// How long one node may take until it serves.
+    pub ready_timeout: Duration,
+    /// Which nodes introduce a new one.
+    pub seed: u64,
+}
+
+/// Several nodes that share a swarm id, with a folder that goes when they go.
+#[derive(Debug)]
+pub struct Swarm {
+    binaries: Binaries,
+    id: String,
+    nodes: Vec<Node>,
+    // Last, so that the processes are gone before the folder they write to.
+    folder: TempDir,
+}
+
+impl Swarm {
+    /// An empty swarm with an id of its own, so that several testnets on one machine do not merge.
+    ///
+    /// # Errors
+    /// When no temporary folder can be made.
+    pub fn new(binaries: Binaries) -> Result<Self> {
+        let folder = tempfile::Builder::new()
+            .prefix("shoal-testnet-")
+            .tempdir()
+            .context("cannot make a temporary folder")?;
+        let name = folder
+            .path()
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let suffix = name
+            .rsplit('-')
+            .next()
+            .unwrap_or_default()
+            .to_ascii_lowercase();
+        Ok(Self {
+            binaries,
+            id: format!("testnet-{suffix}"),
+            nodes: Vec::new(),
+            folder,
+        })
+    }
+
+    /// The swarm id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Where the nodes' homes and logs are.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The nodes, in the order in which they were started.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The same, to signal them.
+    pub fn nodes_mut(&mut self) -> &mut [Node] {
+        &mut self.nodes
+    }
+
+    /// The spans of the nodes that serve; empty for one that does not.
+    pub fn spans(&self) -> Vec<Range<u32>> {
+        self.nodes
+            .iter()
+            .map(|node| node.ready.as_ref().map_or(0..0, Ready::span))
+            .collect()
+    }
+
+    /// A client of this swarm with a home of its own, introduced to the first nodes.
+    pub fn client(&self, name: &str) -> Client {
+        let serving = self.nodes.iter().filter_map(|node| node.ready.as_ref());
+        let peers = serving
+            .take(INTRODUCTIONS)
+            .flat_map(Ready::dialable)
+            .collect();
+        Client::new(
+            &self.binaries.shoal,
+            &self.id,
+            peers,
+            &self.folder.path().join(name),
+        )
+    }
+
+    /// Starts one node and waits until it serves.
+    ///
+    /// # Errors
+    /// When it dies (the end of its log is quoted) or takes longer than `ready_timeout`.
+    pub async fn start(&mut self, spec: &NodeSpec, ready_timeout: Duration) -> Result<Ready> {
+        let peers = self.introductions(&mut Seeded::new(0));
+        let (index, ready) = self.spawn(spec, &peers)?;
+        let ready = timeout(ready_timeout, ready)
+            .await
+            .map_err(|_| Unready::TooSlow(ready_timeout));
+        self.settle(
+            index,
+            ready.and_then(|line| line.map_err(|_| Unready::Died)),
+        )
+        .await
+    }
+
+    /// Starts a node for each of `specs`; `on_ready` is called after each that serves.
+    ///
+    /// # Errors
+    /// When one of them dies or is too slow. Those that run keep running until [`Swarm::stop`].
+    pub async fn start_all(
+        &mut self,
+        specs: &[NodeSpec],
+        plan: &StartPlan,
+        on_ready: &mut dyn FnMut(&Swarm),
+    ) -> Result<()> {
+        let mut seeded = Seeded::new(plan.seed);
+        let mut starting = JoinSet::new();
+        for spec in specs {
+            let room = if covered(&self.spans(), plan.n_layer) {
+                plan.at_once.max(1)
+            } else {
+                1
+            };
+            while starting.len() >= room {
+                self.settle_next(&mut starting, on_ready).await?;
+            }
+            let peers = self.introductions(&mut seeded);
+            let (index, ready) = self.spawn(spec, &peers)?;
+            let limit = plan.ready_timeout;
+            starting.spawn(async move {
+                let ready = timeout(limit, ready)
+                    .await
+                    .map_err(|_| Unready::TooSlow(limit));
+                (
+                    index,
+                    ready.and_then(|line| line.map_err(|_| Unready::Died)),
+                )
+            });
+        }
+        while !starting.is_empty() {
+            self.settle_next(&mut starting, on_ready).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends every node and waits for it. Returns the names of those that had to be killed.
+    pub async fn stop(&mut self) -> Vec<String> {
+        let mut stopping = JoinSet::new();
+        for mut node in self.nodes.drain(..) {
+            stopping
+                .spawn(async move { (!node.process.stop().await).then_some(node.process.name) });
+        }
+        stopping.join_all().await.into_iter().flatten().collect()
+    }
+
+    /// Leaves the processes and the folder to the user.
+    pub fn keep(self) {
+        let Self { nodes, folder, .. } = self;
+        for node in nodes {
+            // Dropping a process would end it.
+            std::mem::forget(node);
+        }
+        let _ = folder.keep();
+    }
+
+    fn spawn(
+        &mut self,
+        spec: &NodeSpec,
+        peers: &[String],
+    ) -> Result<(usize, oneshot::Receiver<Ready>)> {
+        let index = self.nodes.len();
+        let name = format!("node {}", index + 1);
+        let folder = self.folder.path().join(format!("node-{:02}", index + 1));
+        let mut args = self.shared_args(&folder);
+        for peer in peers {
+            args.extend(["--peer".to_owned(), peer.clone()]);
+        }
+        args.extend(spec.args.iter().cloned());
+        let (process, ready) = NodeProcess::spawn(&name, &self.binaries.node, &args, &folder)?;
+        self.nodes.push(Node {
+            process,
+            ready: None,
+        });
+        Ok((index, ready))
+    }
+
+    fn shared_args(&self, folder: &Path) -> Vec<String> {
+        let home = folder.display().to_string();
+        // One thread a node: ggml's threads wait busily, and there are more nodes than cores.
+        [
+            "--swarm",
+            &self.id,
+            "--home",
+            &home,
+            "--listen",
+            "/ip4/127.0.0.1/tcp/0",
+            "--mdns",
+            "off",
+            "--threads",
+            "1",
+            "--ready-json",
+        ]
+        .map(str::to_owned)
+        .to_vec()
+    }
+
+    fn introductions(&self, seeded: &mut Seeded) -> Vec<String> {
+        let mut serving: Vec<&Ready> = self
+            .nodes
+            .iter()
+            .filter_map(|node| node.ready.as_ref())
+            .collect();
+        let mut peers = Vec::new();
+        while peers.len() < INTRODUCTIONS && !serving.is_empty() {
+            let drawn = usize::try_from(seeded.below(serving.len() as u64)).unwrap_or(0);
+            peers.extend(serving.swap_remove(drawn).dialable().into_iter().next());
+        }
+        peers
+    }
+
+    async fn settle_next(
+        &mut self,
+        starting: &mut Starting,
+        on_ready: &mut dyn FnMut(&Swarm),
+    ) -> Result<()> {
+        let Some(started) = starting.join_next().await else {
+            return Ok(());
+        };
+        let (index, ready) = started.context("a task that waits for a node failed")?;
+        self.settle(index, ready).await?;
+        on_ready(self);
+        Ok(())
+    }
+
+    async fn settle(&mut self, index: usize, ready: Result<Ready, Unready>) -> Result<Ready> {
+        let node = self
+            .nodes
+            .get_mut(index)
+            .context("a node was lost from the list")?;
+        match ready {
+            Ok(ready) => Ok(node.ready.insert(ready).clone()),
+            Err(Unready::Died) => Err(node.process.death().await),
+            Err(Unready::TooSlow(limit)) => {
+                let process = &node.process;
+                Err(anyhow!(
+                    "{} did not serve within {} s; the end of its log:\n{}",
+                    process.name,
+                    limit.as_secs(),
+                    process.log_tail()
+                ))
+            }
+        }
+    }
+}
+
+type Starting = JoinSet<(usize, Result<Ready, Unready>)>;
+
+/// Why a node does not serve.
+#[derive(Debug)]
+enum Unready {
+    Died,
+    TooSlow(Duration),
+}
+
+/// Whether the spans together hold every layer.
+pub fn covered(spans: &[Range<u32>], n_layer: u32) -> bool {
+    gaps(spans, n_layer).is_empty()
+}
+
+/// The layers that no span holds.
+pub fn gaps(spans: &[Range<u32>], n_layer: u32) -> Vec<u32> {
+    (0..n_layer)
+        .filter(|layer| !spans.iter().any(|span| span.contains(layer)))
+        .collect()
+}
+
+/// Fails when a node holds so much that routes may take fewer than three hops.
+///
+/// # Errors
+/// Names the node and its span.
+pub fn check_spans(spans: &[Range<u32>], n_layer: u32) -> Result<()> {
+    let nodes = u32::try_from(spans.len()).unwrap_or(u32::MAX);
+    let max = span_max(n_layer, nodes);
+    match spans.iter().position(|span| span.len() > max as usize) {
+        Some(index) => bail!(
+            "node {} holds {:?}, more than the {max} layers it was given memory for",
+            index + 1,
+            spans.get(index)
+        ),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_are_the_layers_without_a_holder() {
+        assert_eq!(gaps(&[0..3, 5..8, 0..0], 8), [3, 4]);
+        assert!(covered(&[0..3, 2..6, 6..8], 8));
+    }
+}
