@@ -1,8 +1,10 @@
 //! A peer of the swarm: the network, the sessions, the worker that computes. The only crate that
 //! names libp2p. It never touches a pointer of the compute library and never prints.
 
+pub mod config;
 pub mod identity;
 pub mod net;
+pub mod telemetry;
 
 pub use identity::{Identity, IdentityError};
 pub use net::{Access, Net, NetConfig, NetError, OpenError, Proto, Stream};

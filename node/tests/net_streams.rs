@@ -176,7 +176,12 @@ async fn an_allow_list_refuses_others_in_both_directions() {
         matches!(outbound, OpenError::NotAllowed { .. }),
         "{outbound}"
     );
-    assert_eq!(*server.peers().borrow(), [friend.me()]);
+    let mut peers = server.peers();
+    let known = peers.wait_for(|peers| !peers.is_empty());
+    let known = tokio::time::timeout(DEADLINE, known)
+        .await
+        .expect("in time");
+    assert_eq!(*known.expect("network lives"), [friend.me()]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

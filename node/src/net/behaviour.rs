@@ -22,7 +22,6 @@ use swarm_proto::SwarmId;
 use super::{
     admission::Acceptors,
     gate::{Access, Gate},
-    names,
     streams::Streams,
 };
 
@@ -97,7 +96,7 @@ impl Behaviour {
             limits: connection_limits::Behaviour::new(limits()),
             streams: Streams::new(parts.swarm.clone(), parts.acceptors),
             identify: identify::Behaviour::new(
-                identify::Config::new(names::identify_version(parts.swarm), parts.keypair.public())
+                identify::Config::new(parts.swarm.identify_protocol(), parts.keypair.public())
                     .with_agent_version(parts.agent)
                     .with_push_listen_addr_updates(true)
                     .with_cache_size(256),
@@ -126,7 +125,7 @@ fn limits() -> ConnectionLimits {
 fn gossip(keypair: &Keypair, swarm: &SwarmId) -> Result<Gossip, BehaviourError> {
     let wrong = |e: &dyn std::fmt::Display| BehaviourError::Gossip(e.to_string());
     let config = gossipsub::ConfigBuilder::default()
-        .protocol_id_prefix(names::meshsub(swarm))
+        .protocol_id_prefix(format!("/shoal/{swarm}/meshsub"))
         .max_transmit_size(GOSSIP_BYTES_MAX)
         .validation_mode(ValidationMode::Strict)
         // An advert goes on to others only after we have checked it.
@@ -134,7 +133,7 @@ fn gossip(keypair: &Keypair, swarm: &SwarmId) -> Result<Gossip, BehaviourError> 
         .max_publish_messages(16)
         .build()
         .map_err(|e| wrong(&e))?;
-    let prefix = names::advert_topic(swarm);
+    let prefix = swarm.advert_topic();
     let ours = Box::new(move |topic: &TopicHash| topic.as_str().starts_with(&prefix));
     let filter = MaxCountSubscriptionFilter {
         filter: CallbackSubscriptionFilter(ours as Box<dyn FnMut(&TopicHash) -> bool + Send>),
@@ -163,7 +162,7 @@ fn kademlia(
     swarm: &SwarmId,
     server: bool,
 ) -> Result<kad::Behaviour<MemoryStore>, BehaviourError> {
-    let name = names::kad(swarm);
+    let name = swarm.kad_protocol();
     let name =
         StreamProtocol::try_from_owned(name.clone()).map_err(|_| BehaviourError::Name(name))?;
     let mut config = kad::Config::new(name);

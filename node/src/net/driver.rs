@@ -29,7 +29,6 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     behaviour::{Behaviour, BehaviourEvent},
     bootstrap::Bootstrap,
-    names,
     shared::Shared,
     streams::OpenRequest,
 };
@@ -359,12 +358,12 @@ impl Driver {
 
     /// A stranger is told to the user and let go; one of us is remembered.
     fn identified(&mut self, id: PeerId, info: identify::Info) {
-        let theirs = names::swarm_in(&info.protocol_version);
+        let theirs = swarm_in(&info.protocol_version);
         self.swarm
             .behaviour_mut()
             .streams
             .identified(id, theirs, &info.protocols);
-        if theirs != Some(self.swarm_id.to_string().as_str()) {
+        if theirs != Some(self.swarm_id.as_str()) {
             let theirs = theirs.unwrap_or("none");
             tracing::warn!(
                 peer = %id,
@@ -450,6 +449,11 @@ impl Driver {
             .store_mut()
             .add_provider(record);
     }
+}
+
+/// The swarm that another peer's identify version names.
+fn swarm_in(version: &str) -> Option<&str> {
+    version.strip_prefix("/shoal/")?.split('/').next()
 }
 
 fn describe(error: &DialError) -> String {

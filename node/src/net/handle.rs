@@ -7,7 +7,11 @@ use std::{
 };
 
 use libp2p::{Multiaddr, StreamProtocol, Swarm, multiaddr::Protocol, swarm};
-use swarm_proto::{Peer, SwarmId};
+use swarm_proto::{
+    Advert, Peer, SwarmId,
+    advert::{ADVERT_ADDRS_MAX, ADVERT_RTTS_MAX},
+    session::ADDR_BYTES_MAX,
+};
 use tokio::{
     sync::{Mutex, mpsc, oneshot, watch},
     task::JoinHandle,
@@ -15,6 +19,7 @@ use tokio::{
 
 use super::{
     admission::Acceptors,
+    adverts::{self, Adverts, Announcement, Publisher, Request},
     behaviour::{Behaviour, BehaviourError, Parts},
     bootstrap::Bootstrap,
     driver::{Command, Driver, OUTBOX_MAX},
@@ -35,6 +40,8 @@ const ACCEPT_MAX: usize = 64;
 const LISTEN_DEADLINE: Duration = Duration::from_secs(5);
 /// A connection on which nothing happens is kept this long: the next session then needs no dial.
 const IDLE_CONNECTION: Duration = Duration::from_secs(600);
+/// How long signing and queueing the last advert may take.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
 /// Addresses of one peer that are tried.
 const ADDRS_PER_PEER: usize = 8;
 
@@ -119,10 +126,13 @@ pub struct Net {
     inner: Arc<Inner>,
 }
 
-struct Inner {
+/// What clones of the handle share.
+pub(super) struct Inner {
     identity: Identity,
     swarm: SwarmId,
     access: Access,
+    agent: String,
+    publisher: Publisher,
     shared: Arc<Shared>,
     acceptors: Arc<Acceptors>,
     commands: mpsc::Sender<Command>,
@@ -162,8 +172,7 @@ impl Net {
         }
         let shared = Arc::new(Shared::new());
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
-        let (outbox, mut notices) = mpsc::channel(OUTBOX_MAX);
-        tokio::spawn(async move { while notices.recv().await.is_some() {} });
+        let (outbox, notices) = mpsc::channel(OUTBOX_MAX);
         let (shutdown, stop) = watch::channel(false);
         let driver = Driver {
             swarm,
@@ -179,18 +188,24 @@ impl Net {
             strangers: Default::default(),
         };
         let driver = tokio::spawn(driver.run());
-        let net = Self {
-            inner: Arc::new(Inner {
-                identity: config.identity,
-                swarm: config.swarm,
-                access: config.access,
-                shared,
-                acceptors,
-                commands,
-                shutdown,
-                driver: Mutex::new(Some(driver)),
-            }),
-        };
+        let inner = Arc::new_cyclic(|weak| Inner {
+            publisher: adverts::start(
+                weak.clone(),
+                config.swarm.clone(),
+                commands.downgrade(),
+                notices,
+            ),
+            identity: config.identity,
+            swarm: config.swarm,
+            access: config.access,
+            agent: config.agent,
+            shared,
+            acceptors,
+            commands,
+            shutdown,
+            driver: Mutex::new(Some(driver)),
+        });
+        let net = Self { inner };
         net.wait_listening(listen.len()).await?;
         Ok(net)
     }
@@ -319,13 +334,90 @@ impl Net {
             .unwrap_or_default()
     }
 
-    /// Refuses new streams, lets the last messages out, closes all connections. Bounded: about a
+    /// The adverts known: to plan with, and to watch.
+    pub fn adverts(&self) -> &Adverts {
+        &self.inner.publisher.adverts
+    }
+
+    /// Says what we serve, now if it changed and every ten seconds from then on, signed.
+    pub async fn publish(&self, announcement: Announcement) {
+        let request = Request::Publish(announcement);
+        let _ = self.inner.publisher.requests.send(request).await;
+    }
+
+    /// Waits until a peer has handed over the adverts it knows, so that planning need not wait for
+    /// gossip; false where none did in time. Peers are asked as they connect.
+    pub async fn synced(&self, deadline: Duration) -> bool {
+        let mut synced = self.inner.publisher.synced.clone();
+        let done = synced.wait_for(|done| *done > 0);
+        matches!(tokio::time::timeout(deadline, done).await, Ok(Ok(_)))
+    }
+
+    pub(super) fn from_inner(inner: Arc<Inner>) -> Self {
+        Self { inner }
+    }
+
+    /// Refuses new streams, withdraws our advert, lets the last messages out, closes all connections. Bounded: about a
     /// second at most.
     pub async fn shutdown(&self) {
         self.inner.acceptors.close();
+        let (done, left) = oneshot::channel();
+        let withdrawn = async {
+            if self
+                .inner
+                .publisher
+                .requests
+                .send(Request::Leave(done))
+                .await
+                .is_ok()
+            {
+                let _ = left.await;
+            }
+        };
+        let _ = tokio::time::timeout(LEAVE_DEADLINE, withdrawn).await;
         self.inner.shutdown.send_replace(true);
         if let Some(driver) = self.inner.driver.lock().await.take() {
             let _ = driver.await;
+        }
+    }
+}
+
+impl Inner {
+    pub(super) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn ranked_addrs(&self) -> Vec<Multiaddr> {
+        let mut addrs = self.shared.addrs().borrow().clone();
+        addrs.sort_by_key(address_rank);
+        addrs
+    }
+
+    /// Our advert at this moment.
+    pub(super) fn advert(
+        &self,
+        own: Announcement,
+        seq: u64,
+        ttl: Duration,
+        leaving: bool,
+    ) -> Advert {
+        let micros = |rtt: Duration| u32::try_from(rtt.as_micros()).unwrap_or(u32::MAX);
+        let addrs = self.ranked_addrs().into_iter().map(|addr| addr.to_string());
+        let rtts = self.shared.rtts().into_iter().take(ADVERT_RTTS_MAX);
+        Advert {
+            peer: self.identity.peer(),
+            seq,
+            ttl_ms: u32::try_from(ttl.as_millis()).unwrap_or(u32::MAX),
+            addrs: addrs
+                .filter(|a| a.len() <= ADDR_BYTES_MAX)
+                .take(ADVERT_ADDRS_MAX)
+                .collect(),
+            models: own.models,
+            uplink_bytes_s: own.uplink_bytes_s,
+            queue: own.queue,
+            rtts: rtts.map(|(peer, rtt)| (peer, micros(rtt))).collect(),
+            leaving,
+            agent: self.agent.clone(),
         }
     }
 }

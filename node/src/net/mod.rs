@@ -2,18 +2,21 @@
 //! uses. Streams come and go through it; what is said on them is `session`'s and `fetch`'s.
 
 mod admission;
+mod adverts;
 mod behaviour;
 mod bootstrap;
 mod driver;
+mod fetch;
 mod gate;
 mod handle;
-mod names;
 mod shared;
 mod stream;
 mod streams;
 mod transport;
 
+pub use adverts::{Adverts, Announcement, now_ms};
 pub use behaviour::BehaviourError;
+pub use fetch::{FetchError, Shelf};
 pub use gate::Access;
 pub use handle::{Net, NetConfig, NetError};
 pub use stream::{OpenError, Proto, Stream};

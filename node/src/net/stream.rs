@@ -98,9 +98,9 @@ impl Proto {
     /// The name negotiated on the wire; it carries the swarm id, so that swarms do not mix.
     pub fn name(self, swarm: &SwarmId) -> String {
         match self {
-            Proto::Session => format!("/shoal/{swarm}/session/1"),
-            Proto::Answer => format!("/shoal/{swarm}/answer/1"),
-            Proto::Fetch => format!("/shoal/{swarm}/fetch/1"),
+            Proto::Session => swarm.session_protocol(),
+            Proto::Answer => swarm.answer_protocol(),
+            Proto::Fetch => swarm.fetch_protocol(),
         }
     }
 }

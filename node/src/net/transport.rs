@@ -4,7 +4,7 @@
 use std::{io, time::Duration};
 
 use libp2p::{
-    Multiaddr, PeerId, Transport,
+    PeerId, Transport,
     core::{
         muxing::StreamMuxerBox,
         transport::{Boxed, OrTransport, upgrade},
@@ -91,20 +91,6 @@ fn private(keypair: &Keypair, key: [u8; 32]) -> Result<Wire, TransportError> {
         .multiplex(muxer())
         .timeout(HANDSHAKE_TIMEOUT)
         .boxed())
-}
-
-/// Whether an address stays on this machine or in a private network.
-pub(super) fn is_private(addr: &Multiaddr) -> bool {
-    use libp2p::multiaddr::Protocol;
-    match addr.iter().next() {
-        Some(Protocol::Ip4(ip)) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
-        Some(Protocol::Ip6(ip)) => {
-            ip.is_loopback()
-                || (ip.segments()[0] & 0xfe00) == 0xfc00
-                || (ip.segments()[0] & 0xffc0) == 0xfe80
-        }
-        _ => false,
-    }
 }
 
 /// An I/O error's shortest useful text.

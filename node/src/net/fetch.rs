@@ -1,0 +1,417 @@
+//! The fetch service: snapshots of adverts, manifests, metadata shards. One request a stream.
+//!
+//! The serving side bounds concurrency, sizes and time; the asking side believes nothing: every
+//! reply is held against the hash that was asked for, or, in a snapshot, against each signature.
+//! Weights do not travel here.
+
+use std::{future::Future, io, sync::Arc, time::Duration};
+
+use shard_registry::Manifest;
+use swarm_proto::{
+    CodecError, Fetch, Found, FrameDecoder, FrameError, FrameLimits, Message, ModelId, Peer,
+    ShardId, decode_header, decode_snapshot, encode_frame, encode_snapshot,
+    fetch::{CHUNK_BYTES_MAX, FETCH_HEADER_MAX, SNAPSHOT_BYTES_MAX},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::Semaphore,
+    task::JoinHandle,
+};
+
+use super::{
+    handle::Net,
+    stream::{OpenError, Proto, Stream},
+};
+
+/// Requests served at once: each may hold one reply (64 MiB at most, usually a few MiB) in memory.
+const SERVED_MAX: usize = 16;
+/// How long an opener may take to say what it wants.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a chunk may take to leave: 1 MiB on a 1 Mbit/s uplink needs eight seconds.
+const CHUNK_DEADLINE: Duration = Duration::from_secs(20);
+/// Payload of one chunk: small enough that a session's frames beside it are not held up long.
+const CHUNK_BYTES: usize = 64 * 1024;
+/// Holders asked one after the other before giving up.
+const HOLDERS_MAX: usize = 5;
+/// How long one holder may take to open a stream.
+const OPEN_DEADLINE: Duration = Duration::from_secs(5);
+/// How long one holder may take to send everything.
+const REPLY_DEADLINE: Duration = Duration::from_secs(60);
+/// Kademlia is asked where adverts name nobody.
+const PROVIDERS_DEADLINE: Duration = Duration::from_secs(5);
+
+const REQUEST: FrameLimits = FrameLimits {
+    header_max: Fetch::BYTES_MAX,
+    payload_max: 0,
+};
+const REPLY: FrameLimits = FrameLimits {
+    header_max: FETCH_HEADER_MAX,
+    payload_max: CHUNK_BYTES_MAX,
+};
+
+/// What may be fetched from us besides adverts. Called on blocking threads.
+pub trait Shelf: Send + Sync + 'static {
+    /// A manifest in its canonical encoding.
+    ///
+    /// # Errors
+    /// It is here and cannot be read.
+    fn manifest(&self, id: &ModelId) -> io::Result<Option<Vec<u8>>>;
+
+    /// The bytes of a metadata shard.
+    ///
+    /// # Errors
+    /// It is here and cannot be read.
+    fn shard(&self, id: &ShardId) -> io::Result<Option<Vec<u8>>>;
+}
+
+/// Nothing but adverts.
+impl Shelf for () {
+    fn manifest(&self, _: &ModelId) -> io::Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+
+    fn shard(&self, _: &ShardId) -> io::Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+}
+
+/// Why something was not fetched.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// No stream to the peer.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The stream broke.
+    #[error("peer {peer} broke off: {source}")]
+    Io {
+        /// Whom we asked.
+        peer: Peer,
+        /// What happened.
+        source: io::Error,
+    },
+    /// The peer sent what is no reply.
+    #[error("peer {peer} sent a bad reply: {reason}")]
+    Reply {
+        /// Whom we asked.
+        peer: Peer,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The bytes are not those asked for.
+    #[error("peer {peer} sent other bytes than {wanted}: refused")]
+    Hash {
+        /// Whom we asked.
+        peer: Peer,
+        /// What was asked for.
+        wanted: String,
+    },
+    /// The peer does not have it.
+    #[error("peer {peer} does not have {wanted}")]
+    Missing {
+        /// Whom we asked.
+        peer: Peer,
+        /// What was asked for.
+        wanted: String,
+    },
+    /// Too slow.
+    #[error("peer {peer} did not send {wanted} within {REPLY_DEADLINE:?}")]
+    Timeout {
+        /// Whom we asked.
+        peer: Peer,
+        /// What was asked for.
+        wanted: String,
+    },
+    /// Nobody is known to have it.
+    #[error("no peer is known that holds model {model}; is one running in this swarm?")]
+    NoHolder {
+        /// The model.
+        model: ModelId,
+    },
+}
+
+impl Net {
+    /// Answers fetch requests until shut down; `None` where somebody does so already.
+    pub fn serve_fetch(&self, shelf: Arc<dyn Shelf>) -> Option<JoinHandle<()>> {
+        let mut streams = self.accept(Proto::Fetch)?;
+        let net = self.clone();
+        let slots = Arc::new(Semaphore::new(SERVED_MAX));
+        Some(tokio::spawn(async move {
+            while let Some((peer, stream)) = streams.recv().await {
+                let Ok(slot) = slots.clone().acquire_owned().await else {
+                    return;
+                };
+                let (net, shelf) = (net.clone(), shelf.clone());
+                tokio::spawn(async move {
+                    if let Err(error) = serve(&net, shelf, stream).await {
+                        tracing::debug!(%peer, %error, "fetch request not served");
+                    }
+                    drop(slot);
+                });
+            }
+        }))
+    }
+
+    /// Asks one peer for the adverts it knows and takes over those that are good; tells how many.
+    ///
+    /// # Errors
+    /// See [`FetchError`].
+    pub async fn fetch_snapshot(&self, peer: Peer, addrs: &[String]) -> Result<usize, FetchError> {
+        let bytes = self
+            .fetch_from(peer, addrs, Fetch::Snapshot, SNAPSHOT_BYTES_MAX as u64)
+            .await?;
+        let bad = |e: CodecError| FetchError::Reply {
+            peer,
+            reason: e.to_string(),
+        };
+        let adverts = decode_snapshot(&bytes).map_err(bad)?;
+        Ok(self.adverts().insert_all(adverts).await)
+    }
+
+    /// A manifest, from whoever holds it: its bytes hash to `id`, and it passed its own checks.
+    ///
+    /// # Errors
+    /// The last holder's, or that there is none.
+    pub async fn fetch_manifest(&self, id: &ModelId) -> Result<Manifest, FetchError> {
+        self.from_holders(id, |peer, addrs| async move {
+            let bytes = self
+                .fetch_from(peer, &addrs, Fetch::Manifest(*id), u64::MAX)
+                .await?;
+            if Manifest::id_of(&bytes) != *id {
+                return Err(FetchError::Hash {
+                    peer,
+                    wanted: format!("manifest {id}"),
+                });
+            }
+            Manifest::decode(&bytes).map_err(|e| FetchError::Reply {
+                peer,
+                reason: e.to_string(),
+            })
+        })
+        .await
+    }
+
+    /// A metadata shard of `model`, from whoever holds it: its bytes hash to `id`.
+    ///
+    /// # Errors
+    /// The last holder's, or that there is none.
+    pub async fn fetch_shard(&self, model: &ModelId, id: &ShardId) -> Result<Vec<u8>, FetchError> {
+        self.from_holders(model, |peer, addrs| async move {
+            let bytes = self
+                .fetch_from(peer, &addrs, Fetch::Shard(*id), u64::MAX)
+                .await?;
+            if ShardId::of(&bytes) == *id {
+                Ok(bytes)
+            } else {
+                Err(FetchError::Hash {
+                    peer,
+                    wanted: format!("shard {id}"),
+                })
+            }
+        })
+        .await
+    }
+
+    async fn from_holders<T, F: Future<Output = Result<T, FetchError>>>(
+        &self,
+        model: &ModelId,
+        ask: impl Fn(Peer, Vec<String>) -> F,
+    ) -> Result<T, FetchError> {
+        let mut holders = self.adverts().holders(model);
+        if holders.is_empty() {
+            let providers = self.providers(model.0.0, PROVIDERS_DEADLINE).await;
+            holders = providers
+                .into_iter()
+                .map(|peer| (peer, Vec::new()))
+                .collect();
+        }
+        let mut last = FetchError::NoHolder { model: *model };
+        for (peer, addrs) in holders.into_iter().take(HOLDERS_MAX) {
+            match ask(peer, addrs).await {
+                Ok(found) => return Ok(found),
+                Err(error) => {
+                    tracing::debug!(%peer, %error, "trying the next holder");
+                    last = error;
+                }
+            }
+        }
+        Err(last)
+    }
+
+    /// One request to one peer; the reply is not verified here.
+    async fn fetch_from(
+        &self,
+        peer: Peer,
+        addrs: &[String],
+        request: Fetch,
+        bytes_max: u64,
+    ) -> Result<Vec<u8>, FetchError> {
+        let stream = self.open(peer, addrs, Proto::Fetch, OPEN_DEADLINE).await?;
+        let wanted = || match request {
+            Fetch::Snapshot => "adverts".to_owned(),
+            Fetch::Manifest(id) => format!("manifest {id}"),
+            Fetch::Shard(id) => format!("shard {id}"),
+        };
+        match tokio::time::timeout(REPLY_DEADLINE, ask(stream, request, bytes_max)).await {
+            Err(_) => Err(FetchError::Timeout {
+                peer,
+                wanted: wanted(),
+            }),
+            Ok(Ok(Some(bytes))) => Ok(bytes),
+            Ok(Ok(None)) => Err(FetchError::Missing {
+                peer,
+                wanted: wanted(),
+            }),
+            Ok(Err(AskError::Io(source))) => Err(FetchError::Io { peer, source }),
+            Ok(Err(AskError::Reply(reason))) => Err(FetchError::Reply { peer, reason }),
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum AskError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("{0}")]
+    Reply(String),
+}
+
+impl From<FrameError> for AskError {
+    fn from(error: FrameError) -> Self {
+        AskError::Reply(error.to_string())
+    }
+}
+
+async fn ask(stream: Stream, request: Fetch, bytes_max: u64) -> Result<Option<Vec<u8>>, AskError> {
+    let mut frames = Frames::new(stream, REPLY);
+    frames.send(&request, &[]).await?;
+    let len = match frames.next::<Found>().await? {
+        (Found::Bytes { len }, _) if len <= bytes_max => len,
+        (Found::Bytes { len }, _) => {
+            return Err(AskError::Reply(format!(
+                "{len} bytes, the limit is {bytes_max}"
+            )));
+        }
+        (Found::Missing, _) => return Ok(None),
+        (Found::Failed(why), _) => return Err(AskError::Reply(why)),
+        (Found::Chunk, _) => return Err(AskError::Reply("a chunk before the length".into())),
+    };
+    // Grows with what arrives, not with what was announced.
+    let mut bytes = Vec::new();
+    while (bytes.len() as u64) < len {
+        match frames.next::<Found>().await? {
+            (Found::Chunk, chunk)
+                if !chunk.is_empty() && (bytes.len() + chunk.len()) as u64 <= len =>
+            {
+                bytes.extend_from_slice(chunk);
+            }
+            (Found::Failed(why), _) => return Err(AskError::Reply(why)),
+            (other, chunk) => {
+                let n = chunk.len();
+                return Err(AskError::Reply(format!(
+                    "{other:?} with {n} bytes at {} of {len}",
+                    bytes.len()
+                )));
+            }
+        }
+    }
+    Ok(Some(bytes))
+}
+
+async fn serve(net: &Net, shelf: Arc<dyn Shelf>, stream: Stream) -> Result<(), AskError> {
+    let late = || AskError::Io(io::ErrorKind::TimedOut.into());
+    let mut frames = Frames::new(stream, REQUEST);
+    let request = tokio::time::timeout(REQUEST_DEADLINE, frames.next::<Fetch>()).await;
+    let (request, _) = request.map_err(|_| late())??;
+    let found = match request {
+        Fetch::Snapshot => Ok(Some(encode_snapshot(&net.adverts().snapshot_signed()))),
+        Fetch::Manifest(id) => blocking(move || shelf.manifest(&id)).await,
+        Fetch::Shard(id) => blocking(move || shelf.shard(&id)).await,
+    };
+    let timed = |sending| tokio::time::timeout(CHUNK_DEADLINE, sending);
+    let bytes = match found {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => {
+            timed(frames.send(&Found::Missing, &[]))
+                .await
+                .map_err(|_| late())??;
+            return frames.close().await;
+        }
+        Err(error) => {
+            tracing::warn!(%error, "cannot read what a peer asks for");
+            // The system's words may name our files: they stay here.
+            let failed = Found::Failed("it is here and cannot be read".into());
+            timed(frames.send(&failed, &[]))
+                .await
+                .map_err(|_| late())??;
+            return frames.close().await;
+        }
+    };
+    timed(frames.send(
+        &Found::Bytes {
+            len: bytes.len() as u64,
+        },
+        &[],
+    ))
+    .await
+    .map_err(|_| late())??;
+    for chunk in bytes.chunks(CHUNK_BYTES) {
+        let sent = tokio::time::timeout(CHUNK_DEADLINE, frames.send(&Found::Chunk, chunk)).await;
+        sent.map_err(|_| late())??;
+    }
+    frames.close().await
+}
+
+async fn blocking<T: Send + 'static>(
+    read: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::task::spawn_blocking(read)
+        .await
+        .unwrap_or_else(|e| Err(io::Error::other(e)))
+}
+
+/// Frames over a stream, one direction at a time.
+struct Frames {
+    stream: Stream,
+    decoder: FrameDecoder,
+    chunk: Vec<u8>,
+    out: Vec<u8>,
+}
+
+impl Frames {
+    fn new(stream: Stream, limits: FrameLimits) -> Self {
+        let chunk = vec![0; 16 * 1024];
+        Self {
+            stream,
+            decoder: FrameDecoder::new(limits),
+            chunk,
+            out: Vec::new(),
+        }
+    }
+
+    async fn send(&mut self, header: &impl Message, payload: &[u8]) -> Result<(), AskError> {
+        self.out.clear();
+        encode_frame(header, &mut self.out, |out| out.extend_from_slice(payload))?;
+        self.stream.write_all(&self.out).await?;
+        self.stream.flush().await?;
+        Ok(())
+    }
+
+    async fn next<M: Message>(&mut self) -> Result<(M, &[u8]), AskError> {
+        let (header, payload) = loop {
+            if let Some(frame) = self.decoder.next()? {
+                break frame;
+            }
+            let n = self.stream.read(&mut self.chunk).await?;
+            if n == 0 {
+                return Err(AskError::Io(io::ErrorKind::UnexpectedEof.into()));
+            }
+            self.decoder.push(&self.chunk[..n]);
+        };
+        let header = decode_header(self.decoder.bytes(header))?;
+        Ok((header, self.decoder.bytes(payload)))
+    }
+
+    async fn close(&mut self) -> Result<(), AskError> {
+        Ok(self.stream.shutdown().await?)
+    }
+}
