@@ -4,6 +4,7 @@
 pub mod config;
 pub mod identity;
 pub mod net;
+pub mod session;
 pub mod telemetry;
 
 pub use identity::{Identity, IdentityError};

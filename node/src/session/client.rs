@@ -1,0 +1,520 @@
+//! The client's end of a session: token ids out to the first hop, logits in from the tail.
+//!
+//! ```text
+//! feed ─▶ queue ─▶ frames (a window of them) ─▶ hop 0 … tail ─▶ rows ─▶ next_logits
+//! ```
+//!
+//! There is no task behind it: `feed` and `next_logits` drive both streams while they wait, so an
+//! answer wakes the caller itself. The client holds the root of truth (token ids); hops hold only
+//! what can be computed again.
+
+use std::{
+    collections::VecDeque,
+    future::{Future, poll_fn},
+    pin::Pin,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use engine::PREFILL_CHUNK;
+use swarm_proto::{
+    Answer, Content, Down, Dtype, Epoch, Failure, FailureCode, Fault, Form, Hop, Rows, SessionId,
+    Up, Want, WantRows,
+};
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
+
+use super::{
+    config::Deadlines,
+    error::ClientError,
+    failure::fail,
+    ledger::Outbox,
+    row::LogitsRow,
+    wire::{Pipe, WireError},
+};
+
+/// Frames sent and not yet acknowledged by the first hop: enough to keep its queue full while the
+/// acknowledgements travel, few enough that a truncation does not wait for a long prompt.
+const WINDOW_FRAMES: usize = 8;
+/// Bytes of logits that wait for `next_logits` before reading stops, and with it the whole chain.
+const ROWS_BYTES_MAX: usize = 32 << 20;
+/// How long the client waits for the hop that failed to be named, once the tail's stream ended.
+const NAMING_GRACE: Duration = Duration::from_millis(500);
+
+/// An open session. Dropping it closes it, and frees its KV on every hop.
+pub struct ClientSession {
+    pub(super) up: Pipe,
+    pub(super) answers: Pipe,
+    session: SessionId,
+    epoch: Epoch,
+    route: Vec<Hop>,
+    dtype: Dtype,
+    n_ctx: u32,
+    n_vocab: u32,
+    deadlines: Deadlines,
+    /// Positions held once everything queued has run.
+    pos: u32,
+    queue: VecDeque<Chunk>,
+    outbox: Outbox,
+    /// Rows that the tail owes: position and form, in order.
+    asked: VecDeque<(u32, Form)>,
+    ready: VecDeque<LogitsRow>,
+    ready_bytes: usize,
+    spare: Vec<LogitsRow>,
+    progress: Instant,
+    rows_max: u32,
+    timer: Pin<Box<Sleep>>,
+    failed: Option<ClientError>,
+    /// The tail's stream ended; until then the hop at fault may still be named.
+    answers_over: Option<(Instant, Failure)>,
+}
+
+/// Tokens of one frame.
+struct Chunk {
+    pos0: u32,
+    tokens: Vec<u32>,
+    want: Want,
+}
+
+/// What opening a route gave.
+pub(super) struct Opened {
+    pub(super) up: Pipe,
+    pub(super) answers: Pipe,
+    pub(super) session: SessionId,
+    pub(super) epoch: Epoch,
+    pub(super) route: Vec<Hop>,
+    pub(super) dtype: Dtype,
+    pub(super) n_ctx: u32,
+    pub(super) n_vocab: u32,
+    pub(super) deadlines: Deadlines,
+}
+
+impl ClientSession {
+    pub(super) fn new(o: Opened) -> Self {
+        let now = Instant::now();
+        Self {
+            up: o.up,
+            answers: o.answers,
+            session: o.session,
+            epoch: o.epoch,
+            route: o.route,
+            dtype: o.dtype,
+            n_ctx: o.n_ctx,
+            n_vocab: o.n_vocab,
+            deadlines: o.deadlines,
+            pos: 0,
+            queue: VecDeque::new(),
+            outbox: Outbox::default(),
+            asked: VecDeque::new(),
+            ready: VecDeque::new(),
+            ready_bytes: 0,
+            spare: Vec::new(),
+            progress: now,
+            rows_max: 1,
+            timer: Box::pin(sleep_until(now)),
+            failed: None,
+            answers_over: None,
+        }
+    }
+
+    /// Positions that the session holds, counting what was fed and still travels.
+    pub fn pos(&self) -> u32 {
+        self.pos
+    }
+
+    /// Positions that the session can hold.
+    pub fn n_ctx(&self) -> u32 {
+        self.n_ctx
+    }
+
+    /// Tokens in the model's vocabulary, as the hops say.
+    pub fn n_vocab(&self) -> u32 {
+        self.n_vocab
+    }
+
+    /// The hops, in order.
+    pub fn route(&self) -> &[Hop] {
+        &self.route
+    }
+
+    /// How hidden states travel between the hops.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The session's id: the same at every hop, for logs.
+    pub fn id(&self) -> SessionId {
+        self.session
+    }
+
+    /// Forgets the positions from `pos` on; the hops do so when the next frame arrives.
+    ///
+    /// # Errors
+    /// `pos` lies beyond what the session holds, or rows asked for were not taken yet.
+    pub fn truncate(&mut self, pos: u32) -> Result<(), ClientError> {
+        if pos > self.pos {
+            return Err(ClientError::Truncate {
+                pos,
+                held: self.pos,
+            });
+        }
+        self.pos = pos;
+        Ok(())
+    }
+
+    /// Appends tokens. Long prompts go in frames, several under way at once. Returns when all are
+    /// written, or earlier when rows wait to be taken: `next_logits` then sends the rest.
+    ///
+    /// # Errors
+    /// The context is full (nothing was sent then), or the session failed.
+    ///
+    /// # Cancel safety
+    /// The tokens are queued when this is first polled; what is unsent goes with the next call.
+    pub async fn feed(&mut self, tokens: &[u32], want: Want) -> Result<(), ClientError> {
+        self.enqueue(tokens, want)?;
+        poll_fn(|cx| self.poll_fed(cx)).await
+    }
+
+    /// The next row asked for, in order.
+    ///
+    /// # Errors
+    /// Nothing was asked for, or the session failed: the error names the hop and whose fault it is.
+    ///
+    /// # Cancel safety
+    /// Safe: a row is taken whole or not at all.
+    pub async fn next_logits(&mut self) -> Result<LogitsRow, ClientError> {
+        poll_fn(|cx| self.poll_row(cx)).await
+    }
+
+    /// Gives a row's buffers back, so that the next row allocates nothing.
+    pub fn recycle(&mut self, row: LogitsRow) {
+        if self.spare.len() < WINDOW_FRAMES {
+            self.spare.push(row);
+        }
+    }
+
+    /// Says goodbye to every hop. Dropping the session does so too, without waiting.
+    pub async fn close(mut self) {
+        self.up.push(&Down::Close);
+        let _ = timeout(self.deadlines.close, self.up.close()).await;
+    }
+
+    fn enqueue(&mut self, tokens: &[u32], want: Want) -> Result<(), ClientError> {
+        if let Some(failed) = &self.failed {
+            return Err(failed.clone());
+        }
+        let full = ClientError::ContextFull {
+            n_ctx: self.n_ctx,
+            pos: self.pos,
+            asked: tokens.len(),
+        };
+        let Ok(asked) = u32::try_from(tokens.len()) else {
+            return Err(full);
+        };
+        if self
+            .pos
+            .checked_add(asked)
+            .is_none_or(|end| end > self.n_ctx)
+        {
+            return Err(full);
+        }
+        if let Some(token) = tokens.iter().find(|t| **t >= self.n_vocab) {
+            return Err(ClientError::Token {
+                token: *token,
+                n_vocab: self.n_vocab,
+            });
+        }
+        let chunks = tokens.chunks(PREFILL_CHUNK as usize);
+        let last = chunks.len().saturating_sub(1);
+        for (i, tokens) in chunks.enumerate() {
+            let rows = match want.rows {
+                WantRows::Last if i != last => WantRows::None,
+                rows => rows,
+            };
+            let n_rows = tokens.len() as u32;
+            self.rows_max = self.rows_max.max(n_rows);
+            let (pos0, want) = (
+                self.pos,
+                Want {
+                    rows,
+                    form: want.form,
+                },
+            );
+            self.queue.push_back(Chunk {
+                pos0,
+                tokens: tokens.to_vec(),
+                want,
+            });
+            self.pos += n_rows;
+        }
+        Ok(())
+    }
+
+    fn poll_fed(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ClientError>> {
+        if let Err(e) = self.drive(cx) {
+            return Poll::Ready(Err(e));
+        }
+        let sent = self.queue.is_empty() && self.up.backlog() == 0;
+        if sent || !self.ready.is_empty() {
+            Poll::Ready(Ok(()))
+        } else {
+            Poll::Pending
+        }
+    }
+
+    fn poll_row(&mut self, cx: &mut Context<'_>) -> Poll<Result<LogitsRow, ClientError>> {
+        if self.ready.is_empty()
+            && let Err(e) = self.drive(cx)
+        {
+            return Poll::Ready(Err(e));
+        }
+        if let Some(row) = self.ready.pop_front() {
+            self.ready_bytes -= row_bytes(&row);
+            return Poll::Ready(Ok(row));
+        }
+        if self.asked.is_empty() && !self.queue.iter().any(|c| c.want.rows != WantRows::None) {
+            return Poll::Ready(Err(ClientError::NothingAsked));
+        }
+        Poll::Pending
+    }
+
+    /// Moves everything that can move. An error is final.
+    fn drive(&mut self, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        if let Some(failed) = &self.failed {
+            return Err(failed.clone());
+        }
+        let driven = self.drive_inner(cx);
+        if let Err(e) = &driven {
+            self.failed = Some(e.clone());
+        }
+        driven
+    }
+
+    fn drive_inner(&mut self, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        loop {
+            let answered = self.poll_answers(cx)?;
+            let acked = self.poll_up(cx)?;
+            let sent = self.send();
+            if let Poll::Ready(Err(e)) = self.up.poll_flush(cx) {
+                // What the hop said before it went is worth more than the broken pipe.
+                self.poll_up(cx)?;
+                return Err(self.lost(0, &e.to_string()));
+            }
+            if !(answered || acked || sent) {
+                break;
+            }
+        }
+        self.poll_timer(cx)
+    }
+
+    fn poll_answers(&mut self, cx: &mut Context<'_>) -> Result<bool, ClientError> {
+        let mut any = false;
+        while self.ready_bytes < ROWS_BYTES_MAX && self.answers_over.is_none() {
+            let Poll::Ready(answer) = self.answers.poll_frame::<Answer>(cx) else {
+                break;
+            };
+            any = true;
+            let tail = self.tail();
+            match answer {
+                Ok(Some(Answer::Logits(header))) => self.take_row(&header)?,
+                Ok(Some(Answer::Failed(failure))) => self.end_of_answers(failure),
+                Ok(Some(Answer::Attached)) => {
+                    return Err(self.bad_answer("a second greeting".into()));
+                }
+                Err(WireError::Frame(e)) => return Err(self.bad_answer(e.to_string())),
+                Ok(None) => self.end_of_answers(lost(tail, "it closed the answer stream")),
+                Err(e) => self.end_of_answers(lost(tail, &e.to_string())),
+            }
+        }
+        Ok(any)
+    }
+
+    /// The session's own stream may say more than the tail knows: it gets a moment.
+    fn end_of_answers(&mut self, failure: Failure) {
+        self.answers_over = Some((Instant::now() + NAMING_GRACE, failure));
+    }
+
+    fn take_row(&mut self, header: &swarm_proto::Logits) -> Result<(), ClientError> {
+        let Some((pos, form)) = self.asked.front() else {
+            return Err(self.bad_answer(format!(
+                "logits for position {}, none were asked for",
+                header.pos
+            )));
+        };
+        if header.pos != *pos || header.epoch != self.epoch {
+            let what = format!(
+                "logits for position {}, position {pos} comes next",
+                header.pos
+            );
+            return Err(self.bad_answer(what));
+        }
+        let mut row = self.spare.pop().unwrap_or_default();
+        if let Err(e) = row.fill(header, self.answers.payload(), form, self.n_vocab) {
+            return Err(self.bad_answer(e.to_string()));
+        }
+        self.asked.pop_front();
+        self.ready_bytes += row_bytes(&row);
+        self.ready.push_back(row);
+        self.progress = Instant::now();
+        Ok(())
+    }
+
+    fn poll_up(&mut self, cx: &mut Context<'_>) -> Result<bool, ClientError> {
+        let mut any = false;
+        while let Poll::Ready(frame) = self.up.poll_frame::<Up>(cx) {
+            any = true;
+            match frame {
+                Ok(Some(Up::Ack { epoch, pos_end })) => {
+                    let acked = self.outbox.acked(self.epoch, epoch, pos_end);
+                    acked.map_err(|e| self.bad_hop(0, &e.to_string()))?;
+                    self.progress = Instant::now();
+                }
+                Ok(Some(Up::Failed(failure))) => return Err(self.hop_failed(failure)),
+                Ok(Some(Up::Opened { .. })) => return Err(self.bad_hop(0, "it opened twice")),
+                Ok(None) => return Err(self.lost(0, "it closed the session")),
+                Err(WireError::Frame(e)) => return Err(self.bad_hop(0, &e.to_string())),
+                Err(e) => return Err(self.lost(0, &e.to_string())),
+            }
+        }
+        Ok(any)
+    }
+
+    /// Puts queued frames on their way while the window is open.
+    fn send(&mut self) -> bool {
+        let mut any = false;
+        while self.outbox.len() < WINDOW_FRAMES
+            && self.ready_bytes < ROWS_BYTES_MAX
+            && let Some(chunk) = self.queue.pop_front()
+        {
+            any = true;
+            if self.outbox.is_empty() {
+                self.progress = Instant::now();
+            }
+            let n_rows = chunk.tokens.len() as u32;
+            let end = chunk.pos0 + n_rows;
+            self.outbox.sent(end);
+            match chunk.want.rows {
+                WantRows::None => {}
+                WantRows::Last => self.asked.push_back((end - 1, chunk.want.form)),
+                WantRows::All => self
+                    .asked
+                    .extend((chunk.pos0..end).map(|p| (p, chunk.want.form))),
+            }
+            let rows = Rows {
+                session: self.session,
+                epoch: self.epoch,
+                pos0: chunk.pos0,
+                n_rows: n_rows as u16,
+                content: Content::Tokens,
+                want: chunk.want,
+                spent_us: 0,
+            };
+            self.up.push_with(&Down::Rows(rows), |out| {
+                chunk
+                    .tokens
+                    .iter()
+                    .for_each(|t| out.extend_from_slice(&t.to_le_bytes()));
+            });
+        }
+        any
+    }
+
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Result<(), ClientError> {
+        loop {
+            let Some(due) = self.due() else { return Ok(()) };
+            if due < self.timer.deadline() || self.timer.is_elapsed() {
+                self.timer.as_mut().reset(due);
+            }
+            if self.timer.as_mut().poll(cx).is_pending() {
+                return Ok(());
+            }
+            if Instant::now() >= due {
+                return Err(self.overdue());
+            }
+        }
+    }
+
+    fn due(&self) -> Option<Instant> {
+        let over = self.answers_over.as_ref().map(|(due, _)| *due);
+        let owed = if !self.outbox.is_empty() {
+            Some(self.progress + self.ack_timeout())
+        } else if !self.asked.is_empty() {
+            Some(self.progress + self.answer_timeout())
+        } else {
+            None
+        };
+        over.into_iter().chain(owed).min()
+    }
+
+    fn ack_timeout(&self) -> Duration {
+        self.deadlines.acked(self.rows_max, self.route.len())
+    }
+
+    /// Each hop may take its time; each watches the next, and reports it sooner than this.
+    fn answer_timeout(&self) -> Duration {
+        self.ack_timeout()
+            .saturating_mul(u32::from(self.tail()) + 1)
+    }
+
+    fn overdue(&self) -> ClientError {
+        if let Some((_, failure)) = &self.answers_over {
+            return self.hop_failed(failure.clone());
+        }
+        let (at, what) = if self.outbox.is_empty() {
+            (
+                self.tail(),
+                format!(
+                    "no logits within {:?}, and no hop said why",
+                    self.answer_timeout()
+                ),
+            )
+        } else {
+            (
+                0,
+                format!("no acknowledgement within {:?}", self.ack_timeout()),
+            )
+        };
+        self.hop_failed(fail(at, Fault::Peer, FailureCode::Deadline, what))
+    }
+
+    fn tail(&self) -> u8 {
+        u8::try_from(self.route.len().saturating_sub(1)).unwrap_or(u8::MAX)
+    }
+
+    fn lost(&self, at: u8, why: &str) -> ClientError {
+        self.hop_failed(lost(at, why))
+    }
+
+    fn bad_hop(&self, at: u8, what: &str) -> ClientError {
+        self.hop_failed(fail(at, Fault::Peer, FailureCode::BadFrame, what))
+    }
+
+    fn bad_answer(&self, what: String) -> ClientError {
+        self.bad_hop(self.tail(), &what)
+    }
+
+    fn hop_failed(&self, failure: Failure) -> ClientError {
+        ClientError::hop(&self.route, failure)
+    }
+}
+
+fn lost(at: u8, why: &str) -> Failure {
+    fail(
+        at,
+        Fault::Peer,
+        FailureCode::DownstreamLost,
+        format!("the connection was lost: {why}"),
+    )
+}
+
+fn row_bytes(row: &LogitsRow) -> usize {
+    // At least one, so that empty rows count too.
+    1 + row.full.len() * 4 + row.top.len() * 8
+}
+
+impl Drop for ClientSession {
+    fn drop(&mut self) {
+        // A word of goodbye if the stream takes it at once; its end says the same a little later.
+        self.up.push(&Down::Close);
+        let _ = self.up.poll_flush(&mut Context::from_waker(Waker::noop()));
+    }
+}

@@ -1,0 +1,113 @@
+//! The limits and deadlines of sessions, with the reason of each. Plain data: time is not read here.
+
+use std::time::Duration;
+
+/// How long a hop or a client waits for each thing it can wait for.
+///
+/// Deadlines nest: whoever sits further up the chain waits a little longer
+/// ([`Deadlines::per_hop`] for each hop below), so that the hop next to the fault reports it, and
+/// names the right peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deadlines {
+    /// Opening a stream and hearing `Opened` from the last hop: a dial over a slow link, and KV.
+    pub open: Duration,
+    /// Added to `open` for each hop further down: they open one after the other.
+    pub open_per_hop: Duration,
+    /// From forwarding a frame (or the last sign of progress) to its acknowledgement.
+    pub step: Duration,
+    /// Added to `step` for each row of the largest frame seen: a slow CPU on a large layer range.
+    pub per_row: Duration,
+    /// Added to `step` for each hop further down, so that deadlines nest.
+    pub per_hop: Duration,
+    /// A session without a frame for this long is closed, its KV freed: the lease.
+    pub idle: Duration,
+    /// How long the session and the answer stream wait for each other at the tail, and a stream
+    /// that was just accepted for its first frame.
+    pub pair: Duration,
+    /// Saying goodbye: the last frame of a session that ends.
+    pub close: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            open: Duration::from_secs(5),
+            open_per_hop: Duration::from_secs(1),
+            step: Duration::from_secs(10),
+            per_row: Duration::from_millis(250),
+            per_hop: Duration::from_millis(500),
+            idle: Duration::from_secs(600),
+            pair: Duration::from_secs(15),
+            close: Duration::from_secs(2),
+        }
+    }
+}
+
+impl Deadlines {
+    /// For the answer of a chain of `below` hops to an `Open`.
+    pub fn opened(&self, below: usize) -> Duration {
+        self.open
+            .saturating_add(self.open_per_hop.saturating_mul(count(below)))
+    }
+
+    /// For the acknowledgement of frames of up to `rows` rows by the first of `below` hops.
+    pub fn acked(&self, rows: u32, below: usize) -> Duration {
+        self.step
+            .saturating_add(self.per_row.saturating_mul(rows))
+            .saturating_add(self.per_hop.saturating_mul(count(below)))
+    }
+}
+
+fn count(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+/// What a node grants to sessions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionLimits {
+    /// Sessions at once, over all clients: each holds KV, a task and three stream buffers.
+    pub sessions_max: usize,
+    /// Sessions at once of one client, so that one cannot take them all.
+    pub per_client_max: usize,
+    /// Frames of one session that may wait for, or be in, the worker. Two keep the worker busy;
+    /// two more absorb jitter. Beyond it the hop stops reading, and the sender feels it.
+    pub frames_in_flight: usize,
+    /// Answer streams that may wait for their session.
+    pub parked_max: usize,
+    /// The deadlines.
+    pub deadlines: Deadlines,
+}
+
+impl SessionLimits {
+    /// The length of a worker's queue that these limits can never fill.
+    pub fn worker_queue(&self) -> usize {
+        // One opening beside the frames.
+        self.sessions_max
+            .saturating_mul(self.frames_in_flight.saturating_add(1))
+    }
+}
+
+impl Default for SessionLimits {
+    fn default() -> Self {
+        Self {
+            sessions_max: 64,
+            per_client_max: 16,
+            frames_in_flight: 4,
+            parked_max: 256,
+            deadlines: Deadlines::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deadlines_nest() {
+        let d = Deadlines::default();
+        assert!(d.opened(2) > d.opened(1));
+        assert!(d.acked(1, 2) > d.acked(1, 1));
+        assert!(d.acked(32, 1) > d.acked(1, 1));
+    }
+}

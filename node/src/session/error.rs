@@ -1,0 +1,181 @@
+//! Why a session of a client fails, in words that name the hop, its layers and whose fault it is.
+
+use std::fmt;
+
+use swarm_proto::{Failure, FailureCode, Fault, Hop, LayerRange, Peer};
+
+use super::failure::culprit;
+
+/// A hop as an error names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HopName {
+    /// Its place on the route, from 0.
+    pub at: usize,
+    /// Who it is.
+    pub peer: Peer,
+    /// What it was to run.
+    pub layers: LayerRange,
+}
+
+impl fmt::Display for HopName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "hop {} (peer {}, layers {})",
+            self.at, self.peer, self.layers
+        )
+    }
+}
+
+/// Why a session could not be opened, or failed.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ClientError {
+    /// The route does not cover the model.
+    #[error("no peer holds {}; see `shoal status`, or start a node with `--layers`", ranges(.missing))]
+    NoRoute {
+        /// The layers nobody holds.
+        missing: Vec<LayerRange>,
+    },
+    /// The level is `trusted` and the peers on the list do not cover the model.
+    #[error(
+        "privacy is trusted and no trusted peer holds {}; {} hold them and are not on the list: {}",
+        ranges(.missing), .others.len(), peers(.others)
+    )]
+    Untrusted {
+        /// The layers that no trusted peer holds.
+        missing: Vec<LayerRange>,
+        /// Who does, but is not trusted.
+        others: Vec<Peer>,
+    },
+    /// A hop failed.
+    #[error("{hop}: {}{}", .failure.message, whose(.failure))]
+    Hop {
+        /// Which.
+        hop: HopName,
+        /// What it said, or what was said of it. Control characters are replaced.
+        failure: Failure,
+    },
+    /// Every route that was tried failed.
+    #[error("{tries} routes were tried, the last failed: {last}")]
+    Exhausted {
+        /// How many.
+        tries: usize,
+        /// The last failure.
+        last: Box<ClientError>,
+    },
+    /// The session holds as many positions as it was opened for.
+    #[error(
+        "context full: {pos} of {n_ctx} positions are used and {asked} more do not fit; open the session with a larger context, or shorten the prompt"
+    )]
+    ContextFull {
+        /// The limit.
+        n_ctx: u32,
+        /// Positions used.
+        pos: u32,
+        /// Positions asked for.
+        asked: usize,
+    },
+    /// A token id that the model does not have.
+    #[error("token {token} is not in the vocabulary of {n_vocab}")]
+    Token {
+        /// The id.
+        token: u32,
+        /// The limit.
+        n_vocab: u32,
+    },
+    /// Truncation beyond the end.
+    #[error("cannot truncate to position {pos}, the session holds {held}")]
+    Truncate {
+        /// Where to.
+        pos: u32,
+        /// What is held.
+        held: u32,
+    },
+    /// `next_logits` without a row asked for.
+    #[error("no logits were asked for")]
+    NothingAsked,
+    /// The model's description could not be had.
+    #[error("{0}")]
+    Model(String),
+}
+
+impl ClientError {
+    /// The failure of a hop of this route.
+    pub(super) fn hop(route: &[Hop], mut failure: Failure) -> Self {
+        let last = route.len().saturating_sub(1);
+        let at = usize::from(failure.at).min(last);
+        failure.at = u8::try_from(at).unwrap_or(u8::MAX);
+        // A peer's words reach a terminal: they must not move its cursor.
+        failure.message = failure.message.chars().map(printable).collect();
+        match route.get(at) {
+            Some(hop) => Self::Hop {
+                hop: HopName {
+                    at,
+                    peer: hop.peer,
+                    layers: hop.layers,
+                },
+                failure,
+            },
+            None => Self::NoRoute {
+                missing: Vec::new(),
+            },
+        }
+    }
+
+    /// The peer that another route should avoid.
+    pub(super) fn culprit(&self, route: &[Hop]) -> Option<Peer> {
+        let Self::Hop { failure, .. } = self else {
+            return None;
+        };
+        route
+            .get(usize::from(culprit(failure)?))
+            .map(|hop| hop.peer)
+    }
+
+    /// The session's lease ended, or the node went down in good order: opening another session and
+    /// feeding the same tokens goes on.
+    pub fn is_gone(&self) -> bool {
+        match self {
+            Self::Hop { failure, .. } => {
+                matches!(
+                    failure.code,
+                    FailureCode::Deadline | FailureCode::DownstreamLost | FailureCode::ShuttingDown
+                )
+            }
+            _ => false,
+        }
+    }
+}
+
+fn printable(c: char) -> char {
+    if c.is_control() { '\u{fffd}' } else { c }
+}
+
+fn whose(failure: &Failure) -> &'static str {
+    match failure.fault {
+        Fault::Peer => " (as its neighbour saw it)",
+        Fault::Local => " (as it says itself)",
+        Fault::Caller => " (it blames what it was sent)",
+    }
+}
+
+fn ranges(missing: &[LayerRange]) -> String {
+    let list = missing
+        .iter()
+        .map(|r| r.to_string())
+        .collect::<Vec<_>>()
+        .join(", ");
+    if missing.is_empty() {
+        "its layers".into()
+    } else {
+        format!("layers {list}")
+    }
+}
+
+fn peers(peers: &[Peer]) -> String {
+    peers
+        .iter()
+        .map(|p| p.to_string())
+        .collect::<Vec<_>>()
+        .join(", ")
+}

@@ -1,0 +1,544 @@
+//! The session service of a node: takes streams, opens the chain below, runs the relays.
+//!
+//! ```text
+//! stream ─▶ Open ─▶ admit ─▶ KV ┐
+//!                         next ─┴▶ Opened ─▶ Relay::run ─▶ goodbye, KV freed
+//! ```
+//!
+//! One task a session. Everything a session takes is owned by that task, so that its end, however
+//! it comes, gives everything back.
+
+use std::{
+    collections::HashMap,
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use engine::Worker;
+use futures::future::BoxFuture;
+use swarm_proto::{Answer, Attach, Down, Failure, FailureCode, Fault, ModelId, Open, Peer, Up};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, timeout, timeout_at},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::Instrument;
+
+use super::{
+    admit::{Admitted, admit},
+    config::SessionLimits,
+    failure::{clamp_to_below, fail},
+    ledger::Ledger,
+    limits::{ATTACH, OPEN, UP, down_rows},
+    relay::{Below, End, Parts, Relay},
+    slot::SlotGuard,
+    tail::{Claim, Pairing, Place},
+    topk::TopK,
+    trace,
+    wire::{Pipe, WireError},
+};
+use crate::net::{OpenError, Proto, Stream};
+
+/// Opens streams to peers. `Net` is one; tests bring their own.
+pub trait Dialer: Send + Sync + 'static {
+    /// Opens a stream, dialling first when needed. The caller brings the deadline.
+    fn open<'a>(
+        &'a self,
+        peer: Peer,
+        addrs: &'a [String],
+        proto: Proto,
+    ) -> BoxFuture<'a, Result<Stream, OpenError>>;
+}
+
+/// A model that this node serves a span of.
+#[derive(Clone)]
+pub struct Served {
+    /// Which model.
+    pub model: ModelId,
+    /// Layers of the whole model.
+    pub n_layer: u32,
+    /// The span held here.
+    pub layers: Range<u32>,
+    /// Floats in a hidden row.
+    pub n_embd: u32,
+    /// Floats in a logits row.
+    pub n_vocab: u32,
+    /// Longest context a session may ask for.
+    pub n_ctx_max: u32,
+    /// The worker that holds the weights. Its queue must be [`SessionLimits::worker_queue`] long.
+    pub worker: Worker,
+}
+
+impl Served {
+    /// The span that a worker holds of a model.
+    pub fn new(model: ModelId, worker: Worker) -> Self {
+        let shape = worker.shape();
+        Self {
+            model,
+            n_layer: shape.n_layer,
+            layers: shape.layers.clone(),
+            n_embd: shape.n_embd,
+            n_vocab: shape.n_vocab,
+            n_ctx_max: shape.n_ctx_max,
+            worker,
+        }
+    }
+}
+
+/// The session service. Clones share everything.
+#[derive(Clone)]
+pub struct Sessions {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    me: Peer,
+    dialer: Arc<dyn Dialer>,
+    limits: SessionLimits,
+    served: Mutex<HashMap<ModelId, Served>>,
+    open: Mutex<HashMap<Peer, usize>>,
+    pairing: Pairing,
+    /// No new sessions.
+    draining: CancellationToken,
+    /// The running ones end too.
+    stopping: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Sessions {
+    /// A service that serves nothing yet.
+    pub fn new(me: Peer, dialer: Arc<dyn Dialer>, limits: SessionLimits) -> Self {
+        let shared = Shared {
+            me,
+            dialer,
+            served: Mutex::default(),
+            open: Mutex::default(),
+            pairing: Pairing::new(limits.parked_max),
+            draining: CancellationToken::new(),
+            stopping: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            limits,
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// Serves a span from now on; replaces what was served of that model.
+    pub fn serve(&self, served: Served) {
+        lock(&self.shared.served).insert(served.model, served);
+    }
+
+    /// Opens no new sessions of a model. Running ones go on.
+    pub fn withdraw(&self, model: &ModelId) {
+        lock(&self.shared.served).remove(model);
+    }
+
+    /// Sessions that are open or being opened.
+    pub fn count(&self) -> usize {
+        lock(&self.shared.open).values().sum()
+    }
+
+    /// Takes session and answer streams until both channels close, a task each.
+    pub async fn run(
+        &self,
+        mut sessions: mpsc::Receiver<(Peer, Stream)>,
+        mut answers: mpsc::Receiver<(Peer, Stream)>,
+    ) {
+        loop {
+            tokio::select! {
+                Some((from, stream)) = sessions.recv() => self.accept_session(from, stream),
+                Some((from, stream)) = answers.recv() => self.accept_answer(from, stream),
+                else => return,
+            }
+        }
+    }
+
+    /// Serves one session stream on a task of its own.
+    pub fn accept_session(&self, from: Peer, stream: Stream) {
+        let shared = self.shared.clone();
+        self.shared
+            .tasks
+            .spawn(async move { shared.session(from, stream).await });
+    }
+
+    /// Pairs one answer stream on a task of its own.
+    pub fn accept_answer(&self, from: Peer, stream: Stream) {
+        let shared = self.shared.clone();
+        self.shared.tasks.spawn(async move {
+            if let Err(why) = shared.answer(from, stream).await {
+                tracing::debug!(peer = %from, why, "answer stream refused");
+            }
+        });
+    }
+
+    /// Refuses new sessions, lets running ones go on for `grace`, then ends them.
+    pub async fn shutdown(&self, grace: Duration) {
+        self.shared.draining.cancel();
+        self.shared.tasks.close();
+        if timeout(grace, self.shared.tasks.wait()).await.is_err() {
+            self.shared.stopping.cancel();
+            let goodbye = self.shared.limits.deadlines.close.saturating_mul(2);
+            let _ = timeout(goodbye, self.shared.tasks.wait()).await;
+        }
+    }
+}
+
+/// A session counts against its client until this is dropped.
+struct Lease {
+    shared: Arc<Shared>,
+    client: Peer,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut open = lock(&self.shared.open);
+        if let Some(n) = open.get_mut(&self.client) {
+            *n = n.saturating_sub(1);
+            if *n == 0 {
+                open.remove(&self.client);
+            }
+        }
+    }
+}
+
+/// What the chain below a hop became.
+struct Chain {
+    below: Below,
+    /// Our place in the pairing table, when we are the tail.
+    place: Option<Place>,
+}
+
+impl Shared {
+    async fn session(self: Arc<Self>, from: Peer, stream: Stream) {
+        let mut up = Pipe::new(stream, OPEN);
+        let pair = self.limits.deadlines.pair;
+        let open = match timeout(pair, up.frame::<Down>()).await {
+            Ok(Ok(Some(Down::Open(open)))) => open,
+            Ok(Ok(Some(_))) => {
+                let message = "a session begins with an open message";
+                let failure = fail(0, Fault::Caller, FailureCode::BadFrame, message);
+                return self.refuse(up, failure).await;
+            }
+            Ok(Err(WireError::Frame(e))) => {
+                let failure = fail(0, Fault::Caller, FailureCode::BadFrame, e.to_string());
+                return self.refuse(up, failure).await;
+            }
+            // Nothing came that could be answered.
+            Ok(Ok(None) | Err(_)) | Err(_) => return,
+        };
+        let span = trace::session_span(&open);
+        self.opened(from, open, up).instrument(span).await;
+    }
+
+    async fn opened(self: Arc<Self>, from: Peer, open: Open, mut up: Pipe) {
+        let opened = tokio::select! {
+            opened = self.clone().build(from, &open, &mut up) => opened,
+            () = self.stopping.cancelled() => Err(Some(self.going_down(open.at))),
+        };
+        let (parts, lease, place) = match opened {
+            Ok((parts, lease, place)) => (parts(up), lease, place),
+            Err(Some(failure)) => {
+                tracing::debug!(peer = %from, failure = %failure.message, "session refused");
+                return self.refuse(up, failure).await;
+            }
+            Err(None) => return,
+        };
+        tracing::debug!(peer = %from, "session open");
+        let at = parts.at;
+        let mut relay = Relay::new(parts);
+        let end = tokio::select! {
+            end = relay.run() => end,
+            () = self.stopping.cancelled() => End::Failed(self.going_down(at)),
+        };
+        match &end {
+            End::Failed(f) => {
+                tracing::info!(at = f.at, code = ?f.code, why = %f.message, "session failed")
+            }
+            end => tracing::debug!(?end, "session over"),
+        }
+        relay.finish(&end).await;
+        drop((place, lease));
+    }
+
+    /// Everything between the open message and the relay. `Err(None)`: the upstream is gone.
+    async fn build(
+        self: Arc<Self>,
+        from: Peer,
+        open: &Open,
+        up: &mut Pipe,
+    ) -> Result<(impl FnOnce(Pipe) -> Parts + use<>, Lease, Option<Place>), Option<Failure>> {
+        if self.draining.is_cancelled() {
+            return Err(Some(self.going_down(open.at)));
+        }
+        let served = lock(&self.served).get(&open.model).cloned();
+        let admitted = admit(open, from, self.me, served.as_ref())?;
+        let Some(served) = served else {
+            return Err(None);
+        };
+        let lease = self.lease(open)?;
+        let (slot, chain) = {
+            let both = async {
+                tokio::try_join!(
+                    self.kv(open, &admitted, &served),
+                    self.below(open, &admitted, &served)
+                )
+            };
+            tokio::select! {
+                both = both => both?,
+                // The client may change its mind while the chain opens.
+                frame = up.frame::<Down>() => return match frame {
+                    Ok(Some(Down::Rows(_) | Down::Open(_))) => {
+                        let message = "frames before the session is open";
+                        Err(Some(fail(open.at, Fault::Caller, FailureCode::BadFrame, message)))
+                    }
+                    _ => Err(None),
+                },
+            }
+        };
+        up.set_limits(down_rows(served.n_embd));
+        up.push(&Up::Opened {
+            n_embd: served.n_embd,
+            n_vocab: served.n_vocab,
+        });
+        let ledger = Ledger::new(
+            open.session,
+            open.epoch,
+            open.n_ctx,
+            served.n_embd,
+            admitted.content,
+        );
+        let (at, hops, dtype) = (open.at, open.hops.len(), open.dtype);
+        let limits = self.limits;
+        let parts = move |up| Parts {
+            at,
+            hops,
+            ledger,
+            dtype,
+            layers: admitted.layers,
+            n_vocab: served.n_vocab,
+            worker: served.worker,
+            slot,
+            up,
+            below: chain.below,
+            deadlines: limits.deadlines,
+            frames_in_flight: limits.frames_in_flight,
+        };
+        Ok((parts, lease, chain.place))
+    }
+
+    fn lease(self: &Arc<Self>, open: &Open) -> Result<Lease, Failure> {
+        let limits = &self.limits;
+        let full = |message| Err(fail(open.at, Fault::Local, FailureCode::Full, message));
+        let mut counts = lock(&self.open);
+        let total: usize = counts.values().sum();
+        let of_client = counts.get(&open.client).copied().unwrap_or(0);
+        if total >= limits.sessions_max {
+            return full(format!(
+                "{total} sessions are open, the limit here is {}",
+                limits.sessions_max
+            ));
+        }
+        if of_client >= limits.per_client_max {
+            let max = limits.per_client_max;
+            return full(format!(
+                "this client has {of_client} sessions open, the limit here is {max}"
+            ));
+        }
+        counts.insert(open.client, of_client + 1);
+        Ok(Lease {
+            shared: self.clone(),
+            client: open.client,
+        })
+    }
+
+    async fn kv(
+        &self,
+        open: &Open,
+        admitted: &Admitted,
+        served: &Served,
+    ) -> Result<SlotGuard, Failure> {
+        let at = admitted.at;
+        let (to, slot) = oneshot::channel();
+        let worker = served.worker.clone();
+        let reply = Box::new(move |result: Result<engine::Slot, engine::EngineError>| {
+            // Guarded before it travels: a session that is gone by now must not leak its KV.
+            let _ = to.send(result.map(|slot| SlotGuard::new(worker, slot)));
+        });
+        let local = |code, message: String| fail(at, Fault::Local, code, message);
+        served
+            .worker
+            .open(open.n_ctx, admitted.layers.clone(), reply)
+            .map_err(|e| local(FailureCode::Full, e.to_string()))?;
+        let deadline = self.limits.deadlines.open;
+        match timeout(deadline, slot).await {
+            Ok(Ok(Ok(slot))) => Ok(slot),
+            Ok(Ok(Err(e))) => Err(local(engine_code(&e), e.to_string())),
+            Ok(Err(_)) => Err(local(
+                FailureCode::Engine,
+                "the stage worker is gone".into(),
+            )),
+            Err(_) => {
+                let message = format!("no KV within {deadline:?}: the stage worker is busy");
+                Err(local(FailureCode::Deadline, message))
+            }
+        }
+    }
+
+    async fn below(
+        &self,
+        open: &Open,
+        admitted: &Admitted,
+        served: &Served,
+    ) -> Result<Chain, Failure> {
+        if admitted.tail {
+            return self.client_below(open);
+        }
+        let next = open.at + 1;
+        let below = open.hops.len() - usize::from(next);
+        let wait = self.limits.deadlines.opened(below);
+        let deadline = Instant::now() + wait;
+        let lost = |code, message: String| fail(next, Fault::Peer, code, message);
+        let late = |_| {
+            lost(
+                FailureCode::Deadline,
+                format!("it did not open within {wait:?}"),
+            )
+        };
+        let Some(hop) = open.hops.get(usize::from(next)) else {
+            return Err(lost(FailureCode::BadFrame, "the route ends".into()));
+        };
+        let stream = self.dialer.open(hop.peer, &hop.addrs, Proto::Session);
+        let stream = timeout_at(deadline, stream).await.map_err(late)?;
+        let stream = stream.map_err(|e| lost(dial_code(&e), e.to_string()))?;
+        let mut pipe = Pipe::new(stream, UP);
+        let trace = trace::current().or(open.trace);
+        pipe.push(&Down::Open(Open {
+            at: next,
+            trace,
+            ..open.clone()
+        }));
+        let opened = async {
+            pipe.flush().await.map_err(WireError::Io)?;
+            pipe.frame::<Up>().await
+        };
+        match timeout_at(deadline, opened).await.map_err(late)? {
+            Ok(Some(Up::Opened { n_embd, n_vocab })) => {
+                if (n_embd, n_vocab) != (served.n_embd, served.n_vocab) {
+                    let message = format!(
+                        "it opened with n_embd {n_embd} and n_vocab {n_vocab}, the model has {} and {}",
+                        served.n_embd, served.n_vocab
+                    );
+                    return Err(lost(FailureCode::BadFrame, message));
+                }
+                Ok(Chain {
+                    below: Below::Next(pipe),
+                    place: None,
+                })
+            }
+            Ok(Some(Up::Failed(failure))) => Err(clamp_to_below(failure, open.at, open.hops.len())),
+            Ok(Some(Up::Ack { .. })) => Err(lost(
+                FailureCode::BadFrame,
+                "it acknowledged before it opened".into(),
+            )),
+            Ok(None) => Err(lost(
+                FailureCode::DownstreamLost,
+                "it closed the stream while opening".into(),
+            )),
+            Err(e) => Err(lost(FailureCode::DownstreamLost, e.to_string())),
+        }
+    }
+
+    fn client_below(&self, open: &Open) -> Result<Chain, Failure> {
+        let key = (open.client, open.session, open.epoch);
+        let (stream, place) = self
+            .pairing
+            .session(key)
+            .map_err(|e| fail(open.at, Fault::Caller, FailureCode::BadFrame, e.to_string()))?;
+        let mut answers = Pipe::detached(ATTACH);
+        answers.push(&Answer::Attached);
+        let below = Below::Client {
+            answers,
+            attach: Some(stream),
+            top: TopK::default(),
+            due: Instant::now() + self.limits.deadlines.pair,
+        };
+        Ok(Chain {
+            below,
+            place: Some(place),
+        })
+    }
+
+    async fn answer(&self, from: Peer, stream: Stream) -> Result<(), String> {
+        let deadline = Instant::now() + self.limits.deadlines.pair;
+        let mut pipe = Pipe::new(stream, ATTACH);
+        let attach = timeout_at(deadline, pipe.frame::<Attach>()).await;
+        let attach = match attach {
+            Ok(Ok(Some(attach))) => attach,
+            Ok(Ok(None)) | Err(_) => return Err("no attach message came".into()),
+            Ok(Err(e)) => return Err(e.to_string()),
+        };
+        let claim = match self.pairing.answer((from, attach.session, attach.epoch)) {
+            Ok(claim) => claim,
+            Err(e) => {
+                let failure = fail(0, Fault::Caller, FailureCode::Full, e.to_string());
+                pipe.push(&Answer::Failed(failure));
+                let _ = timeout(self.limits.deadlines.close, pipe.close()).await;
+                return Err(e.to_string());
+            }
+        };
+        let to = match claim {
+            Claim::Now(to) => to,
+            Claim::Later(mut later, place) => {
+                let session = tokio::select! {
+                    session = timeout_at(deadline, &mut later) => session.ok().and_then(Result::ok),
+                    // The client gave up, or talks where it must listen.
+                    _ = pipe.frame::<Attach>() => None,
+                    () = self.stopping.cancelled() => None,
+                };
+                drop(later);
+                drop(place);
+                session.ok_or("its session did not come")?
+            }
+        };
+        let stream = pipe.into_stream().ok_or("bytes after the attach message")?;
+        to.send(stream)
+            .map_err(|_| "its session is over".to_string())
+    }
+
+    async fn refuse(&self, mut up: Pipe, failure: Failure) {
+        up.push(&Up::Failed(failure));
+        let _ = timeout(self.limits.deadlines.close, up.close()).await;
+    }
+
+    fn going_down(&self, at: u8) -> Failure {
+        fail(
+            at,
+            Fault::Local,
+            FailureCode::ShuttingDown,
+            "this node is shutting down",
+        )
+    }
+}
+
+fn engine_code(e: &engine::EngineError) -> FailureCode {
+    match e {
+        engine::EngineError::Full { .. } => FailureCode::Full,
+        _ => FailureCode::Engine,
+    }
+}
+
+pub(super) fn dial_code(e: &OpenError) -> FailureCode {
+    match e {
+        OpenError::Unsupported { .. } | OpenError::OtherSwarm { .. } => FailureCode::Version,
+        OpenError::Refused { .. } | OpenError::Busy { .. } => FailureCode::Full,
+        OpenError::Timeout { .. } => FailureCode::Deadline,
+        _ => FailureCode::DownstreamLost,
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Maps and counters whose every change is one call: no invariant spans a panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

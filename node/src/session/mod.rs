@@ -1,0 +1,40 @@
+//! Sessions: a route of hops that runs one conversation's tokens, and the client at its ends.
+//!
+//! ```text
+//! client ─Open, Rows─▶ hop 0 ─▶ hop 1 … ─▶ tail ─Logits─▶ client
+//!        ◀─Opened, Ack, Failed─  ◀─  …  ◀─
+//! ```
+//!
+//! | file | what |
+//! |---|---|
+//! | `wire` | frames over one stream |
+//! | `ledger`, `admit`, `failure`, `topk`, `row` | rules that need neither streams nor clocks |
+//! | `hop`, `relay`, `tail`, `slot` | the service that every node runs |
+//! | `open`, `client`, `error` | opening and driving a session |
+
+mod admit;
+mod client;
+mod config;
+mod error;
+mod failure;
+mod hop;
+mod ledger;
+mod limits;
+mod open;
+mod relay;
+mod row;
+mod slot;
+mod tail;
+mod topk;
+mod trace;
+mod wire;
+
+pub use client::ClientSession;
+pub use config::{Deadlines, SessionLimits};
+pub use error::{ClientError, HopName};
+pub use hop::{Dialer, Served, Sessions};
+pub use open::{Kind, Opener};
+pub use row::{BadRow, LogitsRow};
+
+#[cfg(test)]
+mod tests;

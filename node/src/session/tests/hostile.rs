@@ -1,0 +1,534 @@
+//! Frames that no honest peer sends, at hops and at the client: a clear error on the right side,
+//! nothing left behind.
+
+use swarm_proto::{
+    Answer, Attach, Content, Down, Dtype, Epoch, FailureCode, Fault, Form, FrameLimits, Logits,
+    LogitsForm, Open, Rows, SessionId, Up, Want, WantRows,
+};
+use tokio::io::AsyncWriteExt;
+
+use super::swarm::*;
+use crate::net::{Proto, Stream};
+use crate::session::{ClientError, Kind, wire::Pipe};
+
+const SESSION: SessionId = SessionId([9; 16]);
+const WIDE: FrameLimits = FrameLimits {
+    header_max: 65_535,
+    payload_max: 1 << 20,
+};
+
+/// A hand-made peer: whatever it writes is its own.
+async fn raw(swarm: &Swarm, from: swarm_proto::Peer, to: usize, proto: Proto) -> Pipe {
+    let stream = swarm
+        .wires
+        .dialer(from)
+        .open(swarm.nodes[to].peer, &[], proto)
+        .await
+        .unwrap();
+    Pipe::new(stream, WIDE)
+}
+
+fn open(swarm: &Swarm) -> Open {
+    Open {
+        session: SESSION,
+        epoch: Epoch(0),
+        client: CLIENT,
+        model: MODEL,
+        n_ctx: 100,
+        dtype: Dtype::F32,
+        hops: swarm.route(),
+        at: 0,
+        trace: None,
+    }
+}
+
+fn rows(n_rows: u16) -> Rows {
+    Rows {
+        session: SESSION,
+        epoch: Epoch(0),
+        pos0: 0,
+        n_rows,
+        content: Content::Tokens,
+        want: Want {
+            rows: WantRows::Last,
+            form: Form::Top(1),
+        },
+        spent_us: 0,
+    }
+}
+
+async fn answer(pipe: &mut Pipe) -> Up {
+    pipe.flush().await.unwrap();
+    pipe.frame::<Up>().await.unwrap().expect("an answer")
+}
+
+async fn opened(pipe: &mut Pipe) {
+    match answer(pipe).await {
+        Up::Opened { .. } => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+#[track_caller]
+fn refused(up: &Up, at: u8, fault: Fault, code: FailureCode) -> String {
+    let Up::Failed(failure) = up else {
+        panic!("{up:?}")
+    };
+    assert_eq!(
+        (failure.at, failure.fault, failure.code),
+        (at, fault, code),
+        "{}",
+        failure.message
+    );
+    failure.message.clone()
+}
+
+#[tokio::test(start_paused = true)]
+async fn bad_openings_are_refused_by_name() {
+    let _clock = Clock::start();
+    let swarm = Swarm::new(&[0, 4, 12]);
+    let good = open(&swarm);
+    let other_model = swarm_proto::ModelId(swarm_proto::Hash([1; 32]));
+    let mut gap = good.clone();
+    gap.hops[1].layers.start = 5;
+    let mut short = good.clone();
+    short.hops.pop();
+    let mut not_held = good.clone();
+    not_held.hops[0].layers.end = 6;
+    not_held.hops[1].layers.start = 6;
+    let mut elsewhere = good.clone();
+    elsewhere.hops[0].peer = peer(77);
+    let cases = [
+        (
+            Open {
+                model: other_model,
+                ..good.clone()
+            },
+            Fault::Local,
+            FailureCode::UnknownModel,
+            "not served",
+        ),
+        (not_held, Fault::Local, FailureCode::LayersNotHeld, "0..6"),
+        (
+            Open {
+                n_ctx: 0,
+                ..good.clone()
+            },
+            Fault::Caller,
+            FailureCode::Full,
+            "context of 0",
+        ),
+        (
+            Open {
+                n_ctx: u32::MAX,
+                ..good.clone()
+            },
+            Fault::Caller,
+            FailureCode::Full,
+            "4294967295",
+        ),
+        (
+            Open {
+                client: peer(66),
+                ..good.clone()
+            },
+            Fault::Caller,
+            FailureCode::BadFrame,
+            "it came from",
+        ),
+        (elsewhere, Fault::Caller, FailureCode::BadFrame, "this is"),
+        (
+            Open {
+                at: 1,
+                ..good.clone()
+            },
+            Fault::Caller,
+            FailureCode::BadFrame,
+            "",
+        ),
+        (
+            Open {
+                at: 9,
+                ..good.clone()
+            },
+            Fault::Caller,
+            FailureCode::BadFrame,
+            "",
+        ),
+        (gap, Fault::Caller, FailureCode::BadFrame, ""),
+        (short, Fault::Caller, FailureCode::BadFrame, ""),
+    ];
+    for (n, (open, fault, code, words)) in cases.into_iter().enumerate() {
+        let at = open.at;
+        let mut pipe = raw(&swarm, CLIENT, 0, Proto::Session).await;
+        pipe.push(&Down::Open(open));
+        if pipe.flush().await.is_err() {
+            // Some cannot even be written.
+            continue;
+        }
+        match pipe.frame::<Up>().await {
+            Ok(Some(up)) => {
+                let Up::Failed(failure) = &up else {
+                    panic!("case {n}: {up:?}")
+                };
+                let at = if failure.at == 0 { 0 } else { at };
+                let text = refused(&up, at, fault, code);
+                assert!(text.contains(words), "case {n}: {text}");
+            }
+            other => panic!("case {n}: {other:?}"),
+        }
+    }
+    swarm.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn bad_frames_end_the_session_with_a_word() {
+    let _clock = Clock::start();
+    type Frame = (Rows, usize);
+    let cases: Vec<(Frame, &str)> = vec![
+        (
+            (
+                Rows {
+                    session: SessionId([1; 16]),
+                    ..rows(1)
+                },
+                4,
+            ),
+            "session",
+        ),
+        (
+            (
+                Rows {
+                    epoch: Epoch(5),
+                    ..rows(1)
+                },
+                4,
+            ),
+            "epoch 5",
+        ),
+        ((rows(0), 0), "rows"),
+        ((rows(3), 8), "payload of 8 bytes, 12 expected"),
+        ((rows(1), 400), "payload of 400 bytes, 4 expected"),
+        (
+            (
+                Rows {
+                    content: Content::Hidden(Dtype::F32),
+                    ..rows(1)
+                },
+                192,
+            ),
+            "hidden states in f32",
+        ),
+        ((Rows { pos0: 7, ..rows(1) }, 4), "position 7"),
+        (
+            (
+                Rows {
+                    pos0: u32::MAX,
+                    ..rows(1)
+                },
+                4,
+            ),
+            "position 4294967295",
+        ),
+        ((rows(101), 404), "101"),
+        ((rows(513), 2052), "513"),
+    ];
+    for ((rows, bytes), words) in cases {
+        let swarm = Swarm::new(&[0, 4, 12]);
+        let mut pipe = raw(&swarm, CLIENT, 0, Proto::Session).await;
+        pipe.push(&Down::Open(open(&swarm)));
+        opened(&mut pipe).await;
+        pipe.push_with(&Down::Rows(rows), |out| {
+            out.extend(std::iter::repeat_n(0, bytes))
+        });
+        if pipe.flush().await.is_err() {
+            continue;
+        }
+        let text = refused(
+            &answer(&mut pipe).await,
+            0,
+            Fault::Caller,
+            FailureCode::BadFrame,
+        );
+        assert!(text.contains(words), "{words}: {text}");
+        swarm.assert_empty().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn nonsense_and_oversize_are_refused_before_they_are_kept() {
+    let _clock = Clock::start();
+    for bytes in [
+        &[0xff_u8, 0xff, 0xff, 0x7f, 4, 0][..],
+        &[
+            10, 0, 0, 0, 8, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+        ][..],
+        &[2, 0, 0, 0, 200, 0][..],
+    ] {
+        for after in [false, true] {
+            let swarm = Swarm::new(&[0, 12]);
+            let mut pipe = raw(&swarm, CLIENT, 0, Proto::Session).await;
+            if after {
+                pipe.push(&Down::Open(open(&swarm)));
+                opened(&mut pipe).await;
+            }
+            let mut stream = pipe.into_stream().unwrap();
+            stream.write_all(bytes).await.unwrap();
+            let mut pipe = Pipe::new(stream, WIDE);
+            refused(
+                &answer(&mut pipe).await,
+                0,
+                Fault::Caller,
+                FailureCode::BadFrame,
+            );
+            swarm.assert_empty().await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_beyond_the_vocabulary_and_rows_with_nan_reach_no_engine() {
+    let _clock = Clock::start();
+    let swarm = Swarm::new(&[0, 4, 12]);
+    let mut pipe = raw(&swarm, CLIENT, 0, Proto::Session).await;
+    pipe.push(&Down::Open(open(&swarm)));
+    opened(&mut pipe).await;
+    pipe.push_with(&Down::Rows(rows(1)), |out| {
+        out.extend(u32::MAX.to_le_bytes())
+    });
+    let text = refused(
+        &answer(&mut pipe).await,
+        0,
+        Fault::Caller,
+        FailureCode::BadFrame,
+    );
+    assert!(text.contains("4294967295"), "{text}");
+    swarm.assert_empty().await;
+
+    // The second hop's upstream is hop 1 itself, here played by the test.
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut pipe = raw(&swarm, peer(1), 1, Proto::Session).await;
+        pipe.push(&Down::Open(Open {
+            at: 1,
+            ..open(&swarm)
+        }));
+        opened(&mut pipe).await;
+        let header = Rows {
+            content: Content::Hidden(Dtype::F32),
+            ..rows(1)
+        };
+        pipe.push_with(&Down::Rows(header), |out| {
+            out.extend(std::iter::repeat_n(0, 47 * 4));
+            out.extend(value.to_le_bytes());
+        });
+        refused(
+            &answer(&mut pipe).await,
+            1,
+            Fault::Caller,
+            FailureCode::BadFrame,
+        );
+        swarm.assert_empty().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn rows_before_opening_and_a_second_opening_are_refused() {
+    let _clock = Clock::start();
+    let swarm = Swarm::new(&[0, 12]);
+    let mut pipe = raw(&swarm, CLIENT, 0, Proto::Session).await;
+    pipe.push_with(&Down::Rows(rows(1)), |_| {});
+    refused(
+        &answer(&mut pipe).await,
+        0,
+        Fault::Caller,
+        FailureCode::BadFrame,
+    );
+    let mut pipe = raw(&swarm, CLIENT, 0, Proto::Session).await;
+    pipe.push(&Down::Open(open(&swarm)));
+    opened(&mut pipe).await;
+    let mut twin = raw(&swarm, CLIENT, 0, Proto::Session).await;
+    twin.push(&Down::Open(open(&swarm)));
+    let text = refused(
+        &answer(&mut twin).await,
+        0,
+        Fault::Caller,
+        FailureCode::BadFrame,
+    );
+    assert!(text.contains("already open"), "{text}");
+    pipe.push(&Down::Open(open(&swarm)));
+    refused(
+        &answer(&mut pipe).await,
+        0,
+        Fault::Caller,
+        FailureCode::BadFrame,
+    );
+    swarm.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_stream_without_its_session_and_a_session_without_its_stream_end() {
+    let _clock = Clock::start();
+    let swarm = Swarm::new(&[0, 12]);
+    // A stranger attaches to a session that is not its own: both sides wait in vain.
+    let mut session = raw(&swarm, CLIENT, 0, Proto::Session).await;
+    session.push(&Down::Open(open(&swarm)));
+    opened(&mut session).await;
+    let mut stranger = raw(&swarm, peer(66), 0, Proto::Answer).await;
+    stranger.push(&Attach {
+        session: SESSION,
+        epoch: Epoch(0),
+    });
+    stranger.flush().await.unwrap();
+    assert!(stranger.frame::<Answer>().await.unwrap().is_none());
+    let text = refused(
+        &answer(&mut session).await,
+        0,
+        Fault::Caller,
+        FailureCode::Deadline,
+    );
+    assert!(text.contains("attach"), "{text}");
+    swarm.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_opener_is_not_waited_for() {
+    let _clock = Clock::start();
+    let swarm = Swarm::new(&[0, 12]);
+    let mut pipe = raw(&swarm, CLIENT, 0, Proto::Session).await;
+    assert!(pipe.frame::<Up>().await.unwrap().is_none());
+    let mut pipe = raw(&swarm, CLIENT, 0, Proto::Answer).await;
+    assert!(pipe.frame::<Answer>().await.unwrap().is_none());
+}
+
+/// A tail made by hand: what it answers is what the client must refuse.
+async fn bad_tail(reply: impl FnOnce(&mut Pipe, Epoch)) -> ClientError {
+    let swarm = Swarm::new(&[0, 12]);
+    let (to, mut streams) = tokio::sync::mpsc::unbounded_channel();
+    swarm.wires.set(peer(1), Behaviour::Test(to));
+    let opener = swarm.opener();
+    let route = swarm.route();
+    let kind = Kind {
+        model: MODEL,
+        n_ctx: 100,
+        dtype: Dtype::F32,
+    };
+    let tail = async {
+        let (mut up, mut answers): (Option<Pipe>, Option<Pipe>) = (None, None);
+        while up.is_none() || answers.is_none() {
+            let (_, proto, stream): (_, _, Stream) = streams.recv().await.unwrap();
+            let mut pipe = Pipe::new(stream, WIDE);
+            if proto == Proto::Answer {
+                pipe.frame::<Attach>().await.unwrap().unwrap();
+                pipe.push(&Answer::Attached);
+                pipe.flush().await.unwrap();
+                answers = Some(pipe);
+            } else {
+                pipe.frame::<Down>().await.unwrap().unwrap();
+                pipe.push(&Up::Opened {
+                    n_embd: N_EMBD,
+                    n_vocab: N_VOCAB,
+                });
+                pipe.flush().await.unwrap();
+                up = Some(pipe);
+            }
+        }
+        (up.unwrap(), answers.unwrap())
+    };
+    let (session, (mut up, mut answers)) = tokio::join!(opener.open_route(kind, &route), tail);
+    let mut session = session.unwrap();
+    session.feed(&[1, 2], TOP1).await.unwrap();
+    up.frame::<Down>().await.unwrap().unwrap();
+    reply(&mut answers, Epoch(0));
+    answers.flush().await.unwrap();
+    session.next_logits().await.unwrap_err()
+}
+
+#[tokio::test(start_paused = true)]
+async fn logits_that_cannot_be_right_are_the_tails_fault() {
+    let _clock = Clock::start();
+    let good = |epoch| Logits {
+        epoch,
+        pos: 1,
+        n_vocab: N_VOCAB,
+        form: LogitsForm::Top { k: 1, lse: 2.0 },
+        spent_us: 0,
+    };
+    let pair = |id: u32, logit: f32| {
+        move |out: &mut Vec<u8>| {
+            out.extend(id.to_le_bytes());
+            out.extend(logit.to_le_bytes());
+        }
+    };
+    let top = |k, lse| LogitsForm::Top { k, lse };
+    let errors = [
+        bad_tail(|p, e| p.push_with(&Answer::Logits(good(e)), pair(1, f32::NAN))).await,
+        bad_tail(|p, e| p.push_with(&Answer::Logits(good(e)), pair(1, f32::INFINITY))).await,
+        bad_tail(|p, e| p.push_with(&Answer::Logits(good(e)), pair(N_VOCAB, 1.0))).await,
+        bad_tail(|p, e| p.push_with(&Answer::Logits(good(e)), |_| {})).await,
+        bad_tail(|p, e| p.push_with(&Answer::Logits(Logits { pos: 0, ..good(e) }), pair(1, 1.0)))
+            .await,
+        bad_tail(|p, _| p.push_with(&Answer::Logits(good(Epoch(1))), pair(1, 1.0))).await,
+        bad_tail(|p, e| {
+            p.push_with(
+                &Answer::Logits(Logits {
+                    n_vocab: 5,
+                    ..good(e)
+                }),
+                pair(1, 1.0),
+            )
+        })
+        .await,
+        bad_tail(|p, e| {
+            p.push(&Answer::Logits(Logits {
+                form: top(0, 1.0),
+                ..good(e)
+            }))
+        })
+        .await,
+        bad_tail(|p, e| {
+            p.push_with(
+                &Answer::Logits(Logits {
+                    form: top(1, 0.1),
+                    ..good(e)
+                }),
+                pair(1, 1.0),
+            );
+        })
+        .await,
+        bad_tail(|p, e| {
+            p.push_with(
+                &Answer::Logits(Logits {
+                    form: LogitsForm::Full,
+                    ..good(e)
+                }),
+                |out| {
+                    out.extend(std::iter::repeat_n(0, 4 * N_VOCAB as usize));
+                },
+            );
+        })
+        .await,
+        bad_tail(|p, _| p.push(&Answer::Attached)).await,
+    ];
+    for error in errors {
+        let ClientError::Hop { hop, failure } = &error else {
+            panic!("{error:?}")
+        };
+        assert_eq!((hop.at, failure.fault), (0, Fault::Peer), "{error}");
+        assert_eq!(failure.code, FailureCode::BadFrame, "{error}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peers_words_cannot_move_the_cursor() {
+    let _clock = Clock::start();
+    let error = bad_tail(|p, _| {
+        p.push(&Answer::Failed(swarm_proto::Failure {
+            at: 0,
+            fault: Fault::Local,
+            code: FailureCode::Engine,
+            message: "no\x1b[2J".into(),
+        }));
+    })
+    .await;
+    assert!(!error.to_string().contains('\x1b'), "{error}");
+}

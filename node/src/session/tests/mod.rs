@@ -1,0 +1,7 @@
+//! Sessions over in-memory pipes with the hash-chain engine: every skipped, repeated or misordered
+//! layer shows as a wrong next token.
+
+mod chain;
+mod faults;
+mod hostile;
+mod swarm;
