@@ -38,7 +38,7 @@ use super::{
     trace,
     wire::{Pipe, WireError},
 };
-use crate::net::{OpenError, Proto, Stream};
+use crate::net::{Net, OpenError, Proto, Stream};
 
 /// Opens streams to peers. `Net` is one; tests bring their own.
 pub trait Dialer: Send + Sync + 'static {
@@ -49,6 +49,20 @@ pub trait Dialer: Send + Sync + 'static {
         addrs: &'a [String],
         proto: Proto,
     ) -> BoxFuture<'a, Result<Stream, OpenError>>;
+}
+
+/// The callers' own deadlines are shorter; this one only bounds a caller without.
+const DIAL_DEADLINE: Duration = Duration::from_secs(60);
+
+impl Dialer for Net {
+    fn open<'a>(
+        &'a self,
+        peer: Peer,
+        addrs: &'a [String],
+        proto: Proto,
+    ) -> BoxFuture<'a, Result<Stream, OpenError>> {
+        Box::pin(Net::open(self, peer, addrs, proto, DIAL_DEADLINE))
+    }
 }
 
 /// A model that this node serves a span of.
