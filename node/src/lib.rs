@@ -1,11 +1,14 @@
 //! A peer of the swarm: the network, the sessions, the worker that computes. The only crate that
 //! names libp2p. It never touches a pointer of the compute library and never prints.
 
+mod client;
 pub mod config;
 pub mod identity;
 pub mod net;
 pub mod session;
 pub mod telemetry;
 
+pub use client::{Client, Privacy, SessionSpec};
 pub use identity::{Identity, IdentityError};
 pub use net::{Access, Net, NetConfig, NetError, OpenError, Proto, Stream};
+pub use session::{ClientError, ClientSession};

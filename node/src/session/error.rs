@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use shard_registry::route::NoRoute;
 use swarm_proto::{Failure, FailureCode, Fault, Hop, LayerRange, Peer};
 
 use super::failure::culprit;
@@ -30,22 +31,19 @@ impl fmt::Display for HopName {
 /// Why a session could not be opened, or failed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ClientError {
-    /// The route does not cover the model.
-    #[error("no peer holds {}; see `shoal status`, or start a node with `--layers`", ranges(.missing))]
-    NoRoute {
-        /// The layers nobody holds.
-        missing: Vec<LayerRange>,
-    },
+    /// The adverts hold no route through all layers.
+    #[error("{0}; see `shoal status`")]
+    NoRoute(NoRoute),
     /// The level is `trusted` and the peers on the list do not cover the model.
     #[error(
-        "privacy is trusted and no trusted peer holds {}; {} hold them and are not on the list: {}",
-        ranges(.missing), .others.len(), peers(.others)
+        "privacy is trusted and no trusted peer holds {}; peers that are not on the list do: {}",
+        ranges(.missing), peers(.others)
     )]
     Untrusted {
         /// The layers that no trusted peer holds.
         missing: Vec<LayerRange>,
-        /// Who does, but is not trusted.
-        others: Vec<Peer>,
+        /// Who does but is not trusted, and all that it holds.
+        others: Vec<(Peer, Vec<LayerRange>)>,
     },
     /// A hop failed.
     #[error("{hop}: {}{}", .failure.message, whose(.failure))]
@@ -116,9 +114,7 @@ impl ClientError {
                 },
                 failure,
             },
-            None => Self::NoRoute {
-                missing: Vec::new(),
-            },
+            None => Self::Model(failure.to_string()),
         }
     }
 
@@ -159,23 +155,15 @@ fn whose(failure: &Failure) -> &'static str {
     }
 }
 
-fn ranges(missing: &[LayerRange]) -> String {
-    let list = missing
-        .iter()
-        .map(|r| r.to_string())
-        .collect::<Vec<_>>()
-        .join(", ");
-    if missing.is_empty() {
-        "its layers".into()
-    } else {
-        format!("layers {list}")
-    }
+fn ranges(ranges: &[LayerRange]) -> String {
+    let list: Vec<_> = ranges.iter().map(ToString::to_string).collect();
+    format!("layers {}", list.join(", "))
 }
 
-fn peers(peers: &[Peer]) -> String {
-    peers
+fn peers(peers: &[(Peer, Vec<LayerRange>)]) -> String {
+    let list: Vec<_> = peers
         .iter()
-        .map(|p| p.to_string())
-        .collect::<Vec<_>>()
-        .join(", ")
+        .map(|(peer, held)| format!("{peer} ({})", ranges(held)))
+        .collect();
+    list.join(", ")
 }

@@ -119,9 +119,7 @@ async fn when_no_route_is_left_the_failure_is_told_and_not_its_consequence() {
     swarm.wires.set(peer(2), Behaviour::Dead);
     let plan = |avoid: &[Peer]| match avoid {
         [] => Ok(swarm.route()),
-        _ => Err(ClientError::NoRoute {
-            missing: vec![swarm.route()[1].layers],
-        }),
+        _ => Err(ClientError::NothingAsked),
     };
     let error = swarm.opener().open(KIND, plan).await.err().unwrap();
     named(&error, 1, Fault::Peer, FailureCode::DownstreamLost);

@@ -1,0 +1,257 @@
+//! A client of the swarm: connects, learns who holds what, plans a route, opens sessions. It needs
+//! no weights; manifests and tokenizers come by hash from whoever holds them.
+
+use std::time::Duration;
+
+use shard_registry::{
+    Manifest, Snapshot,
+    route::{Query, plan},
+};
+use swarm_proto::{Dtype, Hop, LayerRange, ModelId, Peer};
+use tokio::time::{Instant, timeout_at};
+
+use crate::{
+    net::{FetchError, Net, NetConfig, NetError},
+    session::{ClientError, ClientSession, Deadlines, Kind, Opener},
+};
+
+/// How long connecting waits for a first peer's adverts.
+const SYNC_DEADLINE: Duration = Duration::from_secs(10);
+/// Gossip may still be on its way when a first plan finds a gap: planning waits this long for it.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Costs are drawn from 1 to this much more, so that clients with the same view spread.
+const JITTER: f32 = 0.3;
+
+/// Whom the hidden states may pass, from which a prompt can be reconstructed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Privacy {
+    /// Any peer of the swarm.
+    #[default]
+    Open,
+    /// Only these peers.
+    Trusted(Vec<Peer>),
+}
+
+impl std::fmt::Display for Privacy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Privacy::Open => "open",
+            Privacy::Trusted(_) => "trusted",
+        })
+    }
+}
+
+/// What kind of session to open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SessionSpec {
+    /// The model.
+    pub model: ModelId,
+    /// Its layers, from the manifest: adverts are not believed on this.
+    pub n_layer: u16,
+    /// Numbers in a hidden row, from the manifest.
+    pub n_embd: u32,
+    /// Positions that the session must hold.
+    pub n_ctx: u32,
+    /// How hidden states travel between hops.
+    pub dtype: Dtype,
+    /// Peers not to use.
+    pub avoid: Vec<Peer>,
+}
+
+impl SessionSpec {
+    /// A session of `n_ctx` positions with exact hidden states.
+    pub fn new(model: ModelId, manifest: &Manifest, n_ctx: u32) -> Self {
+        Self {
+            model,
+            n_layer: manifest.n_layer,
+            n_embd: manifest.n_embd,
+            n_ctx,
+            dtype: Dtype::F32,
+            avoid: Vec::new(),
+        }
+    }
+}
+
+/// A client; clones share the network.
+#[derive(Clone)]
+pub struct Client {
+    net: Net,
+    privacy: Privacy,
+    opener: Opener,
+}
+
+impl Client {
+    /// Starts a network of its own and waits, a bounded time, for a first peer's adverts.
+    ///
+    /// # Errors
+    /// The network does not start. That nobody is there shows when something is asked for.
+    pub async fn connect(config: NetConfig, privacy: Privacy) -> Result<Self, NetError> {
+        let net = Net::start(config).await?;
+        net.synced(SYNC_DEADLINE).await;
+        Ok(Self::over(net, privacy))
+    }
+
+    /// A client over a network that runs already.
+    pub fn over(net: Net, privacy: Privacy) -> Self {
+        let opener = Opener {
+            me: net.me(),
+            dialer: std::sync::Arc::new(net.clone()),
+            deadlines: Deadlines::default(),
+        };
+        Self {
+            net,
+            privacy,
+            opener,
+        }
+    }
+
+    /// The network.
+    pub fn net(&self) -> &Net {
+        &self.net
+    }
+
+    /// Who may see the prompt.
+    pub fn privacy(&self) -> &Privacy {
+        &self.privacy
+    }
+
+    /// Everything known to be alive, for planning and for pictures.
+    pub fn adverts(&self) -> Snapshot {
+        self.net.adverts().snapshot()
+    }
+
+    /// The models that somebody serves: id, layers, the name that its holders use.
+    pub fn models(&self) -> Vec<(ModelId, u16, String)> {
+        self.adverts().models()
+    }
+
+    /// A manifest by its hash.
+    ///
+    /// # Errors
+    /// Nobody holds it, or nobody sends what hashes to it.
+    pub async fn manifest(&self, model: &ModelId) -> Result<Manifest, FetchError> {
+        self.net.fetch_manifest(model).await
+    }
+
+    /// The model's metadata by its hash: tokenizer and chat template, as a vocabulary header wants
+    /// it ([`Manifest::vocab_header`]).
+    ///
+    /// # Errors
+    /// As [`Client::manifest`]; a model may be without.
+    pub async fn metadata(
+        &self,
+        model: &ModelId,
+        manifest: &Manifest,
+    ) -> Result<Vec<u8>, ClientError> {
+        let Some(shard) = manifest.metadata() else {
+            return Ok(Vec::new());
+        };
+        self.net
+            .fetch_shard(model, &shard.id)
+            .await
+            .map_err(model_error)
+    }
+
+    /// Opens a session along the cheapest route, or along another when a peer of it fails.
+    ///
+    /// # Errors
+    /// No route (the error says which layers are missing), or every route tried failed.
+    pub async fn open(&self, spec: &SessionSpec) -> Result<ClientSession, ClientError> {
+        self.wait_for_route(spec).await;
+        let seed = rand::random();
+        let kind = Kind {
+            model: spec.model,
+            n_ctx: spec.n_ctx,
+            dtype: spec.dtype,
+        };
+        self.opener
+            .open(kind, |avoid| self.plan(spec, avoid, seed))
+            .await
+    }
+
+    /// The route that [`Client::open`] would take now, without the peers to avoid.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn plan(
+        &self,
+        spec: &SessionSpec,
+        avoid: &[Peer],
+        seed: u64,
+    ) -> Result<Vec<Hop>, ClientError> {
+        let snapshot = self.adverts();
+        let micros = |d: Duration| u32::try_from(d.as_micros()).unwrap_or(u32::MAX);
+        let rtts: Vec<(Peer, u32)> = self
+            .net
+            .rtts()
+            .into_iter()
+            .map(|(peer, rtt)| (peer, micros(rtt)))
+            .collect();
+        let avoid: Vec<Peer> = spec.avoid.iter().chain(avoid).copied().collect();
+        let query = Query {
+            frame_bytes: spec.dtype.row_len(spec.n_embd) as u64,
+            n_ctx: spec.n_ctx,
+            avoid: &avoid,
+            allow: match &self.privacy {
+                Privacy::Open => None,
+                Privacy::Trusted(list) => Some(list),
+            },
+            rtts: &rtts,
+            jitter: JITTER,
+            seed,
+            ..Query::new(spec.model, spec.n_layer)
+        };
+        match plan(&snapshot, &query) {
+            Ok(route) => Ok(route.hops),
+            Err(none) => Err(self
+                .untrusted(&snapshot, &query)
+                .unwrap_or(ClientError::NoRoute(none))),
+        }
+    }
+
+    /// The list is what is missing: everybody together could do it.
+    fn untrusted(&self, snapshot: &Snapshot, query: &Query<'_>) -> Option<ClientError> {
+        let Privacy::Trusted(list) = &self.privacy else {
+            return None;
+        };
+        let all = Query {
+            allow: None,
+            ..query.clone()
+        };
+        let missing = plan(snapshot, query).err()?.missing;
+        plan(snapshot, &all).ok()?;
+        let holds = |a: &swarm_proto::Advert| -> Vec<LayerRange> {
+            let of_model = a.models.iter().filter(|m| m.model == query.model);
+            of_model.flat_map(|m| m.live.iter().copied()).collect()
+        };
+        let meets = |a: &LayerRange| missing.iter().any(|b| a.start < b.end && b.start < a.end);
+        let others = snapshot
+            .adverts
+            .iter()
+            .filter(|a| !list.contains(&a.peer))
+            .map(|a| (a.peer, holds(a)))
+            .filter(|(_, layers)| layers.iter().any(meets))
+            .collect();
+        Some(ClientError::Untrusted { missing, others })
+    }
+
+    async fn wait_for_route(&self, spec: &SessionSpec) {
+        let deadline = Instant::now() + PATIENCE;
+        let mut changes = self.net.adverts().changes();
+        while self.plan(spec, &[], 0).is_err() {
+            match timeout_at(deadline, changes.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => return,
+            }
+        }
+    }
+
+    /// Leaves the swarm.
+    pub async fn shutdown(&self) {
+        self.net.shutdown().await;
+    }
+}
+
+fn model_error(e: impl std::fmt::Display) -> ClientError {
+    ClientError::Model(e.to_string())
+}
