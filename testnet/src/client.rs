@@ -109,6 +109,7 @@ pub struct Client {
     swarm: String,
     peers: Vec<String>,
     home: PathBuf,
+    more: Vec<String>,
 }
 
 impl Client {
@@ -119,17 +120,30 @@ impl Client {
             swarm: swarm.to_owned(),
             peers,
             home: home.to_owned(),
+            more: Vec::new(),
         }
+    }
+
+    /// The same user, who gives further flags with every question to the swarm.
+    #[must_use]
+    pub fn with<S: Into<String>>(mut self, flags: impl IntoIterator<Item = S>) -> Self {
+        self.more.extend(flags.into_iter().map(Into::into));
+        self
+    }
+
+    /// The same user, introduced to these addresses instead.
+    #[must_use]
+    pub fn knowing(mut self, peers: Vec<String>) -> Self {
+        self.peers = peers;
+        self
     }
 
     /// The flags that name the swarm.
     pub fn swarm_args(&self) -> Vec<String> {
         let peers = self.peers.iter().flat_map(|peer| ["--peer", peer]);
-        ["--swarm", &self.swarm]
-            .into_iter()
-            .chain(peers)
-            .map(str::to_owned)
-            .collect()
+        let swarm = ["--swarm", &self.swarm, "--mdns", "off"];
+        let flags = swarm.into_iter().chain(peers).map(str::to_owned);
+        flags.chain(self.more.iter().cloned()).collect()
     }
 
     /// A command line that a person can type to do the same.

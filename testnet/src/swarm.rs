@@ -206,8 +206,7 @@ impl Swarm {
     pub async fn stop(&mut self) -> Vec<String> {
         let mut stopping = JoinSet::new();
         for mut node in self.nodes.drain(..) {
-            stopping
-                .spawn(async move { (!node.process.stop().await).then_some(node.process.name) });
+            stopping.spawn(async move { node.process.stop().await.then_some(node.process.name) });
         }
         stopping.join_all().await.into_iter().flatten().collect()
     }
