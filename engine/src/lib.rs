@@ -9,25 +9,31 @@
 mod arch;
 mod blueprint;
 mod chain;
+mod chat;
 #[allow(unsafe_code)]
 mod llama;
 mod llama_stage;
 mod random_model;
+mod sampler;
 mod source;
 mod stage;
 mod system;
+mod vocab;
 mod whole;
 mod worker;
 
 pub use blueprint::{Blueprint, UnsupportedModel};
 pub use chain::ChainStage;
+pub use chat::{ChatError, Message, render_chat};
 pub use llama_stage::{LlamaStage, LoadError, LoadOptions};
 pub use random_model::{
     QuantType, RandomModelError, RandomShape, RandomWeights, quantize, random_model,
 };
+pub use sampler::{Candidates, Penalties, SampleError, Sampler, SamplerOptions};
 pub use source::{FileSource, TensorSource};
 pub use stage::{EngineError, Fault, Input, Slot, Stage, StageShape, StageStats, Step, Want};
 pub use system::{Device, SystemInfo, numerics_class, physical_cores, system_info};
+pub use vocab::{Detokenizer, TEXT_BYTES_MAX, Vocab, VocabError};
 pub use whole::WholeModel;
 pub use worker::{Busy, Done, Job, Reply, Rows, Worker};
 

@@ -294,6 +294,15 @@ impl LlamaStage {
                 std::mem::swap(hidden, out);
             }
         }
+        // Broken weights show here rather than at the next hop.
+        if step.layers.end < self.shape.n_layer && !out.iter().all(|value| value.is_finite()) {
+            let layers = &step.layers;
+            let why = format!(
+                "layers {}..{} gave values not finite",
+                layers.start, layers.end
+            );
+            return Err(EngineError::Backend(why));
+        }
         Ok(())
     }
 }

@@ -13,8 +13,8 @@ use crate::llama;
 /// Distinct rows in a tensor; longer ones repeat them in random order, so that
 /// a billion weights take seconds and no memory.
 const ROWS_DISTINCT: u64 = 256;
-/// Tokens of the byte tokenizer: three special ones and every byte.
-const BYTE_TOKENS: u32 = 259;
+/// Tokens of the byte tokenizer: three special ones, every byte and the space.
+const BYTE_TOKENS: u32 = 260;
 
 /// Dimensions of a random model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub struct RandomShape {
     pub n_head_kv: u32,
     /// Width of a head; usually `n_embd / n_head`.
     pub head_dim: u32,
-    /// Tokens. From 259 on the file has a tokenizer of bytes.
+    /// Tokens. From 260 on the file has a tokenizer of bytes.
     pub n_vocab: u32,
     /// Context it claims to be trained on.
     pub n_ctx_train: u32,
@@ -341,12 +341,13 @@ fn tokenizer(n_vocab: u32) -> Vec<(String, Value)> {
     }
     let mut tokens: Vec<Text> = ["<unk>", "<s>", "</s>"].map(Text::from).to_vec();
     tokens.extend((0..256).map(|byte| Text::from(format!("<0x{byte:02X}>"))));
+    tokens.push(Text::from("\u{2581}"));
     tokens.extend((BYTE_TOKENS..n_vocab).map(|id| Text::from(format!("\u{2581}t{id}"))));
     let types: Vec<i32> = (0..n_vocab)
         .map(|id| match id {
             0 => 2,
             1 | 2 => 3,
-            3..BYTE_TOKENS => 6,
+            3..=258 => 6,
             _ => 1,
         })
         .collect();

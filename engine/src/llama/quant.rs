@@ -100,3 +100,52 @@ pub(crate) fn quantize_file(input: &Path, output: &Path, ftype: u32) -> Result<(
         Err(log::errors("not quantised"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_type_table_is_ggmls() {
+        for &ty in TensorType::ALL {
+            // SAFETY: plain numbers; the table under test has no id beyond ggml's.
+            let (block, bytes, name) = unsafe {
+                (
+                    sys::ggml_blck_size(ty.id()),
+                    sys::ggml_type_size(ty.id()),
+                    std::ffi::CStr::from_ptr(sys::ggml_type_name(ty.id())),
+                )
+            };
+            assert_eq!(ty.block_len(), block as u64, "{ty}");
+            assert_eq!(ty.block_bytes(), bytes as u64, "{ty}");
+            assert_eq!(ty.name(), name.to_str().unwrap());
+        }
+    }
+
+    #[test]
+    fn rows_come_back_about_the_same() {
+        let row: Vec<f32> = (0..256).map(|i| (i as f32 / 40.0).sin()).collect();
+        for (ty, error) in [
+            (TensorType::F32, 0.0),
+            (TensorType::F16, 1e-3),
+            (TensorType::Bf16, 1e-2),
+            (TensorType::Q8_0, 1e-2),
+            (TensorType::Q6K, 5e-2),
+            (TensorType::Q4K, 2e-1),
+        ] {
+            let bytes = match ty {
+                TensorType::F32 => row.iter().flat_map(|v| v.to_le_bytes()).collect(),
+                _ => quantize_rows(ty, &row, 256).unwrap(),
+            };
+            let mut back = vec![0.0; 256];
+            dequantize_row(ty, &bytes, &mut Vec::new(), &mut back).unwrap();
+            let worst = row
+                .iter()
+                .zip(&back)
+                .map(|(a, b)| (a - b).abs())
+                .fold(0.0, f32::max);
+            assert!(worst <= error, "{ty}: {worst}");
+            assert!(dequantize_row(ty, &bytes[1..], &mut Vec::new(), &mut back).is_err());
+        }
+    }
+}

@@ -30,12 +30,6 @@ impl VocabModel {
         unsafe { sys::llama_vocab_n_tokens(self.ptr()) }.unsigned_abs()
     }
 
-    /// Whether there is a tokenizer.
-    pub(crate) fn has_tokenizer(&self) -> bool {
-        // SAFETY: the vocabulary lives.
-        unsafe { sys::llama_vocab_type(self.ptr()) != sys::LLAMA_VOCAB_TYPE_NONE }
-    }
-
     /// Token ids of `text`, which is shorter than `i32::MAX` bytes.
     pub(crate) fn tokenize(
         &self,
@@ -44,7 +38,8 @@ impl VocabModel {
         parse_special: bool,
     ) -> Result<Vec<u32>, String> {
         let len = i32::try_from(text.len()).map_err(|_| "the text is too long")?;
-        let mut tokens: Vec<i32> = vec![0; text.len() / 2 + 8];
+        // A token is a byte of text at least, but for the special ones around.
+        let mut tokens: Vec<i32> = vec![0; text.len() + 8];
         for _ in 0..2 {
             let room = i32::try_from(tokens.len()).unwrap_or(i32::MAX);
             // SAFETY: the text has `len` bytes, `tokens` room for `room` ids.
