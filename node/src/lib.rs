@@ -3,12 +3,18 @@
 
 mod client;
 pub mod config;
+pub mod daemon;
+pub mod demo;
 pub mod identity;
+pub mod load;
+pub mod measure;
 pub mod net;
 pub mod session;
+pub mod swarm_node;
 pub mod telemetry;
 
 pub use client::{Client, Privacy, SessionSpec};
 pub use identity::{Identity, IdentityError};
 pub use net::{Access, Net, NetConfig, NetError, OpenError, Proto, Stream};
 pub use session::{ClientError, ClientSession};
+pub use swarm_node::{NodeConfig, StartError, SwarmNode};

@@ -29,6 +29,9 @@ use super::{
 const PUBLISH_INTERVAL: Duration = Duration::from_secs(10);
 /// How long others believe it: three adverts may be lost, and one may be late.
 const TTL: Duration = Duration::from_secs(40);
+/// A new one is repeated after this, then after twice as long, until it is the interval: what is
+/// told while connections come up may be lost.
+const REPEAT_FIRST: Duration = Duration::from_secs(1);
 /// A change is told at once, but not more often than this.
 const PUBLISH_PAUSE: Duration = Duration::from_millis(500);
 /// How often expired adverts are swept out.
@@ -170,6 +173,7 @@ struct Task {
     seq: u64,
     published: Option<Instant>,
     due: Option<Instant>,
+    repeat: Duration,
     snapshots_asked: usize,
     synced: Arc<watch::Sender<usize>>,
 }
@@ -196,6 +200,7 @@ pub(super) fn start(
         seq: 0,
         published: None,
         due: None,
+        repeat: REPEAT_FIRST,
         snapshots_asked: 0,
         synced: Arc::new(synced),
     };
@@ -353,6 +358,15 @@ impl Task {
             self.subscribe(topic).await;
         }
         if self.own.as_ref() != Some(&announcement) {
+            let spans = |own: &Announcement| -> Vec<_> {
+                own.models
+                    .iter()
+                    .map(|m| (m.model, m.live.clone(), m.intended.clone()))
+                    .collect()
+            };
+            if self.own.as_ref().map(spans) != Some(spans(&announcement)) {
+                self.repeat = REPEAT_FIRST;
+            }
             self.own = Some(announcement);
             self.publish_soon();
         }
@@ -375,7 +389,8 @@ impl Task {
         };
         let now = Instant::now();
         self.published = Some(now);
-        self.due = Some(now + PUBLISH_INTERVAL);
+        self.due = Some(now + self.repeat);
+        self.repeat = (self.repeat * 2).min(PUBLISH_INTERVAL);
         self.seq = now_ms().max(self.seq + 1);
         let advert = net.advert(own, self.seq, TTL, leaving);
         let topics = advert
@@ -415,6 +430,7 @@ mod tests {
             seq: 0,
             published: None,
             due: None,
+            repeat: REPEAT_FIRST,
             snapshots_asked: 0,
             synced: Arc::new(watch::Sender::new(0)),
         }

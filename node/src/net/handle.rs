@@ -357,10 +357,8 @@ impl Net {
         Self { inner }
     }
 
-    /// Refuses new streams, withdraws our advert, lets the last messages out, closes all connections. Bounded: about a
-    /// second at most.
-    pub async fn shutdown(&self) {
-        self.inner.acceptors.close();
+    /// Withdraws our advert: peers take us out of their tables at once. Bounded.
+    pub async fn withdraw(&self) {
         let (done, left) = oneshot::channel();
         let withdrawn = async {
             if self
@@ -375,6 +373,13 @@ impl Net {
             }
         };
         let _ = tokio::time::timeout(LEAVE_DEADLINE, withdrawn).await;
+    }
+
+    /// Refuses new streams, withdraws our advert, lets the last messages out, closes all connections. Bounded: about a
+    /// second at most.
+    pub async fn shutdown(&self) {
+        self.inner.acceptors.close();
+        self.withdraw().await;
         self.inner.shutdown.send_replace(true);
         if let Some(driver) = self.inner.driver.lock().await.take() {
             let _ = driver.await;

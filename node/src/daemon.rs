@@ -1,0 +1,235 @@
+//! The daemon: flags, logging, signals, exit codes around a `SwarmNode`. Prints nothing: who calls
+//! it gets the ready line's facts.
+
+use std::{ops::Range, process::ExitCode};
+
+use crate::{
+    config::{ConfigError, Settings, SwarmArgs, parse_bytes, parse_layers},
+    load::LoadError,
+    swarm_node::{NodeConfig, StartError, SwarmNode},
+    telemetry::{self, TelemetryConfig, TelemetryError},
+};
+
+/// Both transports on every interface, ports by the system.
+const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1"];
+/// Threads of the async side: it moves bytes, the stage worker has its own thread.
+const ASYNC_THREADS_MAX: usize = 4;
+
+/// Flags of a serving node.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// Model to serve: an alias, an id, a GGUF file (imported in place), or demo.
+    #[arg(long, value_name = "NAME|ID|FILE", env = "SHOAL_MODEL")]
+    pub model: Option<String>,
+    /// Layers to serve, for example 0..4 [default: where they are needed most].
+    #[arg(long, value_name = "A..B", env = "SHOAL_LAYERS", value_parser = parse_layers)]
+    pub layers: Option<Range<u32>>,
+    /// Memory for layers and KV, for example 4G [default: half of what is free].
+    #[arg(long, value_name = "SIZE", env = "SHOAL_MEMORY", value_parser = parse_bytes)]
+    pub memory: Option<u64>,
+    /// Address to listen on; may be given several times [default: TCP and QUIC, any free port].
+    #[arg(long, value_name = "ADDR", env = "SHOAL_LISTEN", value_delimiter = ',')]
+    pub listen: Vec<String>,
+    /// Compute threads [default: one for each physical core].
+    #[arg(long, value_name = "N", env = "SHOAL_THREADS", value_parser = clap::value_parser!(u32).range(1..=512))]
+    pub threads: Option<u32>,
+    /// Print one line of JSON on standard output once sessions are served.
+    #[arg(long)]
+    pub ready_json: bool,
+    /// Which swarm, as whom.
+    #[command(flatten)]
+    pub swarm: SwarmArgs,
+}
+
+/// What is known once a node serves.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Ready {
+    /// Its id.
+    pub peer: String,
+    /// Where it listens.
+    pub addrs: Vec<String>,
+    /// What it serves, as `a..b`.
+    pub layers: String,
+    /// Of which model.
+    pub model: String,
+}
+
+/// Why the daemon ended other than by being told to.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Settings.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A setting of the config file.
+    #[error("config file: {key} = {value:?}: {reason}")]
+    Value {
+        /// Which key.
+        key: &'static str,
+        /// What it says.
+        value: String,
+        /// Why that is wrong.
+        reason: String,
+    },
+    /// No model was named.
+    #[error("no model was named: use --model NAME, for example --model demo")]
+    NoModel,
+    /// Logging.
+    #[error(transparent)]
+    Telemetry(#[from] TelemetryError),
+    /// The node did not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The system refused threads or signals.
+    #[error("the system refuses to run this: {0}")]
+    System(#[from] std::io::Error),
+}
+
+impl DaemonError {
+    /// 2 where the user said something that cannot be, 1 where something failed.
+    pub fn exit_code(&self) -> ExitCode {
+        let usage = matches!(
+            self,
+            DaemonError::Config(_)
+                | DaemonError::Value { .. }
+                | DaemonError::NoModel
+                | DaemonError::Telemetry(_)
+                | DaemonError::Start(StartError::Load(
+                    LoadError::Unknown(_) | LoadError::Layers { .. }
+                ))
+        );
+        ExitCode::from(if usage { 2 } else { 1 })
+    }
+}
+
+/// Runs a node until SIGINT or SIGTERM; a second signal does not wait for the goodbye.
+///
+/// # Errors
+/// See [`DaemonError`].
+pub fn run(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError> {
+    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads.min(ASYNC_THREADS_MAX))
+        .enable_all()
+        .build()?;
+    let done = runtime.block_on(serve(args, ready));
+    // A worker in the middle of a step is not waited for.
+    runtime.shutdown_background();
+    done
+}
+
+async fn serve(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError> {
+    let settings = args.swarm.resolve()?;
+    let telemetry = telemetry::init(&TelemetryConfig {
+        filter: settings.log.clone(),
+        json: settings.log_json,
+        otlp: settings.otlp.clone(),
+        service: "shoal-node",
+    })?;
+    let config = node_config(args, settings)?;
+    let mut signals = Signals::new()?;
+    let node = tokio::select! {
+        node = SwarmNode::start(config) => node?,
+        () = signals.next() => {
+            tracing::info!("stopped while starting");
+            return Ok(());
+        }
+    };
+    let layers = node.layers();
+    let facts = Ready {
+        peer: node.peer().to_string(),
+        addrs: node.net().listen_addrs(),
+        layers: format!("{}..{}", layers.start, layers.end),
+        model: node.model().to_string(),
+    };
+    tracing::info!(peer = %facts.peer, layers = %facts.layers, addrs = ?facts.addrs, "serving");
+    ready(&facts);
+    signals.next().await;
+    tracing::info!(
+        sessions = node.sessions(),
+        "stopping: withdrawing, letting sessions end"
+    );
+    tokio::select! {
+        () = node.shutdown() => {}
+        () = signals.next() => tracing::warn!("told twice: stopping at once"),
+    }
+    // Exporting the last spans blocks.
+    let _ = tokio::task::spawn_blocking(|| telemetry.shutdown()).await;
+    Ok(())
+}
+
+fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonError> {
+    let file = &settings.file;
+    let layers = match (&args.layers, &file.layers) {
+        (None, Some(text)) => Some(filed("layers", text, parse_layers)?),
+        (flag, _) => flag.clone(),
+    };
+    let memory = match (args.memory, &file.memory) {
+        (None, Some(text)) => Some(filed("memory", text, parse_bytes)?),
+        (flag, _) => flag,
+    };
+    let mut listen = if args.listen.is_empty() {
+        file.listen.clone()
+    } else {
+        args.listen.clone()
+    };
+    if listen.is_empty() {
+        // A pre-shared key covers TCP only.
+        let usable = if settings.key.is_some() {
+            1
+        } else {
+            DEFAULT_LISTEN.len()
+        };
+        listen = DEFAULT_LISTEN
+            .iter()
+            .take(usable)
+            .map(|addr| String::from(*addr))
+            .collect();
+    }
+    Ok(NodeConfig {
+        model: args
+            .model
+            .clone()
+            .or_else(|| file.model.clone())
+            .ok_or(DaemonError::NoModel)?,
+        layers,
+        memory,
+        listen,
+        threads: args.threads.or(file.threads.map(|n| n.clamp(1, 512))),
+        settings,
+    })
+}
+
+fn filed<T>(
+    key: &'static str,
+    text: &str,
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<T, DaemonError> {
+    parse(text).map_err(|reason| DaemonError::Value {
+        key,
+        value: text.to_owned(),
+        reason,
+    })
+}
+
+/// SIGINT and SIGTERM.
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}

@@ -1,0 +1,408 @@
+//! From a model's name and a memory budget to a loaded stage: which model, which layers, verified
+//! bytes into the engine. Runs on a blocking thread; the choice of layers is pure.
+
+use std::{io, ops::Range, path::Path, sync::Arc};
+
+use engine::{Blueprint, LlamaStage, LoadOptions, TensorSource, UnsupportedModel};
+use shard_registry::{
+    ImportError, Manifest, ManifestError, ReadError, Resolved, ShardReader, Snapshot, Store,
+    StoreError, UnknownModel,
+};
+use swarm_proto::{ModelId, Peer};
+
+use crate::demo::{self, DemoError};
+
+/// The share of the budget that layers may fill, in percent. The rest is for KV; the embedding and
+/// the head come out of it too, at the ends of the model.
+const LAYER_SHARE: u64 = 75;
+/// KV gets at least this share of the budget, however large the embedding is, in percent.
+const KV_SHARE_MIN: u64 = 12;
+/// A holder that has not said how fast it is counts as this many layer-tokens a second.
+const SPEED_UNKNOWN: f64 = 1.0;
+
+/// A model found on this machine.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// Its id.
+    pub id: ModelId,
+    /// What people call it: a hint.
+    pub name: String,
+    /// What it is made of.
+    pub manifest: Arc<Manifest>,
+    /// How it is cut.
+    pub blueprint: Blueprint,
+}
+
+/// Why a stage was not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// No such model here.
+    #[error(transparent)]
+    Unknown(#[from] UnknownModel),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The file could not be imported.
+    #[error(transparent)]
+    Import(#[from] ImportError),
+    /// The demo.
+    #[error(transparent)]
+    Demo(#[from] DemoError),
+    /// The weights are elsewhere, or changed.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The manifest does not come together.
+    #[error("model {id}: {source}")]
+    Manifest {
+        /// Which.
+        id: ModelId,
+        /// Why.
+        source: ManifestError,
+    },
+    /// The engine cannot cut it.
+    #[error("model {id}: {source}")]
+    Unsupported {
+        /// Which.
+        id: ModelId,
+        /// Why.
+        source: UnsupportedModel,
+    },
+    /// The layers asked for do not exist.
+    #[error("layers {}..{} asked for, the model has 0..{n_layer}", asked.start, asked.end)]
+    Layers {
+        /// What was asked for.
+        asked: Range<u32>,
+        /// What there is.
+        n_layer: u32,
+    },
+    /// Not one layer fits.
+    #[error(
+        "a memory budget of {given} is too small for even one layer: the smallest needs {needed}; raise --memory"
+    )]
+    Memory {
+        /// The budget, in bytes.
+        given: Bytes,
+        /// What would do.
+        needed: Bytes,
+    },
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] engine::LoadError),
+}
+
+/// Bytes, displayed as people write them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bytes(pub u64);
+
+impl std::fmt::Display for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            n if n < 1 << 20 => write!(f, "{} KiB", n.div_ceil(1 << 10)),
+            n if n < 10 << 30 => write!(f, "{} MiB", n.div_ceil(1 << 20)),
+            n => write!(f, "{} GiB", n.div_ceil(1 << 30)),
+        }
+    }
+}
+
+/// Finds a model by alias, id, file or `demo`; files are imported in place. Blocks.
+///
+/// # Errors
+/// See [`LoadError`]; an unknown name lists those that are known.
+pub fn find(store: &Store, home: &Path, text: &str) -> Result<Found, LoadError> {
+    let resolved = match store.resolve(text) {
+        Err(UnknownModel::Unknown { .. }) if text == demo::NAME => {
+            Ok(Resolved::Model(demo::ensure(home, store)?))
+        }
+        Err(UnknownModel::Unknown { text, mut known }) => {
+            known.extend((!known.iter().any(|k| k == demo::NAME)).then(|| demo::NAME.to_owned()));
+            Err(UnknownModel::Unknown { text, known })
+        }
+        other => other,
+    };
+    let id = match resolved? {
+        Resolved::Model(id) => id,
+        Resolved::File(path) => match store.find_file(&path) {
+            Some(id) => id,
+            None => {
+                tracing::info!(path = %path.display(), "importing: reading and hashing the file, in place");
+                store.import(&path, None, &mut |_| {})?.id
+            }
+        },
+    };
+    let manifest = store.manifest(id)?;
+    let header = manifest
+        .header()
+        .map_err(|source| LoadError::Manifest { id, source })?;
+    let blueprint =
+        Blueprint::new(&header).map_err(|source| LoadError::Unsupported { id, source })?;
+    let name = display_name(store, id, &manifest);
+    Ok(Found {
+        id,
+        name,
+        manifest: Arc::new(manifest),
+        blueprint,
+    })
+}
+
+fn display_name(store: &Store, id: ModelId, manifest: &Manifest) -> String {
+    let (aliases, _) = store.aliases();
+    let alias = aliases
+        .into_iter()
+        .find(|(_, to)| *to == id)
+        .map(|(alias, _)| alias.to_string());
+    let mut name = alias.unwrap_or_else(|| manifest.name.clone());
+    while name.len() > swarm_proto::advert::NAME_BYTES_MAX {
+        name.pop();
+    }
+    name
+}
+
+/// What a window of layers costs and leaves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The layers.
+    pub layers: Range<u32>,
+    /// Bytes of KV that sessions may take.
+    pub kv_bytes_max: u64,
+}
+
+/// The plan for layers that were asked for by name; the budget then only sizes the KV.
+///
+/// # Errors
+/// The model does not have them.
+pub fn plan_fixed(
+    blueprint: &Blueprint,
+    layers: Range<u32>,
+    memory: u64,
+) -> Result<Plan, LoadError> {
+    let n_layer = blueprint.n_layer();
+    if layers.start >= layers.end || layers.end > n_layer {
+        return Err(LoadError::Layers {
+            asked: layers,
+            n_layer,
+        });
+    }
+    Ok(plan(blueprint, layers, memory))
+}
+
+/// The windows worth choosing between: from each layer on as many as fit, without those that lie
+/// within another.
+///
+/// # Errors
+/// Not one layer fits.
+pub fn windows(blueprint: &Blueprint, memory: u64) -> Result<Vec<Range<u32>>, LoadError> {
+    let room = share(memory, LAYER_SHARE);
+    let n_layer = blueprint.n_layer();
+    let mut windows: Vec<Range<u32>> = Vec::new();
+    for start in 0..n_layer {
+        let mut end = start;
+        let mut bytes = 0u64;
+        while end < n_layer && bytes.saturating_add(blueprint.layer_bytes(end)) <= room {
+            bytes = bytes.saturating_add(blueprint.layer_bytes(end));
+            end += 1;
+        }
+        if end > start && windows.last().is_none_or(|last| end > last.end) {
+            windows.push(start..end);
+        }
+    }
+    if windows.is_empty() {
+        let smallest = (0..n_layer)
+            .map(|i| blueprint.layer_bytes(i))
+            .min()
+            .unwrap_or(0);
+        let needed = smallest.saturating_mul(100).div_ceil(LAYER_SHARE);
+        return Err(LoadError::Memory {
+            given: Bytes(memory),
+            needed: Bytes(needed),
+        });
+    }
+    Ok(windows)
+}
+
+/// A window with the KV that it leaves room for.
+pub fn plan(blueprint: &Blueprint, layers: Range<u32>, memory: u64) -> Plan {
+    let ends = [
+        (layers.start == 0).then(|| blueprint.embedding_bytes()),
+        (layers.end == blueprint.n_layer()).then(|| blueprint.head_bytes()),
+    ];
+    let layer_bytes = layers.clone().map(|i| blueprint.layer_bytes(i));
+    let tensors = layer_bytes
+        .chain(ends.into_iter().flatten())
+        .fold(0, u64::saturating_add);
+    let kv_bytes_max = memory
+        .saturating_sub(tensors)
+        .max(share(memory, KV_SHARE_MIN));
+    Plan {
+        layers,
+        kv_bytes_max,
+    }
+}
+
+fn share(bytes: u64, percent: u64) -> u64 {
+    bytes / 100 * percent
+}
+
+/// How well others cover each layer: layer-tokens a second, of those that serve it or are about to.
+pub fn coverage(snapshot: &Snapshot, model: &ModelId, n_layer: u32, me: Peer) -> Vec<f64> {
+    let mut speeds = vec![0.0; n_layer as usize];
+    for advert in snapshot.adverts.iter().filter(|advert| advert.peer != me) {
+        for claim in advert
+            .models
+            .iter()
+            .filter(|m| m.model == *model && u32::from(m.n_layer) == n_layer)
+        {
+            let speed = claim
+                .layer_tokens_s
+                .map_or(SPEED_UNKNOWN, |m| f64::from(m.value).max(SPEED_UNKNOWN));
+            let spans = claim.live.iter().chain(&claim.intended);
+            let held: std::collections::BTreeSet<u16> =
+                spans.flat_map(|span| span.layers()).collect();
+            for layer in held {
+                if let Some(sum) = speeds.get_mut(usize::from(layer)) {
+                    *sum += speed;
+                }
+            }
+        }
+    }
+    speeds
+}
+
+/// The window whose layers are covered worst: its sorted coverage is the smallest, a longer window
+/// before its own beginning. Between equals each peer draws its own, from its id, so that nodes
+/// that start together spread.
+pub fn choose(windows: &[Range<u32>], coverage: &[f64], me: Peer) -> Option<Range<u32>> {
+    let sorted = |window: &Range<u32>| {
+        let mut speeds = coverage[window.start as usize..window.end as usize].to_vec();
+        speeds.sort_by(f64::total_cmp);
+        speeds
+    };
+    let order = |a: &Range<u32>, b: &Range<u32>| {
+        let (x, y) = (sorted(a), sorted(b));
+        let unequal = x
+            .iter()
+            .zip(&y)
+            .map(|(x, y)| x.total_cmp(y))
+            .find(|order| order.is_ne());
+        unequal
+            .unwrap_or_else(|| y.len().cmp(&x.len()))
+            .then_with(|| draw(me, a).cmp(&draw(me, b)))
+    };
+    windows.iter().min_by(|a, b| order(a, b)).cloned()
+}
+
+fn draw(me: Peer, window: &Range<u32>) -> [u8; 8] {
+    let mut hasher = blake3::Hasher::new_derive_key("shoal window draw 1");
+    hasher.update(&me.0);
+    hasher.update(&window.start.to_le_bytes());
+    let mut out = [0; 8];
+    hasher.finalize_xof().fill(&mut out);
+    out
+}
+
+/// Verifies and loads a plan's layers. Blocks for as long as reading and hashing them takes.
+///
+/// # Errors
+/// The files changed, or the engine refuses.
+pub fn load(
+    store: &Store,
+    found: &Found,
+    plan: &Plan,
+    n_threads: u32,
+) -> Result<LlamaStage, LoadError> {
+    let source = Verified(store.reader(found.id)?);
+    let options = LoadOptions {
+        n_threads,
+        n_ctx_max: None,
+        kv_bytes_max: plan.kv_bytes_max,
+    };
+    let total = plan.layers.len();
+    let mut done = 0;
+    let mut progress = |layer: u32| {
+        done += 1;
+        tracing::info!(
+            layer,
+            "verified and loaded layer {layer} ({done} of {total})"
+        );
+    };
+    let stage = LlamaStage::load(
+        &found.blueprint,
+        plan.layers.clone(),
+        &source,
+        &options,
+        &mut progress,
+    )?;
+    source.0.release();
+    Ok(stage)
+}
+
+/// Tensors whose shard's hash was right.
+struct Verified(ShardReader);
+
+impl TensorSource for Verified {
+    fn read(&self, name: &str, out: &mut Vec<u8>) -> io::Result<()> {
+        self.0.read_tensor(name, out).map_err(io::Error::other)
+    }
+}
+
+/// Half of the memory that is free now, for nodes that are given no budget.
+pub fn default_memory() -> u64 {
+    const FALLBACK: u64 = 4 << 30;
+    available_memory().unwrap_or(FALLBACK) / 2
+}
+
+#[cfg(target_os = "linux")]
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1024)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn available_memory() -> Option<u64> {
+    let asked = std::process::Command::new("sysctl")
+        .args(["-n", "hw.memsize"])
+        .output()
+        .ok()?;
+    String::from_utf8(asked.stdout).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ME: Peer = Peer([1; 32]);
+
+    #[test]
+    fn the_weakest_window_is_chosen_and_a_longer_one_before_a_shorter() {
+        let windows = [0..3, 1..4, 2..5, 3..6];
+        let chosen = choose(&windows, &[5.0, 5.0, 5.0, 1.0, 1.0, 0.0], ME);
+        assert_eq!(chosen, Some(3..6));
+        let chosen = choose(&[0..2, 1..4], &[0.0, 0.0, 0.0, 0.0], ME);
+        assert_eq!(chosen, Some(1..4));
+        assert_eq!(choose(&[], &[], ME), None);
+    }
+
+    #[test]
+    fn nodes_that_start_together_spread() {
+        let windows: Vec<_> = (0..14).map(|start| start..start + 3).collect();
+        let starts: std::collections::BTreeSet<_> = (0..24)
+            .filter_map(|n| choose(&windows, &[0.0; 16], Peer([n; 32])))
+            .map(|window| window.start)
+            .collect();
+        assert!(starts.len() >= 8, "{starts:?}");
+    }
+
+    #[test]
+    fn sizes_read_well() {
+        assert_eq!(Bytes(1).to_string(), "1 KiB");
+        assert_eq!(Bytes(5 << 20).to_string(), "5 MiB");
+        assert_eq!(Bytes(20 << 30).to_string(), "20 GiB");
+    }
+}

@@ -1,0 +1,210 @@
+//! How fast this node's stage is: a short run before it serves, and real steps from then on.
+
+use std::{
+    fs::{File, OpenOptions},
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use engine::{EngineError, Input, Slot, Stage, StageShape, StageStats, Step, Want};
+use swarm_proto::Measured;
+
+/// How long the run at start may take: some hundred steps of a small model, a few of a large one.
+const RUN_MAX: Duration = Duration::from_millis(250);
+/// Steps of it at most and at least.
+const STEPS: Range<u32> = 2..48;
+/// Its context: short, because speed at the start of a conversation is what adverts compare.
+const RUN_CTX: u32 = 64;
+/// Nodes of one machine measure one after the other; who waits longer than this measures beside
+/// others, and real steps correct the figure.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+/// How often the lock is tried.
+const LOCK_POLL: Duration = Duration::from_millis(20);
+/// Weight of the newest step: the figure follows within some twenty tokens.
+const NEWEST: f64 = 0.1;
+
+/// Layer-tokens a second, shared between the stage's thread and the adverts.
+#[derive(Debug, Clone, Default)]
+pub struct Speed {
+    figure: Arc<Mutex<Option<(f64, Instant)>>>,
+}
+
+impl Speed {
+    /// The figure and its age.
+    pub fn get(&self) -> Option<Measured> {
+        let (value, at) = (*self.figure.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let age_s = u32::try_from(at.elapsed().as_secs()).unwrap_or(u32::MAX);
+        Some(Measured {
+            value: value as f32,
+            age_s,
+        })
+    }
+
+    fn start(&self, value: f64) {
+        *self.figure.lock().unwrap_or_else(PoisonError::into_inner) = Some((value, Instant::now()));
+    }
+
+    fn step(&self, layers: usize, took: Duration) {
+        let value = layers as f64 / took.as_secs_f64().max(1e-9);
+        let mut figure = self.figure.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = figure.map_or(value, |(old, _)| old);
+        *figure = Some((old + (value - old) * NEWEST, Instant::now()));
+    }
+}
+
+/// A stage that times its own steps. Only steps of one row count: prefill is another regime, and
+/// what a route is chosen for is the next token.
+pub struct Timed<S> {
+    stage: S,
+    speed: Speed,
+}
+
+impl<S: Stage> Timed<S> {
+    /// Measures the stage, waiting for its turn on this machine, and goes on measuring.
+    pub fn new(mut stage: S, speed: Speed) -> Self {
+        let turn = Turn::wait();
+        match run(&mut stage) {
+            Ok(value) => speed.start(value),
+            Err(error) => tracing::warn!(%error, "the stage could not be measured"),
+        }
+        drop(turn);
+        Self { stage, speed }
+    }
+}
+
+impl<S: Stage> Stage for Timed<S> {
+    fn shape(&self) -> StageShape {
+        self.stage.shape()
+    }
+
+    fn open(&mut self, n_ctx: u32, layers: Range<u32>) -> Result<Slot, EngineError> {
+        self.stage.open(n_ctx, layers)
+    }
+
+    fn close(&mut self, slot: Slot) {
+        self.stage.close(slot);
+    }
+
+    fn run(
+        &mut self,
+        step: &Step,
+        input: &Input<'_>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), EngineError> {
+        let start = Instant::now();
+        self.stage.run(step, input, out)?;
+        if step.n_rows == 1 {
+            self.speed.step(step.layers.len(), start.elapsed());
+        }
+        Ok(())
+    }
+
+    fn stats(&self) -> StageStats {
+        self.stage.stats()
+    }
+}
+
+/// Decodes rows one by one for a moment: layer-tokens a second.
+fn run(stage: &mut impl Stage) -> Result<f64, EngineError> {
+    let shape = stage.shape();
+    let layers = shape.layers.clone();
+    let slot = stage.open(RUN_CTX.min(shape.n_ctx_max), layers.clone())?;
+    let timed = steps(stage, slot, &shape);
+    stage.close(slot);
+    let (count, took) = timed?;
+    Ok(f64::from(count) * layers.len() as f64 / took.as_secs_f64().max(1e-9))
+}
+
+fn steps(
+    stage: &mut impl Stage,
+    slot: Slot,
+    shape: &StageShape,
+) -> Result<(u32, Duration), EngineError> {
+    // Any finite row costs the same; one that is not all zeros stays far from denormal numbers.
+    let row = vec![0.5f32; shape.n_embd as usize];
+    let input = if shape.layers.start == 0 {
+        Input::Tokens(&[0])
+    } else {
+        Input::Hidden(&row)
+    };
+    let mut out = Vec::new();
+    let mut one = |pos0| {
+        let layers = shape.layers.clone();
+        let step = Step {
+            slot,
+            layers,
+            pos0,
+            n_rows: 1,
+            want: Want::Last,
+        };
+        stage.run(&step, &input, &mut out)
+    };
+    // The first step pays for what is set up lazily.
+    one(0)?;
+    let last = STEPS.end.min(shape.n_ctx_max.saturating_sub(1));
+    let start = Instant::now();
+    let mut count = 0;
+    while count < last && (count < STEPS.start || start.elapsed() < RUN_MAX) {
+        count += 1;
+        one(count)?;
+    }
+    Ok((count.max(1), start.elapsed()))
+}
+
+/// This machine's one turn to measure; given back when dropped.
+struct Turn(#[allow(dead_code)] Option<File>);
+
+impl Turn {
+    fn wait() -> Self {
+        let path = std::env::temp_dir().join("shoal-measure.lock");
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        let Ok(file) = file else { return Self(None) };
+        let patience = Instant::now() + LOCK_PATIENCE;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Self(Some(file)),
+                Err(std::fs::TryLockError::WouldBlock) if Instant::now() < patience => {
+                    std::thread::sleep(LOCK_POLL);
+                }
+                Err(_) => return Self(None),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine::ChainStage;
+
+    #[test]
+    fn a_stage_is_measured_at_the_start_and_by_its_own_steps() {
+        for layers in [0..3, 1..3, 3..6] {
+            let speed = Speed::default();
+            assert_eq!(speed.get(), None);
+            let pace = Duration::from_millis(2);
+            let chain = ChainStage::new(6, 8, 32, layers.clone(), 1).with_pace(pace);
+            let mut stage = Timed::new(chain, speed.clone());
+            let first = speed.get().expect("measured").value;
+            assert!(first.is_finite() && first > 0.0, "{first}");
+            assert_eq!(stage.stats().sessions, 0, "the run's session is closed");
+            let slot = stage.open(8, layers.clone()).expect("opens");
+            let row = [0.5; 8];
+            let input = if layers.start == 0 {
+                Input::Tokens(&[1])
+            } else {
+                Input::Hidden(&row)
+            };
+            let step = Step {
+                slot,
+                layers,
+                pos0: 0,
+                n_rows: 1,
+                want: Want::Last,
+            };
+            stage.run(&step, &input, &mut Vec::new()).expect("runs");
+            assert_eq!(speed.get().expect("measured").age_s, 0);
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! A serving node: network, model, stage worker and sessions put together.
+//!
+//! ```text
+//! identity, store ─▶ network ─▶ listen to adverts ─▶ choose layers, say so ─▶ load, measure
+//!                                                     └─▶ serve sessions, advertise what is live
+//! ```
+
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use engine::Worker;
+use shard_registry::{Store, StoreError};
+use swarm_proto::{LayerRange, ModelAdvert, ModelId, Peer, ShardId};
+use tokio::task::JoinHandle;
+
+use crate::{
+    config::Settings,
+    identity::{Identity, IdentityError},
+    load::{self, Found, LoadError, Plan},
+    measure::{Speed, Timed},
+    net::{Announcement, Net, NetConfig, NetError, Proto, Shelf},
+    session::{Served, SessionLimits, Sessions},
+};
+
+/// How long to wait for the first adverts before choosing layers.
+const LISTEN_FIRST: Duration = Duration::from_secs(3);
+/// How long others get to object to a choice of layers, each time.
+const SETTLE: Duration = Duration::from_millis(700);
+/// Rounds of choosing: nodes that start together see each other's choices after one.
+const ROUNDS: u32 = 4;
+/// How often figures in the advert are refreshed.
+const REFRESH: Duration = Duration::from_secs(10);
+/// How long sessions may go on after the node was told to stop; with their own goodbye and the
+/// network's it stays below five seconds.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// What a node serves and with what.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// Swarm, home, trust.
+    pub settings: Settings,
+    /// Alias, id, file or `demo`.
+    pub model: String,
+    /// Which layers; none: as many as fit, where they are needed most.
+    pub layers: Option<Range<u32>>,
+    /// Memory for layers and KV, in bytes; none: half of what is free.
+    pub memory: Option<u64>,
+    /// Where to listen.
+    pub listen: Vec<String>,
+    /// Compute threads; none: one for each physical core.
+    pub threads: Option<u32>,
+}
+
+/// Why a node did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The identity.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The model.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The network.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The stage's thread.
+    #[error("cannot start the stage worker: {0}")]
+    Worker(std::io::Error),
+    /// A task of ours died.
+    #[error("internal: {0}")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+/// A running node. It serves until [`SwarmNode::shutdown`].
+pub struct SwarmNode {
+    net: Net,
+    sessions: Sessions,
+    model: ModelId,
+    layers: Range<u32>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl SwarmNode {
+    /// Loads layers and serves them. Returns when sessions are accepted.
+    ///
+    /// # Errors
+    /// See [`StartError`]: each names the cause and what to try.
+    pub async fn start(config: NodeConfig) -> Result<Self, StartError> {
+        let home = config.settings.home.clone();
+        let identity = Identity::load_or_create(&home)?;
+        let store = Store::open(&home.join("store"))?;
+        let found = blocking({
+            let (store, model) = (store.clone(), config.model.clone());
+            move || load::find(&store, &home, &model)
+        })
+        .await??;
+        let net = Net::start(net_config(&config, identity)).await?;
+        match Self::serve(&config, store, found, net.clone()).await {
+            Ok(node) => Ok(node),
+            Err(error) => {
+                net.shutdown().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn serve(
+        config: &NodeConfig,
+        store: Store,
+        found: Found,
+        net: Net,
+    ) -> Result<Self, StartError> {
+        let mut tasks = Vec::new();
+        tasks.extend(net.serve_fetch(Arc::new(StoreShelf(store.clone()))));
+        let plan = choose_layers(config, &found, &net).await?;
+        tracing::info!(model = %found.name, id = %found.id.short(), layers = ?plan.layers, "loading");
+        let speed = Speed::default();
+        let limits = SessionLimits::default();
+        let threads = config.threads.unwrap_or_else(engine::physical_cores);
+        let worker = blocking({
+            let (found, plan, speed) = (found.clone(), plan.clone(), speed.clone());
+            move || {
+                let stage = load::load(&store, &found, &plan, threads)?;
+                let stage = Timed::new(stage, speed);
+                Worker::spawn(Box::new(stage), limits.worker_queue()).map_err(StartError::Worker)
+            }
+        })
+        .await??;
+        let sessions = Sessions::new(net.me(), Arc::new(net.clone()), limits);
+        sessions.serve(Served::new(found.id, worker.clone()));
+        if let (Some(down), Some(answers)) = (net.accept(Proto::Session), net.accept(Proto::Answer))
+        {
+            let sessions = sessions.clone();
+            tasks.push(tokio::spawn(
+                async move { sessions.run(down, answers).await },
+            ));
+        }
+        let figures = Figures {
+            found,
+            layers: plan.layers.clone(),
+            worker,
+            speed,
+            threads,
+        };
+        net.publish(figures.announcement()).await;
+        let model = figures.found.id;
+        tasks.push(tokio::spawn(keep_announcing(net.clone(), figures)));
+        Ok(Self {
+            net,
+            sessions,
+            model,
+            layers: plan.layers,
+            tasks,
+        })
+    }
+
+    /// The network.
+    pub fn net(&self) -> &Net {
+        &self.net
+    }
+
+    /// Our id.
+    pub fn peer(&self) -> Peer {
+        self.net.me()
+    }
+
+    /// Which model is served.
+    pub fn model(&self) -> ModelId {
+        self.model
+    }
+
+    /// Which of its layers.
+    pub fn layers(&self) -> Range<u32> {
+        self.layers.clone()
+    }
+
+    /// Sessions that are open.
+    pub fn sessions(&self) -> usize {
+        self.sessions.count()
+    }
+
+    /// Withdraws the advert, refuses new sessions, lets running ones end, closes the network:
+    /// within five seconds.
+    pub async fn shutdown(self) {
+        self.net.withdraw().await;
+        self.sessions.shutdown(DRAIN).await;
+        for task in &self.tasks {
+            task.abort();
+        }
+        self.net.shutdown().await;
+    }
+}
+
+impl std::fmt::Debug for SwarmNode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut out = f.debug_struct("SwarmNode");
+        out.field("net", &self.net)
+            .field("model", &self.model)
+            .field("layers", &self.layers)
+            .finish()
+    }
+}
+
+fn net_config(config: &NodeConfig, identity: Identity) -> NetConfig {
+    let settings = &config.settings;
+    NetConfig {
+        key: settings.key,
+        access: settings.access.clone(),
+        listen: config.listen.clone(),
+        bootstrap: settings.peers.clone(),
+        mdns: settings.mdns,
+        agent: concat!("shoal-node/", env!("CARGO_PKG_VERSION")).into(),
+        ..NetConfig::client(identity, settings.swarm.clone())
+    }
+}
+
+async fn choose_layers(config: &NodeConfig, found: &Found, net: &Net) -> Result<Plan, StartError> {
+    let memory = config.memory.unwrap_or_else(load::default_memory);
+    if let Some(layers) = config.layers.clone() {
+        return Ok(load::plan_fixed(&found.blueprint, layers, memory)?);
+    }
+    let windows = load::windows(&found.blueprint, memory)?;
+    let alone = config.settings.peers.is_empty() && !config.settings.mdns;
+    if let [only] = &windows[..] {
+        return Ok(load::plan(&found.blueprint, only.clone(), memory));
+    }
+    if !alone && !net.synced(LISTEN_FIRST).await {
+        tracing::info!("no other node was heard within {LISTEN_FIRST:?}");
+    }
+    let n_layer = found.blueprint.n_layer();
+    let pick = || {
+        let coverage = load::coverage(&net.adverts().snapshot(), &found.id, n_layer, net.me());
+        load::choose(&windows, &coverage, net.me())
+    };
+    let mut window = pick().unwrap_or(0..1);
+    for _ in 0..ROUNDS {
+        net.publish(intention(found, window.clone())).await;
+        if alone {
+            break;
+        }
+        // Not a wait for one event: others' choices may come or not.
+        tokio::time::sleep(SETTLE).await;
+        match pick() {
+            Some(better) if better != window => window = better,
+            _ => break,
+        }
+    }
+    Ok(load::plan(&found.blueprint, window, memory))
+}
+
+fn intention(found: &Found, layers: Range<u32>) -> Announcement {
+    let model = ModelAdvert {
+        model: found.id,
+        name: found.name.clone(),
+        n_layer: found.manifest.n_layer,
+        live: Vec::new(),
+        intended: span(&layers),
+        layer_tokens_s: None,
+        n_ctx_max: 0,
+        free_cells: 0,
+        n_embd: found.manifest.n_embd,
+        numerics: 0,
+    };
+    Announcement {
+        models: vec![model],
+        ..Announcement::default()
+    }
+}
+
+fn span(layers: &Range<u32>) -> Vec<LayerRange> {
+    let (start, end) = (u16::try_from(layers.start), u16::try_from(layers.end));
+    match (start, end) {
+        (Ok(start), Ok(end)) => LayerRange::new(start, end).into_iter().collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// What the advert says, as it is now.
+struct Figures {
+    found: Found,
+    layers: Range<u32>,
+    worker: Worker,
+    speed: Speed,
+    threads: u32,
+}
+
+impl Figures {
+    fn announcement(&self) -> Announcement {
+        let stats = self.worker.stats();
+        let mut announcement = intention(&self.found, self.layers.clone());
+        for model in &mut announcement.models {
+            model.live = model.intended.clone();
+            model.layer_tokens_s = self.speed.get();
+            model.n_ctx_max = self.worker.shape().n_ctx_max;
+            model.free_cells = stats.free_cells.saturating_mul(self.layers.len() as u64);
+            model.numerics = engine::numerics_class(self.threads);
+        }
+        announcement.queue = u16::try_from(self.worker.queued()).unwrap_or(u16::MAX);
+        announcement
+    }
+}
+
+async fn keep_announcing(net: Net, figures: Figures) {
+    let mut ticks = tokio::time::interval(REFRESH);
+    loop {
+        ticks.tick().await;
+        net.publish(figures.announcement()).await;
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, tokio::task::JoinError> {
+    tokio::task::spawn_blocking(work).await
+}
+
+/// Manifests and metadata of the store, for others.
+struct StoreShelf(Store);
+
+impl Shelf for StoreShelf {
+    fn manifest(&self, id: &ModelId) -> std::io::Result<Option<Vec<u8>>> {
+        match self.0.manifest_bytes(*id) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(StoreError::Missing { .. }) => Ok(None),
+            Err(error) => Err(std::io::Error::other(error)),
+        }
+    }
+
+    fn shard(&self, id: &ShardId) -> std::io::Result<Option<Vec<u8>>> {
+        Ok(self.0.metadata_shard(*id))
+    }
+}
