@@ -11,8 +11,10 @@
 //! | `ledger`, `admit`, `failure`, `topk`, `row` | rules that need neither streams nor clocks |
 //! | `hop`, `relay`, `tail`, `slot` | the service that every node runs |
 //! | `open`, `client`, `error` | opening and driving a session |
+//! | `bench` | what a hop costs |
 
 mod admit;
+mod bench;
 mod client;
 mod config;
 mod error;
@@ -29,6 +31,7 @@ mod topk;
 mod trace;
 mod wire;
 
+pub use bench::{BenchError, HopBench, HopCost, bench_hops};
 pub use client::ClientSession;
 pub use config::{Deadlines, SessionLimits};
 pub use error::{ClientError, HopName};
