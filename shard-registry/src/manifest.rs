@@ -10,7 +10,7 @@ use bincode::{Decode, Encode};
 use gguf::{ALIGNMENT_DEFAULT, Header, TensorInfo, TensorType, Value};
 use swarm_proto::{
     Hash, LayerRange, ModelId, ShardId,
-    codec::{CodecError, decode_record, encode_record},
+    codec::{CodecError, cut_text, decode_record, encode_record},
 };
 
 use crate::layout::{Piece, ShardKind, shards};
@@ -259,7 +259,9 @@ impl Manifest {
                     "shard {found} of {found_bytes} bytes where {kind} of {bytes} belongs"
                 )));
             }
-            if matches!(kind, ShardKind::Layer(_) | ShardKind::Embedding) && bytes == 0 {
+            // What every layer shares makes no layer.
+            let own = |piece: &Piece| self.tensors[piece.tensor as usize].name.starts_with("blk.");
+            if matches!(kind, ShardKind::Layer(_)) && !shard.pieces.iter().any(own) {
                 return Err(wrong(format!("{kind} has no tensors")));
             }
         }
@@ -462,7 +464,7 @@ impl<'a> Settings<'a> {
         if arch.is_empty() || arch.len() > NAME_BYTES_MAX {
             return Err(wrong("it has no general.architecture"));
         }
-        name.truncate(name.floor_char_boundary(NAME_BYTES_MAX));
+        cut_text(&mut name, NAME_BYTES_MAX);
         Ok(Self { kv, arch, name })
     }
 

@@ -29,6 +29,9 @@ const UPLINK_UNKNOWN: f64 = 2.5e6;
 const LAYER_TOKENS_UNKNOWN: f64 = 200.0;
 /// Compute counts for more than its measured time: a machine under load is slower than idle.
 const COMPUTE_WEIGHT: f64 = 1.5;
+/// Holders of a layer that are looked at: the best by themselves. Where a layer has no more than that
+/// the route is the cheapest there is.
+const HOLDERS_MAX: usize = 32;
 /// Larger than any real cost, small enough to add up.
 const COST_MAX: u64 = 1 << 50;
 
@@ -256,35 +259,15 @@ impl<'a> Table<'a> {
                 peers.push(weigh(advert, model, query, &rtts));
             }
         }
-        let index: HashMap<Peer, usize> = peers
-            .iter()
-            .enumerate()
-            .map(|(i, peer)| (peer.advert.peer, i))
-            .collect();
-        let mut known: Vec<Vec<(usize, u64)>> = vec![Vec::new(); peers.len()];
-        for (i, peer) in peers.iter().enumerate() {
-            for (other, rtt_us) in &peer.advert.rtts {
-                if let Some(&j) = index.get(other).filter(|j| **j != i) {
-                    let ns = half(*rtt_us);
-                    known[i].push((j, ns));
-                    known[j].push((i, ns));
-                }
-            }
-        }
+        let mut peers = shortlist(peers, query.n_layer);
+        let known = known_delays(&peers);
         for (peer, mut known) in peers.iter_mut().zip(known) {
             // Both ends may have measured: the smaller one is nearer to the wire.
             known.sort_unstable();
             known.dedup_by_key(|(j, _)| *j);
             peer.known = known;
         }
-        let mut holders = vec![Vec::new(); query.n_layer.into()];
-        for (i, peer) in peers.iter().enumerate() {
-            for layer in peer.live.iter().flat_map(LayerRange::layers) {
-                if let Some(holders) = holders.get_mut(usize::from(layer)) {
-                    holders.push(i);
-                }
-            }
-        }
+        let holders = holders(&peers, query.n_layer);
         Table { peers, holders }
     }
 
@@ -325,6 +308,59 @@ impl<'a> Table<'a> {
     }
 }
 
+/// For each layer the indices of those who hold it.
+fn holders(peers: &[Usable], n_layer: u16) -> Vec<Vec<usize>> {
+    let mut holders = vec![Vec::new(); n_layer.into()];
+    for (i, peer) in peers.iter().enumerate() {
+        for layer in peer.live.iter().flat_map(LayerRange::layers) {
+            if let Some(holders) = holders.get_mut(usize::from(layer)) {
+                holders.push(i);
+            }
+        }
+    }
+    holders
+}
+
+/// Keeps the peers that are among the best holders of some layer.
+fn shortlist<'a>(peers: Vec<Usable<'a>>, n_layer: u16) -> Vec<Usable<'a>> {
+    let score = |peer: &Usable| {
+        let n_live: u64 = peer.live.iter().map(|span| u64::from(span.len())).sum();
+        let per_hop = peer.half_ns + peer.enter_ns + peer.send_ns;
+        peer.layer_ns + per_hop / n_live.max(1)
+    };
+    let scores: Vec<u64> = peers.iter().map(score).collect();
+    let mut keep = vec![false; peers.len()];
+    for mut layer in holders(&peers, n_layer) {
+        if layer.len() > HOLDERS_MAX {
+            layer.select_nth_unstable_by_key(HOLDERS_MAX, |i| (scores[*i], *i));
+            layer.truncate(HOLDERS_MAX);
+        }
+        layer.into_iter().for_each(|i| keep[i] = true);
+    }
+    let kept = peers.into_iter().zip(keep).filter(|(_, keep)| *keep);
+    kept.map(|(peer, _)| peer).collect()
+}
+
+/// For each peer the delays that it or the other end measured.
+fn known_delays(peers: &[Usable]) -> Vec<Vec<(usize, u64)>> {
+    let index = peers
+        .iter()
+        .enumerate()
+        .map(|(i, peer)| (peer.advert.peer, i));
+    let index: HashMap<Peer, usize> = index.collect();
+    let mut known: Vec<Vec<(usize, u64)>> = vec![Vec::new(); peers.len()];
+    for (i, peer) in peers.iter().enumerate() {
+        for (other, rtt_us) in &peer.advert.rtts {
+            if let Some(&j) = index.get(other).filter(|j| **j != i) {
+                let ns = half(*rtt_us);
+                known[i].push((j, ns));
+                known[j].push((i, ns));
+            }
+        }
+    }
+    known
+}
+
 fn claim<'a>(advert: &'a Advert, query: &Query) -> Option<&'a ModelAdvert> {
     let mut models = advert.models.iter();
     models.find(|model| model.model == query.model && model.n_layer == query.n_layer)
@@ -363,7 +399,12 @@ fn weigh<'a>(
     let uplink = advert
         .uplink_bytes_s
         .map_or(UPLINK_UNKNOWN, |m| m.value.into());
-    let dearer = 1.0 + f64::from(query.jitter.max(0.0)) * draw(query.seed, &advert.peer);
+    let jitter = f64::from(query.jitter.max(0.0));
+    let dearer = if jitter > 0.0 {
+        1.0 + jitter * draw(query.seed, &advert.peer)
+    } else {
+        1.0
+    };
     let layer_ns = ns(COMPUTE_WEIGHT * dearer / speed.max(1e-3)).max(1);
     let half_ns = rtts
         .get(&advert.peer)

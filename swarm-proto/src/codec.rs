@@ -55,6 +55,14 @@ pub(crate) fn at_most(what: &'static str, value: usize, max: usize) -> Result<()
     })
 }
 
+/// Cuts a text to at most `max` bytes, between two characters.
+pub fn cut_text(text: &mut String, max: usize) {
+    let fits = (0..=max.min(text.len()))
+        .rev()
+        .find(|i| text.is_char_boundary(*i));
+    text.truncate(fits.unwrap_or(0));
+}
+
 pub(crate) fn wrong(why: impl Into<String>) -> CheckError {
     CheckError::Wrong(why.into())
 }

@@ -116,6 +116,9 @@ pub fn decode_header<M: Message>(bytes: &[u8]) -> Result<M, FrameError> {
     Ok(decode(bytes)?)
 }
 
+/// Where the header and the payload of a frame are in the decoder's buffer.
+pub type FrameParts = (Range<usize>, Range<usize>);
+
 /// Cuts a stream of bytes into frames: bytes are pushed, frames are asked for.
 ///
 /// It never holds more than what was pushed, and the caller pushes only when
@@ -166,7 +169,7 @@ impl FrameDecoder {
     /// # Errors
     /// A frame over the limits. The stream is of no use after that: the same error comes again.
     #[allow(clippy::should_implement_trait)] // an iterator's `None` is an end, this one is a wait
-    pub fn next(&mut self) -> Result<Option<(Range<usize>, Range<usize>)>, FrameError> {
+    pub fn next(&mut self) -> Result<Option<FrameParts>, FrameError> {
         let rest = &self.buf[self.at..];
         let Some((total, rest)) = rest.split_first_chunk::<4>() else {
             return Ok(None);

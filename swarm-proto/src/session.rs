@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::{
     LayerRange, ModelId, Peer,
-    codec::{CheckError, Message, at_most, wrong},
+    codec::{CheckError, Message, at_most, cut_text, wrong},
 };
 
 /// Most hops of a route: `at` is a byte, and no model we know has more layers.
@@ -517,7 +517,7 @@ impl Failure {
     /// A failure; the text is cut to what a message may carry.
     pub fn new(at: u8, fault: Fault, code: FailureCode, message: impl Into<String>) -> Self {
         let mut message = message.into();
-        message.truncate(message.floor_char_boundary(FAILURE_BYTES_MAX));
+        cut_text(&mut message, FAILURE_BYTES_MAX);
         Self {
             at,
             fault,

@@ -1,0 +1,125 @@
+//! How long planning takes, as JSON: 1000 peers, 80 layers, spans and neighbours as in a real swarm,
+//! and the worst case, in which every peer holds every layer.
+//!
+//! cargo run --release -p shard-registry --example plan_bench
+
+use std::{
+    io::Write,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use shard_registry::{
+    Snapshot,
+    route::{Query, plan},
+};
+use swarm_proto::{Advert, Hash, LayerRange, Measured, ModelAdvert, ModelId, Peer};
+
+const MODEL: ModelId = ModelId(Hash([7; 32]));
+const N_LAYER: u16 = 80;
+
+/// A plain linear congruential generator: the same swarm every time.
+struct Draw(u64);
+
+impl Draw {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % n
+    }
+}
+
+fn swarm(n_peers: u64, span_max: u64, n_rtts: u64) -> Snapshot {
+    let mut draw = Draw(1);
+    let peer = |n: u64| {
+        Peer(
+            *Hash::of(&n.to_le_bytes())
+                .0
+                .first_chunk()
+                .unwrap_or(&[0; 32]),
+        )
+    };
+    let advert = |n| {
+        let len = if span_max == u64::from(N_LAYER) {
+            span_max
+        } else {
+            4 + draw.below(span_max - 3)
+        };
+        let start = draw.below(u64::from(N_LAYER) - len + 1) as u16;
+        Arc::new(Advert {
+            peer: peer(n),
+            seq: 1,
+            ttl_ms: 30_000,
+            addrs: vec!["/ip4/127.0.0.1/tcp/1".into()],
+            models: vec![ModelAdvert {
+                model: MODEL,
+                name: String::new(),
+                n_layer: N_LAYER,
+                live: vec![LayerRange {
+                    start,
+                    end: start + len as u16,
+                }],
+                intended: vec![],
+                layer_tokens_s: Some(Measured {
+                    value: 500.0 + draw.below(5000) as f32,
+                    age_s: 0,
+                }),
+                n_ctx_max: 4096,
+                free_cells: 1 << 20,
+                n_embd: 8192,
+                numerics: 0,
+            }],
+            uplink_bytes_s: Some(Measured {
+                value: 1e6 + draw.below(50_000_000) as f32,
+                age_s: 0,
+            }),
+            queue: draw.below(3) as u16,
+            rtts: (0..n_rtts)
+                .map(|_| (peer(draw.below(n_peers)), 1000 + draw.below(60_000) as u32))
+                .collect(),
+            leaving: false,
+            agent: String::new(),
+        })
+    };
+    Snapshot::new((0..n_peers).map(advert).collect())
+}
+
+fn measure(name: &str, swarm: &Snapshot) -> std::io::Result<()> {
+    let query = Query {
+        jitter: 0.3,
+        ..Query::new(MODEL, N_LAYER)
+    };
+    let mut times: Vec<Duration> = Vec::new();
+    let mut hops = 0;
+    for seed in 0..50 {
+        let start = Instant::now();
+        let route = plan(
+            swarm,
+            &Query {
+                seed,
+                ..query.clone()
+            },
+        );
+        times.push(start.elapsed());
+        hops = route.map_or(0, |route| route.hops.len());
+    }
+    times.sort_unstable();
+    writeln!(
+        std::io::stdout(),
+        "{{\"case\":\"{name}\",\"peers\":{},\"layers\":{N_LAYER},\"hops\":{hops},\"p50_us\":{},\"max_us\":{}}}",
+        swarm.adverts.len(),
+        times[25].as_micros(),
+        times[49].as_micros(),
+    )
+}
+
+fn main() -> std::io::Result<()> {
+    measure("spans of 4 to 20, 16 neighbours", &swarm(1000, 20, 16))?;
+    measure("spans of 4 to 20, 64 neighbours", &swarm(1000, 20, 64))?;
+    measure(
+        "every peer holds all, 64 neighbours",
+        &swarm(1000, u64::from(N_LAYER), 64),
+    )
+}
