@@ -549,6 +549,7 @@ impl Stage for LlamaStage {
         input: &Input<'_>,
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError> {
+        out.clear();
         let mut session = self
             .sessions
             .remove(&step.slot)
