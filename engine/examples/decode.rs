@@ -5,15 +5,18 @@
 //! decode [--model FILE | --shape demo|1b] [--tokens N] [--turns N] [--threads N] [--prompt N]
 //! ```
 //!
-//! Prints one JSON object: microseconds a token (medians of turns), the ratio,
+//! Prints one JSON object: microseconds a token (medians of turns) by the clock
+//! and of CPU time (which other work on the machine disturbs less), the ratio,
 //! and whether both said the same.
 
 #![allow(clippy::print_stdout)] // an example's purpose
 
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
 
 use engine::{
     Blueprint, Done, EngineError, FileSource, Job, LlamaStage, LoadOptions, PREFILL_CHUNK,
@@ -54,23 +57,50 @@ fn options() -> Result<Options, Box<dyn Error>> {
     Ok(options)
 }
 
+/// The model to measure: the file given, or one made up in `dir`.
+fn model(options: &Options, dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
+    if let Some(path) = &options.model {
+        return Ok(path.clone());
+    }
+    let shape = match options.shape.as_str() {
+        "1b" => RandomShape::one_billion(),
+        "demo" => RandomShape::demo(),
+        other => return Err(format!("unknown shape {other}").into()),
+    };
+    let path = dir.join("model.gguf");
+    random_model("llama", &shape, RandomWeights::Q4KM, 1, &path)?;
+    Ok(path)
+}
+
+/// What was measured on one side, turn by turn.
+#[derive(Default)]
+struct Side {
+    decode: Vec<Duration>,
+    cpu: Vec<Duration>,
+    prefill: Vec<Duration>,
+}
+
+impl Side {
+    fn note(&mut self, turn: &Turn) {
+        self.decode.push(turn.decode);
+        self.cpu.push(turn.cpu);
+        self.prefill.push(turn.prefill);
+    }
+}
+
+/// Microseconds of each of `n`, in the median turn.
+fn median_us(times: &mut [Duration], n: u32) -> f64 {
+    times.sort();
+    times
+        .get(times.len() / 2)
+        .map_or(0.0, |t| t.as_secs_f64() * 1e6 / f64::from(n.max(1)))
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let options = options()?;
     let dir = tempfile::tempdir()?;
     let begin = Instant::now();
-    let path = match &options.model {
-        Some(path) => path.clone(),
-        None => {
-            let path = dir.path().join("model.gguf");
-            let shape = match options.shape.as_str() {
-                "1b" => RandomShape::one_billion(),
-                "demo" => RandomShape::demo(),
-                other => return Err(format!("unknown shape {other}").into()),
-            };
-            random_model("llama", &shape, RandomWeights::Q4KM, 1, &path)?;
-            path
-        }
-    };
+    let path = model(&options, dir.path())?;
     let generated = begin.elapsed();
     let source = FileSource::open(&path)?;
     let blueprint = Blueprint::new(source.header())?;
@@ -90,43 +120,40 @@ fn main() -> Result<(), Box<dyn Error>> {
     let prompt: Vec<u32> = (0..options.prompt)
         .map(|i| i * 7 % blueprint.n_vocab())
         .collect();
-    let (mut plain, mut chained, mut same) = (Vec::new(), Vec::new(), true);
-    let (mut plain_prefill, mut chained_prefill) = (Vec::new(), Vec::new());
+    let (mut plain, mut chained, mut same) = (Side::default(), Side::default(), true);
     // The first turn warms both up.
     for turn in 0..=options.turns {
         let a = run_whole(&mut whole, &prompt, options.tokens)?;
         let b = run_worker(&worker, slot, n_layer, &prompt, options.tokens)?;
         same &= a.tokens == b.tokens;
         if turn > 0 {
-            plain.push(a.decode);
-            chained.push(b.decode);
-            plain_prefill.push(a.prefill);
-            chained_prefill.push(b.prefill);
+            plain.note(&a);
+            chained.note(&b);
         }
     }
-    let us = |times: &mut Vec<Duration>, n: u32| {
-        times.sort();
-        times
-            .get(times.len() / 2)
-            .map_or(0.0, |t| t.as_secs_f64() * 1e6 / f64::from(n.max(1)))
-    };
-    let (plain, chained) = (
-        us(&mut plain, options.tokens),
-        us(&mut chained, options.tokens),
+    let n = options.tokens;
+    let (a, b) = (
+        median_us(&mut plain.decode, n),
+        median_us(&mut chained.decode, n),
     );
+    let (a_cpu, b_cpu) = (median_us(&mut plain.cpu, n), median_us(&mut chained.cpu, n));
     let report = serde_json::json!({
         "model": options.model.map_or(options.shape, |path| path.display().to_string()),
         "n_layer": n_layer,
         "n_embd": blueprint.n_embd(),
         "threads": options.threads,
         "chunk": PREFILL_CHUNK,
-        "tokens": options.tokens,
-        "plain_us": plain,
-        "chained_us": chained,
-        "ratio": plain / chained,
-        "added_us": chained - plain,
-        "plain_prefill_us": us(&mut plain_prefill, options.prompt),
-        "chained_prefill_us": us(&mut chained_prefill, options.prompt),
+        "tokens": n,
+        "plain_us": a,
+        "chained_us": b,
+        "ratio": a / b,
+        "added_us": b - a,
+        "plain_cpu_us": a_cpu,
+        "chained_cpu_us": b_cpu,
+        "cpu_ratio": a_cpu / b_cpu,
+        "cpu_added_us": b_cpu - a_cpu,
+        "plain_prefill_us": median_us(&mut plain.prefill, options.prompt),
+        "chained_prefill_us": median_us(&mut chained.prefill, options.prompt),
         "same": same,
         "generate_s": generated.as_secs_f64(),
         "load_s": loaded.as_secs_f64(),
@@ -143,6 +170,13 @@ struct Turn {
     tokens: Vec<u32>,
     prefill: Duration,
     decode: Duration,
+    cpu: Duration,
+}
+
+/// CPU time of this process, all threads.
+fn cpu_time() -> Duration {
+    let now = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
 fn best(row: &[f32]) -> u32 {
@@ -156,7 +190,7 @@ fn run_whole(whole: &mut WholeModel, prompt: &[u32], n: u32) -> Result<Turn, Eng
     whole.feed(0, prompt, &mut out)?;
     let prefill = begin.elapsed();
     let mut tokens = Vec::new();
-    let begin = Instant::now();
+    let (begin, cpu) = (Instant::now(), cpu_time());
     for i in 0..n {
         let token = best(&out);
         tokens.push(token);
@@ -166,6 +200,7 @@ fn run_whole(whole: &mut WholeModel, prompt: &[u32], n: u32) -> Result<Turn, Eng
         tokens,
         prefill,
         decode: begin.elapsed(),
+        cpu: cpu_time() - cpu,
     })
 }
 
@@ -207,7 +242,7 @@ fn run_worker(
     }
     let prefill = begin.elapsed();
     let mut tokens = Vec::new();
-    let begin = Instant::now();
+    let (begin, cpu) = (Instant::now(), cpu_time());
     for i in 0..n {
         let token = best(&rows);
         tokens.push(token);
@@ -217,5 +252,6 @@ fn run_worker(
         tokens,
         prefill,
         decode: begin.elapsed(),
+        cpu: cpu_time() - cpu,
     })
 }

@@ -110,13 +110,11 @@ impl Model {
         let mut out = Vec::new();
         whole.feed(0, prompt, &mut out).unwrap();
         let (mut tokens, mut rows) = (Vec::new(), vec![out.clone()]);
-        let mut pos = prompt.len() as u32;
-        for _ in 0..n {
+        for i in 0..n {
             let token = greedy(&out);
             tokens.push(token);
-            whole.run(pos, &[token], Want::Last, &mut out).unwrap();
+            whole.run((prompt.len() + i) as u32, &[token], Want::Last, &mut out).unwrap();
             rows.push(out.clone());
-            pos += 1;
         }
         (tokens, rows)
     }
