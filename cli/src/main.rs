@@ -1,2 +1,84 @@
-//! placeholder
-fn main() {}
+//! The command `shoal`: a table of its subcommands. Each lives in a file of its own under `commands/`;
+//! this crate reads arguments and prints, everything else is `node` and below.
+
+mod answer;
+mod choose_model;
+mod commands;
+mod conversation;
+mod failure;
+mod figures;
+mod generation;
+mod home;
+mod interrupt;
+mod layer_map;
+mod local_models;
+mod model_facts;
+mod prompt;
+mod run_report;
+mod source;
+mod swarm;
+mod swarm_report;
+mod terminal;
+mod text_out;
+mod tokens;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use commands::{
+    bench, chat, completions, doctor, import, inspect, invite, join, models, node, run, status,
+};
+
+/// Run a language model that is too big for any one of your machines, on several of them.
+#[derive(Parser)]
+#[command(name = "shoal", version, styles = terminal::help_styles(), max_term_width = 100)]
+#[command(subcommand_required = true, arg_required_else_help = true, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Start here:
+  shoal run --local demo \"Once upon a time\"    the demo model, in this process
+  shoal import model.gguf                       make a GGUF known, without copying it
+  shoal node --model NAME                       serve the layers that fit this machine
+  shoal invite                                  a ticket for the next machine
+  shoal run \"Why is the sea salt?\"              ask the swarm
+
+Settings come from flags, then SHOAL_* variables, then config.toml, then defaults.
+`shoal COMMAND --help` has examples.";
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::Args),
+    Chat(chat::Args),
+    Status(status::Args),
+    Models(models::Args),
+    Import(import::Args),
+    Inspect(inspect::Args),
+    Node(node::Args),
+    Invite(invite::Args),
+    Join(join::Args),
+    Doctor(doctor::Args),
+    Bench(bench::Args),
+    Completions(completions::Args),
+}
+
+fn main() -> ExitCode {
+    failure::report(match Cli::parse().command {
+        Command::Run(args) => run::main(args),
+        Command::Chat(args) => chat::main(args),
+        Command::Status(args) => status::main(args),
+        Command::Models(args) => models::main(args),
+        Command::Import(args) => import::main(args),
+        Command::Inspect(args) => inspect::main(args),
+        Command::Node(args) => node::main(args),
+        Command::Invite(args) => invite::main(args),
+        Command::Join(args) => join::main(args),
+        Command::Doctor(args) => doctor::main(args),
+        Command::Bench(args) => bench::main(args),
+        Command::Completions(args) => completions::main(args),
+    })
+}

@@ -1,0 +1,107 @@
+//! `shoal bench`: figures of this machine, as ratios measured in one run.
+
+mod decode;
+mod hops;
+mod nodes;
+mod wire;
+
+use std::ops::Range;
+
+use clap::Subcommand;
+use serde::Serialize;
+
+/// Measure hop overhead, decode speed, and what a smaller wire type costs.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  shoal bench hops                        overhead of a hop beyond compute, on loopback
+  shoal bench decode --model llama-1b     a node holding everything against a plain loop
+  shoal bench wire --text held-out.txt    perplexity with f32, bf16 and q8_0 between hops
+
+Each starts what it needs on this machine and takes it down again.")]
+pub struct Args {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    Hops(hops::Args),
+    Decode(decode::Args),
+    Wire(wire::Args),
+}
+
+/// Runs the chosen measurement.
+pub fn main(args: Args) -> anyhow::Result<()> {
+    match args.bench {
+        Bench::Hops(args) => hops::main(args),
+        Bench::Decode(args) => decode::main(args),
+        Bench::Wire(args) => wire::main(args),
+    }
+}
+
+/// `n_layer` layers over `hops` hops, as evenly as they go.
+fn share_out(n_layer: u32, hops: u32) -> Vec<Range<u32>> {
+    let hops = hops.clamp(1, n_layer.max(1));
+    (0..hops)
+        .map(|i| (n_layer * i).div_ceil(hops)..(n_layer * (i + 1)).div_ceil(hops))
+        .collect()
+}
+
+/// The middle and the bad end of some samples.
+#[derive(Debug, Serialize)]
+struct Quantiles {
+    p50: f64,
+    p99: f64,
+}
+
+impl Quantiles {
+    fn of(mut samples: Vec<f64>) -> Self {
+        samples.sort_by(f64::total_cmp);
+        let rounded = |share| (percentile(&samples, share) * 10.0).round() / 10.0;
+        Self {
+            p50: rounded(0.5),
+            p99: rounded(0.99),
+        }
+    }
+}
+
+/// Smallest value that at least `share` of the sorted samples do not exceed.
+fn percentile(sorted: &[f64], share: f64) -> f64 {
+    let rank = (share * sorted.len() as f64).ceil() as usize;
+    sorted
+        .get(rank.clamp(1, sorted.len().max(1)) - 1)
+        .copied()
+        .unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{percentile, share_out};
+
+    #[test]
+    fn layers_are_shared_out_evenly_and_completely() {
+        assert_eq!(share_out(8, 3), [0..3, 3..6, 6..8]);
+        assert_eq!(share_out(2, 5), [0..1, 1..2]);
+        for (n_layer, hops) in [(1, 1), (7, 3), (16, 5), (80, 9)] {
+            let shares = share_out(n_layer, hops);
+            assert_eq!(shares.first().unwrap().start, 0);
+            assert_eq!(shares.last().unwrap().end, n_layer);
+            assert!(
+                shares
+                    .windows(2)
+                    .all(|w| w[0].end == w[1].start && w[0].end > w[0].start)
+            );
+        }
+    }
+
+    #[test]
+    fn percentiles_are_samples() {
+        let sorted: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!(percentile(&sorted, 0.5), 50.0);
+        assert_eq!(percentile(&sorted, 0.99), 99.0);
+        assert_eq!(percentile(&sorted, 1.0), 100.0);
+        assert_eq!(percentile(&[7.0], 0.5), 7.0);
+        assert!(percentile(&[], 0.5).is_nan());
+    }
+}

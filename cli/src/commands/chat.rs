@@ -1,0 +1,317 @@
+//! `shoal chat`: several turns in one session, whose KV is kept (docs/decisions/0051).
+
+use std::io::{BufRead, Write};
+
+use engine::{Sampler, Vocab};
+use swarm_proto::Dtype;
+use tokio::sync::mpsc;
+
+use crate::answer::{self, Answer, Stop, Words};
+use crate::conversation::{Conversation, Line};
+use crate::failure::Failure;
+use crate::generation::Generation;
+use crate::interrupt::Interrupt;
+use crate::run_report::{Privacy, route_line};
+use crate::source::{Source, SourceError};
+use crate::swarm::{Member, Swarm, SwarmModel};
+use crate::terminal::{self, BOLD, HINT, paint};
+use crate::{figures, tokens};
+
+/// Talk with a model; the session keeps what was said.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  shoal chat
+  shoal chat -m llama-1b --system \"You are terse.\"
+  shoal chat --ctx 8192 --wire q8_0
+
+In the chat: /help /reset /system TEXT /quit. Ctrl-C ends an answer; at the prompt it ends the chat.")]
+pub struct Args {
+    /// The model: a name, the beginning of an id, or a GGUF file [default: the only one there is, else demo].
+    #[arg(short, long, env = "SHOAL_MODEL", value_name = "NAME|ID|FILE")]
+    model: Option<String>,
+
+    /// A system message, for models with a chat template.
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+
+    /// Who may see the prompt: open (any peer) or trusted (only listed peers are dialled).
+    #[arg(
+        long,
+        env = "SHOAL_PRIVACY",
+        value_enum,
+        value_name = "LEVEL",
+        hide_possible_values = true
+    )]
+    privacy: Option<Privacy>,
+
+    /// How activations travel between hops: f32 (exact), bf16 or q8_0 (a quarter of the bytes).
+    #[arg(long, env = "SHOAL_WIRE", value_name = "TYPE", default_value_t = Dtype::F32)]
+    wire: Dtype,
+
+    #[command(flatten)]
+    generation: Generation,
+
+    #[command(flatten)]
+    swarm: Swarm,
+}
+
+/// The context of a chat that does not say: room for a long talk, little enough that several fit.
+const CTX_DEFAULT: u32 = 4096;
+
+const HELP: &str = "\
+/reset         forget what was said
+/system TEXT   set the system message and forget what was said; without TEXT there is none
+/quit          leave (also Ctrl-D)
+//TEXT         say something that begins with a slash";
+
+/// Reads lines until the user has had enough.
+pub fn main(args: Args) -> anyhow::Result<()> {
+    if args.privacy == Some(Privacy::Local) {
+        return Err(Failure::usage(
+            "a chat runs over the swarm; `--privacy local` has no peer to talk to",
+        )
+        .try_this("`shoal run --local MODEL \\\"...\\\"`")
+        .into());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    runtime.block_on(talk(args))
+}
+
+async fn talk(args: Args) -> anyhow::Result<()> {
+    let interrupt = Interrupt::listen();
+    let member = args
+        .swarm
+        .join(args.privacy == Some(Privacy::Trusted))
+        .await?;
+    let model = member.model(args.model.as_deref()).await?;
+    let vocab = model.vocab.as_ref().ok_or_else(tokens::no_tokenizer)?;
+    if args.system.is_some() && vocab.chat_template().is_none() {
+        return Err(Failure::usage(
+            "this model has no chat template, so a system message has no place in it",
+        )
+        .into());
+    }
+    let n_ctx = match args.generation.ctx {
+        Some(_) => args.generation.n_ctx(0, model.n_ctx_max)?,
+        None => model.n_ctx_max.min(CTX_DEFAULT),
+    };
+    let mut chat = Chat {
+        source: args.open(&member, &model, n_ctx).await?,
+        sampler: answer::sampler(&args.generation, args.generation.seed(), vocab.n_tokens())?,
+        conversation: Conversation::new(args.system.clone()),
+        transcript: Vec::new(),
+        vocab,
+        args: &args,
+        interrupt: &interrupt,
+    };
+    chat.greet(&model);
+    let ended = chat.turns(&member, &model, n_ctx).await;
+    chat.source.close().await;
+    member.leave().await;
+    ended
+}
+
+impl Args {
+    async fn open(
+        &self,
+        member: &Member,
+        model: &SwarmModel,
+        n_ctx: u32,
+    ) -> anyhow::Result<Source> {
+        let session = member.open(model, n_ctx, self.wire).await?;
+        let source = Source::swarm(session, answer::top(&self.generation));
+        terminal::note(route_line(
+            &source.route(),
+            member.privacy(),
+            &self.wire.to_string(),
+        ));
+        Ok(source)
+    }
+}
+
+/// A talk under way.
+struct Chat<'a> {
+    source: Source,
+    sampler: Sampler,
+    conversation: Conversation,
+    /// Without a chat template: everything typed and generated, as tokens.
+    transcript: Vec<u32>,
+    vocab: &'a Vocab,
+    args: &'a Args,
+    interrupt: &'a Interrupt,
+}
+
+impl Chat<'_> {
+    fn greet(&self, model: &SwarmModel) {
+        if terminal::stdin_is_terminal() {
+            let n_ctx = self.source.n_ctx();
+            terminal::note_styled(format!(
+                "{} · {n_ctx} tokens of context · {} for commands",
+                paint(BOLD, &model.name),
+                paint(HINT, "/help")
+            ));
+        }
+        if self.vocab.chat_template().is_none() {
+            terminal::note("this model has no chat template: it goes on with what you type");
+        }
+    }
+
+    async fn turns(
+        &mut self,
+        member: &Member,
+        model: &SwarmModel,
+        n_ctx: u32,
+    ) -> anyhow::Result<()> {
+        let mut lines = lines();
+        loop {
+            show_prompt();
+            let line = tokio::select! {
+                biased;
+                () = self.interrupt.wait() => return Err(Failure::interrupted().into()),
+                line = lines.recv() => line,
+            };
+            let Some(line) = line else { return Ok(()) };
+            match Line::parse(&line) {
+                Line::Blank => {}
+                Line::Quit => return Ok(()),
+                Line::Help => terminal::note_styled(HELP),
+                Line::Reset => self.reset(None),
+                Line::System(text) => self.reset(Some(text.map(str::to_string))),
+                Line::Unknown(word) => terminal::warn(format!(
+                    "there is no /{}; /help lists what there is",
+                    figures::printable(word, 40)
+                )),
+                Line::Say(text) => self.say(text, member, model, n_ctx).await?,
+            }
+        }
+    }
+
+    fn reset(&mut self, system: Option<Option<String>>) {
+        if let Some(system) = system {
+            if system.is_some() && self.vocab.chat_template().is_none() {
+                terminal::warn(
+                    "this model has no chat template, so a system message has no place in it",
+                );
+                return;
+            }
+            self.conversation.set_system(system);
+        }
+        self.conversation.reset();
+        self.transcript.clear();
+        terminal::note("forgotten; the next question begins anew");
+    }
+
+    /// One turn. A session that was lost is opened again: the tokens are here, nothing is lost.
+    async fn say(
+        &mut self,
+        text: &str,
+        member: &Member,
+        model: &SwarmModel,
+        n_ctx: u32,
+    ) -> anyhow::Result<()> {
+        self.conversation.ask(text);
+        let prompt = match self.prompt(text) {
+            Ok(prompt) => prompt,
+            Err(error) => {
+                self.conversation.take_back();
+                terminal::warn(format!("{error:#}"));
+                return Ok(());
+            }
+        };
+        if prompt.len() >= self.source.n_ctx() as usize {
+            self.conversation.take_back();
+            self.full();
+            return Ok(());
+        }
+        let mut answered = self.generate(&prompt).await;
+        if answered.as_ref().is_err_and(is_gone) {
+            terminal::note("the session was lost; opening another with the same tokens");
+            self.source = self.args.open(member, model, n_ctx).await?;
+            answered = self.generate(&prompt).await;
+        }
+        let answer = answered?;
+        terminal::stream("\n")?;
+        if answer.stop == Stop::Interrupted {
+            self.interrupt.clear();
+        }
+        if answer.stop == Stop::ContextFull {
+            self.full();
+        }
+        self.transcript = prompt;
+        self.transcript.extend_from_slice(&answer.tokens);
+        self.conversation.answer(answer.text);
+        Ok(())
+    }
+
+    fn full(&self) {
+        terminal::warn(format!(
+            "the context is full ({} tokens): /reset begins anew, `shoal chat --ctx N` has more room where the model allows it",
+            self.source.n_ctx()
+        ));
+    }
+
+    fn prompt(&self, text: &str) -> anyhow::Result<Vec<u32>> {
+        match self.vocab.chat_template() {
+            Some(template) => tokens::of_chat(self.vocab, template, &self.conversation.messages()),
+            None if self.transcript.is_empty() => tokens::of_text(self.vocab, text),
+            None => {
+                let mut tokens = self.transcript.clone();
+                tokens.extend(self.vocab.tokenize(&format!("\n{text}"), false, false)?);
+                Ok(tokens)
+            }
+        }
+    }
+
+    async fn generate(&mut self, prompt: &[u32]) -> anyhow::Result<Answer> {
+        let show = |piece: &str| {
+            if piece.is_empty() {
+                Ok(())
+            } else {
+                terminal::stream(piece)
+            }
+        };
+        let words = Words::Text(self.vocab);
+        let generation = &self.args.generation;
+        answer::generate(
+            &mut self.source,
+            prompt,
+            &words,
+            generation,
+            &mut self.sampler,
+            self.interrupt,
+            show,
+        )
+        .await
+    }
+}
+
+fn is_gone(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref::<SourceError>(), Some(SourceError::Session(error)) if error.is_gone())
+}
+
+fn show_prompt() {
+    if terminal::stdin_is_terminal() {
+        let mut err = anstream::stderr();
+        let _ = write!(err, "{} ", paint(HINT, ">"));
+        let _ = err.flush();
+    }
+}
+
+/// Lines of stdin, read on a thread of their own: such a read cannot be cancelled, and must not keep
+/// the chat from ending.
+fn lines() -> mpsc::Receiver<String> {
+    let (send, receive) = mpsc::channel(1);
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lock().lines() {
+            let Ok(line) = line else { return };
+            if send.blocking_send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receive
+}

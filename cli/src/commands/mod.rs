@@ -1,0 +1,14 @@
+//! One file per subcommand: its arguments, and `main`.
+
+pub mod bench;
+pub mod chat;
+pub mod completions;
+pub mod doctor;
+pub mod import;
+pub mod inspect;
+pub mod invite;
+pub mod join;
+pub mod models;
+pub mod node;
+pub mod run;
+pub mod status;

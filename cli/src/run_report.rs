@@ -1,0 +1,144 @@
+//! What is said about a run: one dim line on stderr for people, a JSON object for programs.
+
+use serde::Serialize;
+
+use crate::figures;
+
+/// Who can read the prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Privacy {
+    /// Any peer of the swarm may be on the route; peers on it can read the prompt.
+    Open,
+    /// Only the peers listed with --allow are dialled; they can read the prompt.
+    Trusted,
+    /// The whole model runs in this process; nothing leaves it.
+    Local,
+}
+
+impl Privacy {
+    /// The consequence, in words.
+    fn consequence(self, hops: usize) -> String {
+        let these = if hops == 1 {
+            "this peer"
+        } else {
+            "these peers"
+        };
+        match self {
+            Privacy::Open => format!("open: {these} can read the prompt"),
+            Privacy::Trusted => {
+                format!("trusted: {these} can read the prompt, nobody else was dialled")
+            }
+            Privacy::Local => "local: the prompt stays in this process".into(),
+        }
+    }
+}
+
+/// One hop of the route.
+#[derive(Clone, Debug, Serialize)]
+pub struct Hop {
+    /// Who.
+    pub peer: String,
+    /// Which layers, as `0..4`.
+    pub layers: String,
+}
+
+/// Everything `--json` prints.
+#[derive(Debug, Serialize)]
+pub struct RunReport {
+    /// The answer without the prompt.
+    pub text: String,
+    /// The answer's token ids.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub stop: String,
+    /// The model's name.
+    pub model: String,
+    /// The model's id, where it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model_id: Option<String>,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens of the answer.
+    pub generated_tokens: usize,
+    /// Room of the context, prompt and answer together.
+    pub n_ctx: u32,
+    /// From sending the prompt to the first token.
+    pub ttft_ms: f64,
+    /// Speed after the first token.
+    pub tokens_per_s: f64,
+    /// Where the time went.
+    pub timings: Timings,
+    /// Who computed what, in order.
+    pub route: Vec<Hop>,
+    /// How many there were.
+    pub hops: usize,
+    /// Who could read the prompt.
+    pub privacy: Privacy,
+    /// The same as a fact.
+    pub peers_can_read_prompt: bool,
+    /// Type of the activations between hops.
+    pub wire: String,
+    /// Seed of the dice.
+    pub seed: u32,
+}
+
+/// Milliseconds.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Timings {
+    /// Finding the swarm and its adverts, or loading the model.
+    pub connect_ms: f64,
+    /// Opening the session on every hop.
+    pub open_ms: f64,
+    /// From sending the prompt to the first token.
+    pub prompt_ms: f64,
+    /// From the first token to the last.
+    pub decode_ms: f64,
+    /// The whole command.
+    pub total_ms: f64,
+}
+
+/// `…Ab3dEf 0..3 → …Zz91kQ 3..8 · open: these peers can read the prompt · wire f32`.
+pub fn route_line(route: &[Hop], privacy: Privacy, wire: &str) -> String {
+    let consequence = privacy.consequence(route.len());
+    if privacy == Privacy::Local {
+        return format!("route: this process · {consequence}");
+    }
+    let hops: Vec<String> = route
+        .iter()
+        .map(|hop| format!("{} {}", figures::short_peer(&hop.peer), hop.layers))
+        .collect();
+    format!("route: {} · {consequence} · wire {wire}", hops.join(" → "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hop(peer: &str, layers: &str) -> Hop {
+        Hop {
+            peer: peer.into(),
+            layers: layers.into(),
+        }
+    }
+
+    #[test]
+    fn the_line_says_who_can_read_the_prompt() {
+        let route = [
+            hop("12D3KooWAAAAb3dEf", "0..3"),
+            hop("12D3KooWAAAz91kQx", "3..8"),
+        ];
+        assert_eq!(
+            route_line(&route, Privacy::Open, "f32"),
+            "route: …Ab3dEf 0..3 → …z91kQx 3..8 · open: these peers can read the prompt · wire f32"
+        );
+        assert!(
+            route_line(&route[..1], Privacy::Trusted, "q8_0")
+                .contains("trusted: this peer can read the prompt")
+        );
+        assert_eq!(
+            route_line(&[], Privacy::Local, "f32"),
+            "route: this process · local: the prompt stays in this process"
+        );
+    }
+}

@@ -1,0 +1,304 @@
+//! Joining the swarm as a client: settings, the first adverts, and the model that is meant.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use engine::Vocab;
+use node::config::{Settings, SwarmArgs};
+use node::{Access, Client, ClientSession, Identity, NetConfig, Privacy, SessionSpec};
+use shard_registry::{Manifest, Resolved};
+use swarm_proto::{Dtype, ModelId};
+
+use crate::choose_model::choose;
+use crate::failure::Failure;
+use crate::swarm_report::{ModelReport, SwarmReport};
+use crate::{figures, local_models, terminal, tokens};
+
+/// Which swarm, as whom, and whom to trust.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Swarm {
+    #[command(flatten)]
+    args: SwarmArgs,
+}
+
+impl Swarm {
+    /// Flags given by the program itself, for benches.
+    pub fn of(args: SwarmArgs) -> Self {
+        Self { args }
+    }
+
+    /// The flags as given.
+    pub fn args(&self) -> &SwarmArgs {
+        &self.args
+    }
+
+    /// All sources of settings, merged.
+    pub fn settings(&self, trusted: bool) -> anyhow::Result<Settings> {
+        let mut args = self.args.clone();
+        args.trusted |= trusted;
+        Ok(args.resolve()?)
+    }
+
+    /// The home directory alone.
+    pub fn home(&self) -> anyhow::Result<PathBuf> {
+        Ok(self.settings(false)?.home)
+    }
+
+    /// Connects, asks for the adverts and leaves: for commands that only look.
+    pub fn report(&self) -> anyhow::Result<SwarmReport> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()?;
+        runtime.block_on(async {
+            let member = self.join(false).await?;
+            let report = member.report();
+            member.leave().await;
+            Ok(report)
+        })
+    }
+
+    /// Connects and waits, a bounded time, for the first adverts.
+    pub async fn join(&self, trusted: bool) -> anyhow::Result<Member> {
+        let settings = self.settings(trusted)?;
+        if settings.peers.is_empty() && !settings.mdns {
+            return Err(Failure::new(
+                "no peer is known: mDNS is off, and there is neither a ticket nor --peer",
+            )
+            .try_this("`shoal join TICKET`, or --peer /ip4/HOST/tcp/PORT")
+            .into());
+        }
+        let (identity, lock) = client_identity(&settings.home)?;
+        let config = NetConfig {
+            key: settings.key,
+            access: settings.access.clone(),
+            bootstrap: settings.peers.clone(),
+            mdns: settings.mdns,
+            ..NetConfig::client(identity.clone(), settings.swarm.clone())
+        };
+        let privacy = match &settings.access {
+            Access::Open => Privacy::Open,
+            Access::Listed(peers) | Access::DialListed(peers) => {
+                Privacy::Trusted(peers.iter().copied().collect())
+            }
+        };
+        let wheel = terminal::wheel(format!("looking for swarm {}", settings.swarm));
+        let client = Client::connect(config, privacy).await?;
+        drop(wheel);
+        let member = Member {
+            client,
+            settings,
+            _lock: lock,
+        };
+        if member.client.net().peers().borrow().is_empty()
+            && member.client.adverts().adverts.is_empty()
+        {
+            let nobody = member.nobody();
+            member.leave().await;
+            return Err(nobody.into());
+        }
+        Ok(member)
+    }
+}
+
+/// A connected client and what it was told.
+pub struct Member {
+    /// The client.
+    pub client: Client,
+    /// The settings it was made with.
+    pub settings: Settings,
+    _lock: Option<File>,
+}
+
+/// Who this client is. Not the node of this home: the two may run side by side, and a peer cannot dial
+/// its own id. The client's id lasts, so that others may list it with --allow; a second client at the
+/// same time is somebody new.
+fn client_identity(home: &Path) -> anyhow::Result<(Identity, Option<File>)> {
+    let home = home.join(CLIENT_DIR);
+    let identity = Identity::load_or_create(&home)?;
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(home.join("lock"))?;
+    match lock.try_lock() {
+        Ok(()) => Ok((identity, Some(lock))),
+        Err(_) => Ok((Identity::generate(), None)),
+    }
+}
+
+/// Folder of the client's identity in the home directory.
+pub const CLIENT_DIR: &str = "client";
+
+/// A model of the swarm with what a client needs of it.
+pub struct SwarmModel {
+    /// Its id.
+    pub id: ModelId,
+    /// What it is called here.
+    pub name: String,
+    /// Its description.
+    pub manifest: Manifest,
+    /// Its tokenizer, where it has one.
+    pub vocab: Option<Vocab>,
+    /// The longest context that the model and the peers allow.
+    pub n_ctx_max: u32,
+}
+
+impl Member {
+    /// The privacy level this client keeps.
+    pub fn privacy(&self) -> crate::run_report::Privacy {
+        match self.client.privacy() {
+            Privacy::Open => crate::run_report::Privacy::Open,
+            Privacy::Trusted(_) => crate::run_report::Privacy::Trusted,
+        }
+    }
+
+    /// What the swarm looks like now.
+    pub fn report(&self) -> SwarmReport {
+        SwarmReport::new(
+            self.settings.swarm.to_string(),
+            &self.client.adverts().adverts,
+            now_ms(),
+        )
+    }
+
+    /// Leaves the swarm, within a deadline.
+    pub async fn leave(&self) {
+        let _ = tokio::time::timeout(crate::interrupt::CLOSE_TIMEOUT, self.client.shutdown()).await;
+    }
+
+    /// The model that is meant, with its description and tokenizer, fetched by hash where they are
+    /// not here already.
+    pub async fn model(&self, asked: Option<&str>) -> anyhow::Result<SwarmModel> {
+        let served = self.report().models;
+        let asked = asked.or(self.settings.file.model.as_deref());
+        let alias = asked.and_then(|name| self.alias(name, &served));
+        let id = choose(asked, alias, &served)?;
+        let report = served.iter().find(|model| model.id == id);
+        let name = match (report, asked) {
+            (Some(report), _) if !report.name.is_empty() => report.name.clone(),
+            (_, Some(asked)) => figures::printable(asked, 80),
+            _ => id.short(),
+        };
+        let wheel = terminal::wheel(format!("fetching what describes {name}"));
+        let (manifest, metadata) = self.description(&id).await?;
+        drop(wheel);
+        let vocab = if metadata.is_empty() {
+            None
+        } else {
+            tokens::vocab(&manifest.vocab_header(&metadata)?)?
+        };
+        let n_ctx_max = longest(&manifest, report);
+        Ok(SwarmModel {
+            id,
+            name,
+            manifest,
+            vocab,
+            n_ctx_max,
+        })
+    }
+
+    /// Opens a session with it.
+    pub async fn open(
+        &self,
+        model: &SwarmModel,
+        n_ctx: u32,
+        dtype: Dtype,
+    ) -> anyhow::Result<ClientSession> {
+        let spec = SessionSpec {
+            dtype,
+            ..SessionSpec::new(model.id, &model.manifest, n_ctx)
+        };
+        let wheel = terminal::wheel(format!("opening a route for {}", model.name));
+        let opened = self.client.open(&spec).await;
+        drop(wheel);
+        opened.map_err(|error| no_session(error, model))
+    }
+
+    /// What this machine's own store knows the name as, or the file: the user's word comes first, if
+    /// the swarm serves what it stands for.
+    fn alias(&self, name: &str, served: &[ModelReport]) -> Option<ModelId> {
+        let store = local_models::store(&self.settings.home).ok()?;
+        let id = match store.resolve(name).ok()? {
+            Resolved::Model(id) => id,
+            // A file that nobody serves is still what was asked for: the error names it then.
+            Resolved::File(_) => return local_models::find(&self.settings.home, name).ok(),
+        };
+        served.iter().any(|model| model.id == id).then_some(id)
+    }
+
+    /// The manifest and the metadata shard: from the store, else from whoever holds them, kept for the
+    /// next time.
+    async fn description(&self, id: &ModelId) -> anyhow::Result<(Manifest, Vec<u8>)> {
+        let store = local_models::store(&self.settings.home)?;
+        if let (Ok(manifest), Ok(metadata)) = (store.manifest(*id), store.metadata(*id)) {
+            return Ok((manifest, metadata));
+        }
+        let manifest = self.client.manifest(id).await?;
+        let metadata = self.client.metadata(id, &manifest).await?;
+        if let Err(error) = store.put_fetched(&manifest.encode()?, &metadata) {
+            tracing::warn!(%error, "the model's description is not kept");
+        }
+        Ok((manifest, metadata))
+    }
+
+    fn nobody(&self) -> Failure {
+        let swarm = &self.settings.swarm;
+        if self.settings.peers.is_empty() {
+            return Failure::new(format!(
+                "no peer of swarm {swarm} was found on the local network"
+            ))
+            .try_this(
+                "`shoal node --model demo` here, `shoal join TICKET`, or --peer /ip4/HOST/tcp/PORT",
+            );
+        }
+        let addrs: Vec<String> = self
+            .settings
+            .peers
+            .iter()
+            .take(4)
+            .map(|addr| figures::printable(addr, 160))
+            .collect();
+        Failure::new(format!("nobody of swarm {swarm} answered at {}", addrs.join(", ")))
+            .try_this("see that the node runs and that its swarm, key and version are the same; `shoal doctor` looks at this machine")
+    }
+}
+
+/// A layer is as long as the longest context of its holders; the model as its shortest layer.
+fn longest(manifest: &Manifest, report: Option<&ModelReport>) -> u32 {
+    let trained = if manifest.n_ctx_train == 0 {
+        CTX_UNKNOWN
+    } else {
+        manifest.n_ctx_train
+    };
+    report.map_or(trained, |report| report.n_ctx_max().min(trained))
+}
+
+/// For models that do not say what they were trained on.
+const CTX_UNKNOWN: u32 = 4096;
+
+/// Names the layers that are missing and how to serve them.
+fn no_session(error: node::ClientError, model: &SwarmModel) -> anyhow::Error {
+    let name = &model.name;
+    let remedy = match &error {
+        node::ClientError::NoRoute(none) => none.missing.first().map(|gap| {
+            format!("start a node: `shoal-node --model {name} --layers {gap}`; `shoal status` shows who holds what")
+        }),
+        node::ClientError::Untrusted { .. } => Some("list them with --allow PEER, or use --privacy open".into()),
+        _ => Some("`shoal status` shows who is there; try again, routes avoid peers that failed".into()),
+    };
+    let failure = Failure::new(format!("{name}: {error}"));
+    match remedy {
+        Some(remedy) => failure.try_this(remedy).into(),
+        None => failure.into(),
+    }
+}
+
+/// Milliseconds since 1970: what adverts are dated with.
+pub fn now_ms() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO);
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
