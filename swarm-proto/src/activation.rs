@@ -36,15 +36,23 @@ pub enum ActivationError {
 /// A number that the type cannot hold is written as one that is not finite, so that the receiver
 /// refuses it rather than compute with something else.
 pub fn encode(rows: &[f32], n_embd: u32, dtype: Dtype, out: &mut Vec<u8>) {
-    let n_rows = rows.len() / (n_embd.max(1) as usize);
-    out.reserve(n_rows.saturating_mul(dtype.row_len(n_embd)));
+    // Whole buffers at a time, so that the loops become vector code: this runs for every frame.
+    let start = out.len();
     match dtype {
-        Dtype::F32 => rows
-            .iter()
-            .for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
-        Dtype::Bf16 => rows
-            .iter()
-            .for_each(|x| out.extend_from_slice(&to_bf16(*x).to_le_bytes())),
+        Dtype::F32 => {
+            out.resize(start + 4 * rows.len(), 0);
+            let places = out[start..].chunks_exact_mut(4);
+            places
+                .zip(rows)
+                .for_each(|(place, x)| place.copy_from_slice(&x.to_le_bytes()));
+        }
+        Dtype::Bf16 => {
+            out.resize(start + 2 * rows.len(), 0);
+            let places = out[start..].chunks_exact_mut(2);
+            places
+                .zip(rows)
+                .for_each(|(place, x)| place.copy_from_slice(&to_bf16(*x).to_le_bytes()));
+        }
         Dtype::Q8_0 => rows
             .chunks(n_embd.max(1) as usize)
             .flat_map(|row| row.chunks(BLOCK))
@@ -89,14 +97,15 @@ pub fn decode(
             .chunks_exact(row)
             .for_each(|row| take_row(row, n_embd, out)),
     }
-    let bad = out[start..].iter().position(|x| !x.is_finite());
-    match bad {
-        None => Ok(()),
-        Some(i) => {
-            out.truncate(start);
-            Err(ActivationError::NotFinite { row: i / n_embd })
-        }
+    let all_finite = out[start..].iter().fold(true, |all, x| all & x.is_finite());
+    if all_finite {
+        return Ok(());
     }
+    let bad = out[start..].iter().position(|x| !x.is_finite());
+    out.truncate(start);
+    Err(ActivationError::NotFinite {
+        row: bad.unwrap_or(0) / n_embd,
+    })
 }
 
 fn put_block(block: &[f32], out: &mut Vec<u8>) {
