@@ -146,10 +146,11 @@ impl ClientSession {
         self.session
     }
 
-    /// Forgets the positions from `pos` on; the hops do so when the next frame arrives.
+    /// Forgets the positions from `pos` on; the hops do so when the next frame arrives. Rows that
+    /// were asked for before still come.
     ///
     /// # Errors
-    /// `pos` lies beyond what the session holds, or rows asked for were not taken yet.
+    /// `pos` lies beyond what the session holds.
     pub fn truncate(&mut self, pos: u32) -> Result<(), ClientError> {
         if pos > self.pos {
             return Err(ClientError::Truncate {

@@ -51,6 +51,8 @@ pub trait Dialer: Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<Stream, OpenError>>;
 }
 
+/// What a pipe from a node to itself buffers: about one frame of a prompt.
+const TO_SELF_BYTES: usize = 256 * 1024;
 /// The callers' own deadlines are shorter; this one only bounds a caller without.
 const DIAL_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -401,7 +403,7 @@ impl Shared {
     }
 
     async fn below(
-        &self,
+        self: &Arc<Self>,
         open: &Open,
         admitted: &Admitted,
         served: &Served,
@@ -423,9 +425,13 @@ impl Shared {
         let Some(hop) = open.hops.get(usize::from(next)) else {
             return Err(lost(FailureCode::BadFrame, "the route ends".into()));
         };
-        let stream = self.dialer.open(hop.peer, &hop.addrs, Proto::Session);
-        let stream = timeout_at(deadline, stream).await.map_err(late)?;
-        let stream = stream.map_err(|e| lost(dial_code(&e), e.to_string()))?;
+        let stream = if hop.peer == self.me {
+            self.to_self()
+        } else {
+            let stream = self.dialer.open(hop.peer, &hop.addrs, Proto::Session);
+            let stream = timeout_at(deadline, stream).await.map_err(late)?;
+            stream.map_err(|e| lost(dial_code(&e), e.to_string()))?
+        };
         let mut pipe = Pipe::new(stream, UP);
         let trace = trace::current().or(open.trace);
         pipe.push(&Down::Open(Open {
@@ -462,6 +468,16 @@ impl Shared {
             )),
             Err(e) => Err(lost(FailureCode::DownstreamLost, e.to_string())),
         }
+    }
+
+    /// A route may use two spans of one peer in a row; nobody dials itself.
+    fn to_self(self: &Arc<Self>) -> Stream {
+        let (near, far) = tokio::io::duplex(TO_SELF_BYTES);
+        let sessions = Sessions {
+            shared: self.clone(),
+        };
+        sessions.accept_session(self.me, Stream::new(far));
+        Stream::new(near)
     }
 
     fn client_below(&self, open: &Open) -> Result<Chain, Failure> {

@@ -8,7 +8,7 @@
 //! | file | what |
 //! |---|---|
 //! | `wire` | frames over one stream |
-//! | `ledger`, `admit`, `failure`, `topk`, `row` | rules that need neither streams nor clocks |
+//! | `ledger`, `admit`, `failure`, `topk`, `row`, `payload` | rules that need neither streams nor clocks |
 //! | `hop`, `relay`, `tail`, `slot` | the service that every node runs |
 //! | `open`, `client`, `error` | opening and driving a session |
 //! | `bench` | what a hop costs |
@@ -23,6 +23,7 @@ mod hop;
 mod ledger;
 mod limits;
 mod open;
+mod payload;
 mod relay;
 mod row;
 mod slot;

@@ -32,6 +32,7 @@ use super::{
     config::Deadlines,
     failure::{clamp_to_below, fail},
     ledger::{Ledger, Outbox},
+    payload::{decode, micros, push_logits},
     slot::SlotGuard,
     topk::{TopK, log_sum_exp},
     wire::{Pipe, WireError},
@@ -43,6 +44,12 @@ const ACK_BACKLOG_MAX: usize = 16 * 1024;
 
 /// Results that may wait for the stream below before we stop reading frames: what one write takes.
 const BACKLOG_MAX: usize = 64 * 1024;
+
+/// Acknowledgements of single rows wait until so many are due, or [`ACK_DELAY`] is over: each write
+/// wakes four tasks on its way, and a decoding client waits for logits, not for them.
+const ACK_BATCH: usize = 4;
+/// Far below any deadline that watches acknowledgements.
+const ACK_DELAY: Duration = Duration::from_millis(20);
 
 /// How a session ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -101,6 +108,12 @@ pub(super) struct Relay {
     outbox: Outbox,
     /// Forwarded into the buffer, to be acknowledged once the buffer is on its way.
     to_ack: Vec<u32>,
+    /// By when, at the latest; `None` while nothing is owed.
+    ack_by: Option<Instant>,
+    /// Nothing waits for the stream below.
+    forwarded: bool,
+    /// Buffers of results that were sent on, for rows that arrive.
+    spare: Vec<Vec<f32>>,
     /// The last sign of progress from below while something was owed.
     progress: Instant,
     last_frame: Instant,
@@ -118,6 +131,9 @@ impl Relay {
             in_flight: VecDeque::with_capacity(parts.frames_in_flight),
             outbox: Outbox::default(),
             to_ack: Vec::with_capacity(parts.frames_in_flight),
+            ack_by: None,
+            forwarded: true,
+            spare: Vec::new(),
             progress: now,
             last_frame: now,
             timer: Box::pin(sleep_until(now)),
@@ -212,11 +228,18 @@ impl Relay {
             step.record("queued_us", micros(done.queued));
             let pos_end = rows.pos0 + u32::from(rows.n_rows);
             self.encode(rows, &done.rows, compute_us)?;
+            if self.spare.len() < self.p.frames_in_flight {
+                self.spare.push(done.rows);
+            }
+            let now = Instant::now();
             if self.outbox.is_empty() {
-                self.progress = Instant::now();
+                self.progress = now;
             }
             self.outbox.sent(pos_end);
             self.to_ack.push(pos_end);
+            let patient = rows.n_rows == 1 && self.to_ack.len() < ACK_BATCH;
+            let by = if patient { now + ACK_DELAY } else { now };
+            self.ack_by = Some(self.ack_by.map_or(by, |earlier| earlier.min(by)));
         }
         Ok(any)
     }
@@ -289,13 +312,17 @@ impl Relay {
                 sent.map_err(|_| self.client_gone())?.is_ready()
             }
         };
-        if sent {
+        self.forwarded = sent;
+        if sent && let Some(by) = self.ack_by {
             if matches!(self.p.below, Below::Client { .. }) {
                 self.outbox.clear();
             }
-            let epoch = self.p.ledger.epoch;
-            for pos_end in self.to_ack.drain(..) {
-                self.p.up.push(&Up::Ack { epoch, pos_end });
+            if by <= Instant::now() {
+                self.ack_by = None;
+                let epoch = self.p.ledger.epoch;
+                for pos_end in self.to_ack.drain(..) {
+                    self.p.up.push(&Up::Ack { epoch, pos_end });
+                }
             }
         }
         // An upstream that is gone shows when its frames are read; here it would hide a failure.
@@ -366,7 +393,12 @@ impl Relay {
     fn on_rows(&mut self, rows: Rows) -> Result<(), Failure> {
         let payload = self.p.up.payload();
         let input = match self.p.ledger.accept(&rows, payload.len()) {
-            Ok(()) => decode(&rows, payload, self.p.ledger.n_embd),
+            Ok(()) => decode(
+                &rows,
+                payload,
+                self.p.ledger.n_embd,
+                self.spare.pop().unwrap_or_default(),
+            ),
             Err(e) => Err(e.to_string()),
         };
         let input = input.map_err(|e| self.bad_frame(&e))?;
@@ -417,6 +449,9 @@ impl Relay {
                 return Ok(());
             }
             self.check_deadlines(Instant::now())?;
+            if self.ack_by.is_some() {
+                self.poll_forward(cx)?;
+            }
         }
     }
 
@@ -424,6 +459,11 @@ impl Relay {
         let mut due = self.last_frame + self.p.deadlines.idle;
         if !self.outbox.is_empty() {
             due = due.min(self.ack_due());
+        }
+        if let Some(by) = self.ack_by
+            && self.forwarded
+        {
+            due = due.min(by);
         }
         if let Below::Client {
             attach: Some(_),
@@ -523,68 +563,4 @@ impl Relay {
         };
         fail(self.p.at, fault, code, e.to_string())
     }
-}
-
-fn push_logits(
-    answers: &mut Pipe,
-    top: &mut TopK,
-    rows: &Rows,
-    pos: u32,
-    row: &[f32],
-    lse: f32,
-    spent_us: u32,
-) {
-    let (header, found) = match rows.want.form {
-        Form::Full => (LogitsForm::Full, None),
-        Form::Top(k) => {
-            let found = top.select(row, usize::from(k));
-            (
-                LogitsForm::Top {
-                    k: found.len() as u16,
-                    lse,
-                },
-                Some(found),
-            )
-        }
-    };
-    let n_vocab = row.len() as u32;
-    let header = Logits {
-        epoch: rows.epoch,
-        pos,
-        n_vocab,
-        form: header,
-        spent_us,
-    };
-    answers.push_with(&Answer::Logits(header), |out| match found {
-        None => row
-            .iter()
-            .for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
-        Some(found) => {
-            for (id, logit) in found {
-                out.extend_from_slice(&id.to_le_bytes());
-                out.extend_from_slice(&logit.to_le_bytes());
-            }
-        }
-    });
-}
-
-/// The payload as the worker takes it. NaN and infinity end here: no C code sees them.
-fn decode(rows: &Rows, payload: &[u8], n_embd: u32) -> Result<engine::Rows, String> {
-    match rows.content {
-        Content::Tokens => {
-            let (ids, _) = payload.as_chunks::<4>();
-            Ok(engine::Rows::Tokens(
-                ids.iter().map(|id| u32::from_le_bytes(*id)).collect(),
-            ))
-        }
-        Content::Hidden(dtype) => {
-            let mut out = Vec::with_capacity(usize::from(rows.n_rows) * n_embd as usize);
-            activation::decode(payload, n_embd, dtype, &mut out).map_err(|e| e.to_string())?;
-            Ok(engine::Rows::Hidden(out))
-        }
-    }
-}
-
-fn micros(d: Duration) -> u32 {
-    u32::try_from(d.as_micros()).unwrap_or(u32::MAX)
 }

@@ -4,7 +4,9 @@
 
 use std::time::Duration;
 
-use swarm_proto::{Dtype, FailureCode, Fault, Peer};
+use swarm_proto::{
+    Content, Down, Dtype, Epoch, FailureCode, Fault, Form, Peer, Rows, Up, Want, WantRows,
+};
 use tokio::time::Instant;
 
 use super::swarm::*;
@@ -336,5 +338,46 @@ async fn a_node_that_goes_down_refuses_finishes_and_then_says_so() {
     let _ = session.feed(&[1], TOP1).await;
     let error = session.next_logits().await.unwrap_err();
     named(&error, 1, Fault::Local, FailureCode::ShuttingDown);
+    swarm.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_reads_nothing_is_stopped_and_then_ended() {
+    let _clock = Clock::start();
+    let swarm = Swarm::new(&[0, 4, 12]);
+    let mut session = swarm.open().await;
+    let rows = Rows {
+        session: session.id(),
+        epoch: Epoch(0),
+        pos0: 0,
+        n_rows: 32,
+        content: Content::Tokens,
+        want: Want {
+            rows: WantRows::All,
+            form: Form::Full,
+        },
+        spent_us: 0,
+    };
+    let mut sent = 0;
+    loop {
+        session
+            .up
+            .push_with(&Down::Rows(rows), |out| out.extend([0; 128]));
+        match tokio::time::timeout(Duration::from_secs(3), session.up.flush()).await {
+            Ok(flushed) => flushed.unwrap(),
+            Err(_) => break,
+        }
+        sent += 1;
+        assert!(sent < 200, "nothing stops a client that reads nothing");
+    }
+    let failure = loop {
+        match session.up.frame::<Up>().await.unwrap() {
+            Some(Up::Failed(failure)) => break failure,
+            Some(Up::Ack { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!((failure.at, failure.fault), (1, Fault::Caller), "{failure}");
+    assert_eq!(failure.code, FailureCode::Deadline, "{failure}");
     swarm.assert_empty().await;
 }
