@@ -20,8 +20,7 @@ use std::{
 
 use engine::{Done, EngineError, Job, Step, Worker};
 use swarm_proto::{
-    Answer, Content, Down, Dtype, Failure, FailureCode, Fault, Form, Logits, LogitsForm, Rows, Up,
-    WantRows, activation,
+    Answer, Content, Down, Dtype, Failure, FailureCode, Fault, Rows, Up, WantRows, activation,
 };
 use tokio::{
     sync::{mpsc, oneshot},
