@@ -1,13 +1,13 @@
 //! What chaining layers costs: llama.cpp's plain decode loop on the whole model
-//! against a stage of every layer behind its worker, in one process, in turns.
+//! against a stage of every layer behind its worker, in one process, token by token.
 //!
 //! ```text
 //! decode [--model FILE | --shape demo|1b] [--tokens N] [--turns N] [--threads N] [--prompt N]
 //! ```
 //!
-//! Prints one JSON object: microseconds a token (medians of turns) by the clock
-//! and of CPU time (which other work on the machine disturbs less), the ratio,
-//! and whether both said the same.
+//! Prints one JSON object: microseconds a token by the clock and of CPU time
+//! (which other work on the machine disturbs less), the ratio, and whether both
+//! said the same.
 
 #![allow(clippy::print_stdout)] // an example's purpose
 
@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 
 use engine::{
-    Blueprint, Done, EngineError, FileSource, Job, LlamaStage, LoadOptions, PREFILL_CHUNK,
-    RandomShape, RandomWeights, Rows, Slot, Step, Want, WholeModel, Worker, random_model,
+    Blueprint, Done, FileSource, Job, LlamaStage, LoadOptions, PREFILL_CHUNK, RandomShape,
+    RandomWeights, Rows, Slot, Step, Want, WholeModel, Worker, random_model,
 };
 
 struct Options {
@@ -72,28 +72,34 @@ fn model(options: &Options, dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
     Ok(path)
 }
 
-/// What was measured on one side, turn by turn.
-#[derive(Default)]
-struct Side {
-    decode: Vec<Duration>,
-    cpu: Vec<Duration>,
-    prefill: Vec<Duration>,
+/// Time of one token on one side, in microseconds.
+#[derive(Clone, Copy)]
+struct Cost {
+    clock: f64,
+    cpu: f64,
 }
 
-impl Side {
-    fn note(&mut self, turn: &Turn) {
-        self.decode.push(turn.decode);
-        self.cpu.push(turn.cpu);
-        self.prefill.push(turn.prefill);
-    }
+fn quantile(values: impl Iterator<Item = f64>, q: f64) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let at = (values.len().saturating_sub(1) as f64 * q) as usize;
+    values.get(at).copied().unwrap_or(0.0)
 }
 
-/// Microseconds of each of `n`, in the median turn.
-fn median_us(times: &mut [Duration], n: u32) -> f64 {
-    times.sort();
-    times
-        .get(times.len() / 2)
-        .map_or(0.0, |t| t.as_secs_f64() * 1e6 / f64::from(n.max(1)))
+/// Medians over pairs of tokens: one plain, one chained, one after the other,
+/// so that what else the machine does weighs on both.
+fn compare(pairs: &[(Cost, Cost)], time: fn(&Cost) -> f64) -> serde_json::Value {
+    let of = |f: &dyn Fn(f64, f64) -> f64, q| {
+        quantile(pairs.iter().map(|(a, b)| f(time(a), time(b))), q)
+    };
+    serde_json::json!({
+        "plain_us": of(&|a, _| a, 0.5),
+        "chained_us": of(&|_, b| b, 0.5),
+        "plain_p10_us": of(&|a, _| a, 0.1),
+        "chained_p10_us": of(&|_, b| b, 0.1),
+        "added_us": of(&|a, b| b - a, 0.5),
+        "ratio": of(&|a, b| a / b, 0.5),
+    })
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -120,40 +126,33 @@ fn main() -> Result<(), Box<dyn Error>> {
     let prompt: Vec<u32> = (0..options.prompt)
         .map(|i| i * 7 % blueprint.n_vocab())
         .collect();
-    let (mut plain, mut chained, mut same) = (Side::default(), Side::default(), true);
+    let (mut pairs, mut same) = (Vec::new(), true);
     // The first turn warms both up.
     for turn in 0..=options.turns {
-        let a = run_whole(&mut whole, &prompt, options.tokens)?;
-        let b = run_worker(&worker, slot, n_layer, &prompt, options.tokens)?;
-        same &= a.tokens == b.tokens;
-        if turn > 0 {
-            plain.note(&a);
-            chained.note(&b);
+        let mut a = Vec::new();
+        whole.feed(0, &prompt, &mut a)?;
+        let mut b = feed(&worker, slot, n_layer, &prompt)?;
+        for i in 0..options.tokens {
+            let (token, pos) = (best(&a), options.prompt + i);
+            let plain = timed(|| Ok(whole.run(pos, &[token], Want::Last, &mut a)?))?;
+            let chained = timed(|| {
+                b = step(&worker, slot, n_layer, pos, &[token])?;
+                Ok(())
+            })?;
+            same &= a == b;
+            if turn > 0 {
+                pairs.push((plain, chained));
+            }
         }
     }
-    let n = options.tokens;
-    let (a, b) = (
-        median_us(&mut plain.decode, n),
-        median_us(&mut chained.decode, n),
-    );
-    let (a_cpu, b_cpu) = (median_us(&mut plain.cpu, n), median_us(&mut chained.cpu, n));
     let report = serde_json::json!({
         "model": options.model.map_or(options.shape, |path| path.display().to_string()),
         "n_layer": n_layer,
         "n_embd": blueprint.n_embd(),
         "threads": options.threads,
-        "chunk": PREFILL_CHUNK,
-        "tokens": n,
-        "plain_us": a,
-        "chained_us": b,
-        "ratio": a / b,
-        "added_us": b - a,
-        "plain_cpu_us": a_cpu,
-        "chained_cpu_us": b_cpu,
-        "cpu_ratio": a_cpu / b_cpu,
-        "cpu_added_us": b_cpu - a_cpu,
-        "plain_prefill_us": median_us(&mut plain.prefill, options.prompt),
-        "chained_prefill_us": median_us(&mut chained.prefill, options.prompt),
+        "pairs": pairs.len(),
+        "clock": compare(&pairs, |cost| cost.clock),
+        "cpu": compare(&pairs, |cost| cost.cpu),
         "same": same,
         "generate_s": generated.as_secs_f64(),
         "load_s": loaded.as_secs_f64(),
@@ -166,42 +165,25 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-struct Turn {
-    tokens: Vec<u32>,
-    prefill: Duration,
-    decode: Duration,
-    cpu: Duration,
-}
-
 /// CPU time of this process, all threads.
 fn cpu_time() -> Duration {
     let now = clock_gettime(ClockId::ProcessCPUTime);
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
+fn timed(call: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<Cost, Box<dyn Error>> {
+    let (begin, cpu) = (Instant::now(), cpu_time());
+    call()?;
+    let cpu = cpu_time() - cpu;
+    Ok(Cost {
+        clock: begin.elapsed().as_secs_f64() * 1e6,
+        cpu: cpu.as_secs_f64() * 1e6,
+    })
+}
+
 fn best(row: &[f32]) -> u32 {
     let better = |best: usize, i: usize| if row[i] > row[best] { i } else { best };
     (0..row.len()).reduce(better).unwrap_or(0) as u32
-}
-
-fn run_whole(whole: &mut WholeModel, prompt: &[u32], n: u32) -> Result<Turn, EngineError> {
-    let mut out = Vec::new();
-    let begin = Instant::now();
-    whole.feed(0, prompt, &mut out)?;
-    let prefill = begin.elapsed();
-    let mut tokens = Vec::new();
-    let (begin, cpu) = (Instant::now(), cpu_time());
-    for i in 0..n {
-        let token = best(&out);
-        tokens.push(token);
-        whole.run(prompt.len() as u32 + i, &[token], Want::Last, &mut out)?;
-    }
-    Ok(Turn {
-        tokens,
-        prefill,
-        decode: begin.elapsed(),
-        cpu: cpu_time() - cpu,
-    })
 }
 
 fn open(worker: &Worker, n_ctx: u32, n_layer: u32) -> Result<Slot, Box<dyn Error>> {
@@ -210,48 +192,42 @@ fn open(worker: &Worker, n_ctx: u32, n_layer: u32) -> Result<Slot, Box<dyn Error
     Ok(rx.recv()??)
 }
 
-fn run_worker(
+fn step(
+    worker: &Worker,
+    slot: Slot,
+    n_layer: u32,
+    pos0: u32,
+    tokens: &[u32],
+) -> Result<Vec<f32>, Box<dyn Error>> {
+    let (tx, rx) = channel();
+    let n_rows = tokens.len() as u32;
+    let step = Step {
+        slot,
+        layers: 0..n_layer,
+        pos0,
+        n_rows,
+        want: Want::Last,
+    };
+    let reply = Box::new(move |done| drop(tx.send(done)));
+    worker.submit(Job {
+        step,
+        input: Rows::Tokens(tokens.to_vec()),
+        reply,
+    })?;
+    let done: Done = rx.recv()??;
+    Ok(done.rows)
+}
+
+fn feed(
     worker: &Worker,
     slot: Slot,
     n_layer: u32,
     prompt: &[u32],
-    n: u32,
-) -> Result<Turn, Box<dyn Error>> {
-    let step = |pos0: u32, tokens: &[u32], want| -> Result<Done, Box<dyn Error>> {
-        let (tx, rx) = channel();
-        let step = Step {
-            slot,
-            layers: 0..n_layer,
-            pos0,
-            n_rows: tokens.len() as u32,
-            want,
-        };
-        let reply = Box::new(move |done| drop(tx.send(done)));
-        worker.submit(Job {
-            step,
-            input: Rows::Tokens(tokens.to_vec()),
-            reply,
-        })?;
-        Ok(rx.recv()??)
-    };
+) -> Result<Vec<f32>, Box<dyn Error>> {
     let mut rows = Vec::new();
-    let begin = Instant::now();
     let chunks = prompt.chunks(PREFILL_CHUNK as usize);
     for (pos0, chunk) in (0..).step_by(PREFILL_CHUNK as usize).zip(chunks) {
-        rows = step(pos0, chunk, Want::Last)?.rows;
+        rows = step(worker, slot, n_layer, pos0, chunk)?;
     }
-    let prefill = begin.elapsed();
-    let mut tokens = Vec::new();
-    let (begin, cpu) = (Instant::now(), cpu_time());
-    for i in 0..n {
-        let token = best(&rows);
-        tokens.push(token);
-        rows = step(prompt.len() as u32 + i, &[token], Want::Last)?.rows;
-    }
-    Ok(Turn {
-        tokens,
-        prefill,
-        decode: begin.elapsed(),
-        cpu: cpu_time() - cpu,
-    })
+    Ok(rows)
 }

@@ -79,6 +79,7 @@ pub struct Blueprint {
     n_layer: u32,
     n_embd: u32,
     n_vocab: u32,
+    n_ff: u32,
     n_ctx_train: u32,
     n_ctx_orig: u32,
     rope_by_context: bool,
@@ -157,6 +158,7 @@ impl Blueprint {
             n_layer,
             n_embd,
             n_vocab,
+            n_ff: keys.widest_feed_forward(n_layer)?,
             n_ctx_train,
             n_ctx_orig,
             rope_by_context: tensors.shared.iter().any(long),
@@ -235,6 +237,11 @@ impl Blueprint {
     /// The token embedding: rows of `n_embd`, `n_vocab` of them.
     pub(crate) fn embedding(&self) -> &TensorInfo {
         &self.embedding
+    }
+
+    /// Width of the widest feed-forward part.
+    pub(crate) fn n_ff(&self) -> u32 {
+        self.n_ff
     }
 
     /// What embeddings are multiplied by before layer 0; 1 is nothing.
@@ -461,6 +468,17 @@ impl Keys<'_> {
             Some(_) => Ok(self
                 .optional(key)?
                 .map(|value| vec![value; n_layer as usize])),
+        }
+    }
+
+    fn widest_feed_forward(&self, n_layer: u32) -> Result<u32, UnsupportedModel> {
+        let key = "feed_forward_length";
+        let widths = self.per_layer(key, n_layer)?.unwrap_or_default();
+        match widths.iter().max() {
+            Some(&width) if width > DIM_MAX => {
+                Err(self.bad(key, format!("{width}, at most {DIM_MAX}")))
+            }
+            width => Ok(width.copied().unwrap_or(0)),
         }
     }
 

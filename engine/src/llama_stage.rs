@@ -23,6 +23,12 @@ use crate::source::TensorSource;
 use crate::stage::{EngineError, Input, Slot, Stage, StageShape, StageStats, Step, Want};
 use crate::stage::{check_end, check_layers, check_step};
 
+/// Bytes beyond KV that contexts without a session may hold: a whole idle node is
+/// promised to stay within 64 MB of its tensors and KV.
+const IDLE_BYTES_MAX: u64 = 16 << 20;
+/// Bytes of a context of the smallest model beyond KV: graphs and tables.
+const CONTEXT_BYTES: u64 = 1_300_000;
+
 /// How to load a stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoadOptions {
@@ -224,17 +230,34 @@ impl LlamaStage {
             .sum()
     }
 
+    /// About what a context takes beyond KV: measured at two sizes, where it
+    /// follows the rows of a chunk through the feed-forward part.
+    fn context_bytes(&self) -> u64 {
+        let row = 4 * u64::from(self.blueprint.n_ff()) + 6 * u64::from(self.shape.n_embd);
+        CONTEXT_BYTES + u64::from(PREFILL_CHUNK) * row * 4
+    }
+
+    fn idle_contexts(&self) -> u64 {
+        self.layers.iter().map(Layer::idle_len).sum()
+    }
+
     /// Frees idle contexts until `needed` more bytes fit the budget.
     fn make_room(&mut self, needed: u64) {
         let room = |stage: &Self| {
             let taken = stage.used_bytes() + stage.idle_bytes();
             taken.saturating_add(needed) <= stage.options.kv_bytes_max
+                && stage.idle_contexts() * stage.context_bytes() <= IDLE_BYTES_MAX
         };
+        let mut freed = false;
         while !room(self) {
-            let Some(layer) = self.layers.iter_mut().find(|layer| !layer.idle.is_empty()) else {
-                return;
-            };
-            layer.idle.pop_first();
+            let fullest = self.layers.iter_mut().max_by_key(|layer| layer.idle_len());
+            if !fullest.is_some_and(Layer::drop_one) {
+                break;
+            }
+            freed = true;
+        }
+        if freed {
+            llama::trim();
         }
     }
 
@@ -346,6 +369,18 @@ impl Layer {
             self.idle.remove(&class);
         }
         context
+    }
+
+    fn idle_len(&self) -> u64 {
+        self.idle.values().map(|idle| idle.len() as u64).sum()
+    }
+
+    /// Drops an idle context; whether there was one.
+    fn drop_one(&mut self) -> bool {
+        let Some(class) = self.idle.keys().next().copied() else {
+            return false;
+        };
+        self.take(class).is_some()
     }
 
     fn idle_bytes(&self, blueprint: &Blueprint) -> u64 {

@@ -1,6 +1,8 @@
 //! Models that are not run, each refused with its reason before llama.cpp sees
 //! anything.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::too_many_lines)]
+
 mod support;
 
 use engine::{Blueprint, UnsupportedModel};

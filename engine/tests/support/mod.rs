@@ -113,7 +113,9 @@ impl Model {
         for i in 0..n {
             let token = greedy(&out);
             tokens.push(token);
-            whole.run((prompt.len() + i) as u32, &[token], Want::Last, &mut out).unwrap();
+            whole
+                .run((prompt.len() + i) as u32, &[token], Want::Last, &mut out)
+                .unwrap();
             rows.push(out.clone());
         }
         (tokens, rows)
