@@ -292,6 +292,7 @@ impl ChainStage {
 }
 
 #[cfg(test)]
+#[allow(clippy::too_many_lines)]
 mod tests {
     use super::*;
     use crate::stage::Want;

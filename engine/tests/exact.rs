@@ -71,7 +71,7 @@ fn the_demo_model_in_every_quantisation() {
     };
     let model = Model::open(path, None);
     model.check_cuts(64);
-    for ty in [QuantType::Q8_0, QuantType::Q4KM] {
+    for ty in [QuantType::F32, QuantType::Q8_0, QuantType::Q4KM] {
         model.quantized(ty).check_cuts(64);
     }
 }
