@@ -132,8 +132,6 @@ pub enum RandomModelError {
 /// A file type of llama.cpp's quantiser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QuantType {
-    /// No blocks: what a quantised file says, spelt out.
-    F32,
     /// Not quantised at all.
     F32,
     /// Eight bits, blocks of 32.
@@ -150,7 +148,6 @@ pub enum QuantType {
 /// What llama.cpp logged.
 pub fn quantize(input: &Path, output: &Path, ty: QuantType) -> Result<(), RandomModelError> {
     let ftype = match ty {
-        QuantType::F32 => 0,
         QuantType::F32 => 0,
         QuantType::Q4_0 => 2,
         QuantType::Q8_0 => 7,
