@@ -19,7 +19,7 @@ use tracing_subscriber::{
 };
 
 /// What is heard where nothing is asked for: our own words, and of libp2p only what is wrong.
-pub const DEFAULT_FILTER: &str = "info,libp2p=warn,multistream_select=warn,yamux=warn,quinn=warn,hickory_resolver=error,hickory_proto=error";
+pub const DEFAULT_FILTER: &str = "info,libp2p=warn,libp2p_kad=error,multistream_select=warn,yamux=warn,quinn=warn,hickory_resolver=error,hickory_proto=error";
 
 /// How to log.
 #[derive(Debug, Clone, Default)]

@@ -1,4 +1,5 @@
 //! Adverts and fetching between networks in one process, over loopback.
+#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout)] // helpers of tests, a measurement
 
 use std::{collections::HashSet, io, sync::Arc, time::Duration};
 

@@ -1,4 +1,5 @@
 //! Streams between networks in one process, over loopback: opened, refused, bounded, timed.
+#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout)] // helpers of tests, a measurement
 
 use std::{collections::HashSet, time::Duration};
 

@@ -172,7 +172,7 @@ impl Net {
     /// # Errors
     /// The last holder's, or that there is none.
     pub async fn fetch_manifest(&self, id: &ModelId) -> Result<Manifest, FetchError> {
-        self.from_holders(id, |peer, addrs| async move {
+        self.ask_holders(id, |peer, addrs| async move {
             let bytes = self
                 .fetch_from(peer, &addrs, Fetch::Manifest(*id), u64::MAX)
                 .await?;
@@ -195,7 +195,7 @@ impl Net {
     /// # Errors
     /// The last holder's, or that there is none.
     pub async fn fetch_shard(&self, model: &ModelId, id: &ShardId) -> Result<Vec<u8>, FetchError> {
-        self.from_holders(model, |peer, addrs| async move {
+        self.ask_holders(model, |peer, addrs| async move {
             let bytes = self
                 .fetch_from(peer, &addrs, Fetch::Shard(*id), u64::MAX)
                 .await?;
@@ -211,7 +211,7 @@ impl Net {
         .await
     }
 
-    async fn from_holders<T, F: Future<Output = Result<T, FetchError>>>(
+    async fn ask_holders<T, F: Future<Output = Result<T, FetchError>>>(
         &self,
         model: &ModelId,
         ask: impl Fn(Peer, Vec<String>) -> F,
