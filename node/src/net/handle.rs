@@ -276,9 +276,9 @@ impl Net {
         let name = proto.name(&self.inner.swarm);
         let name = StreamProtocol::try_from_owned(name).map_err(|_| OpenError::ShuttingDown)?;
         // Addresses that are none, or name another peer, are useless and not an error of ours.
-        let addrs = addrs
-            .iter()
-            .filter_map(|addr| addr.parse::<Multiaddr>().ok());
+        let known = self.adverts().addrs(&peer);
+        let addrs = addrs.iter().chain(&known);
+        let addrs = addrs.filter_map(|addr| addr.parse::<Multiaddr>().ok());
         let addrs = addrs.take(ADDRS_PER_PEER).collect();
         let (reply, answer) = oneshot::channel();
         let request = OpenRequest {
