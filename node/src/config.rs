@@ -84,6 +84,7 @@ pub struct SwarmArgs {
         long,
         value_name = "on|off",
         env = "SHOAL_MDNS",
+        hide_possible_values = true,
         help_heading = "Swarm",
         global = true
     )]
@@ -225,17 +226,27 @@ pub enum ConfigError {
 }
 
 impl SwarmArgs {
+    /// The home directory alone: for what must work with a damaged ticket too.
+    ///
+    /// # Errors
+    /// When the config file cannot be read, or no home is known.
+    pub fn home_dir(&self) -> Result<PathBuf, ConfigError> {
+        let (_, file) = self.read_file()?;
+        self.home_of(&file)
+    }
+
+    fn home_of(&self, file: &FileConfig) -> Result<PathBuf, ConfigError> {
+        let named = self.home.clone().or_else(|| file.home.clone());
+        named.map_or_else(default_home, Ok)
+    }
+
     /// Merges all sources.
     ///
     /// # Errors
     /// When a file cannot be read, a key is unknown or a value wrong; the text names it.
     pub fn resolve(&self) -> Result<Settings, ConfigError> {
         let (path, file) = self.read_file()?;
-        let home = self
-            .home
-            .clone()
-            .or_else(|| file.home.clone())
-            .map_or_else(default_home, Ok)?;
+        let home = self.home_of(&file)?;
         let swarm = match (&self.swarm, &file.swarm) {
             (Some(swarm), _) => Some(swarm.clone()),
             (None, Some(text)) => Some(value(&path, "swarm", text)?),
