@@ -18,7 +18,7 @@ pub enum Stop {
     /// The model said so.
     EndOfText,
     /// A stop text came.
-    StopText,
+    Text,
     /// The context has no room left.
     ContextFull,
     /// Ctrl-C.
@@ -31,7 +31,7 @@ impl Stop {
         match self {
             Stop::Length => "length",
             Stop::EndOfText => "end_of_text",
-            Stop::StopText => "stop_text",
+            Stop::Text => "stop_text",
             Stop::ContextFull => "context_full",
             Stop::Interrupted => "interrupted",
         }
@@ -156,7 +156,7 @@ pub async fn generate(
         show(out.push(&words.piece(token, tokens.is_empty())))?;
         tokens.push(token);
         if out.stopped() {
-            break Stop::StopText;
+            break Stop::Text;
         }
         next.clear();
         next.push(token);

@@ -24,6 +24,6 @@ impl Home {
             config: self.config.clone(),
             ..SwarmArgs::default()
         };
-        Ok(args.resolve()?.home)
+        Ok(args.home_dir()?)
     }
 }

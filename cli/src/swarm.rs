@@ -6,9 +6,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use engine::Vocab;
 use node::config::{Settings, SwarmArgs};
+use node::telemetry::{self, Telemetry, TelemetryConfig};
 use node::{Access, Client, ClientSession, Identity, NetConfig, Privacy, SessionSpec};
 use shard_registry::{Manifest, Resolved};
 use swarm_proto::{Dtype, ModelId};
+use tracing::Instrument;
 
 use crate::choose_model::choose;
 use crate::failure::Failure;
@@ -42,7 +44,7 @@ impl Swarm {
 
     /// The home directory alone.
     pub fn home(&self) -> anyhow::Result<PathBuf> {
-        Ok(self.settings(false)?.home)
+        Ok(self.args.home_dir()?)
     }
 
     /// Connects, asks for the adverts and leaves: for commands that only look.
@@ -69,6 +71,12 @@ impl Swarm {
             .try_this("`shoal join TICKET`, or --peer /ip4/HOST/tcp/PORT")
             .into());
         }
+        let telemetry = telemetry::init(&TelemetryConfig {
+            filter: Some(settings.log.clone().unwrap_or_else(|| LOG_DEFAULT.into())),
+            json: settings.log_json,
+            otlp: settings.otlp.clone(),
+            service: "shoal",
+        })?;
         let (identity, lock) = client_identity(&settings.home)?;
         let config = NetConfig {
             key: settings.key,
@@ -89,6 +97,8 @@ impl Swarm {
         let member = Member {
             client,
             settings,
+            trace: tracing::info_span!("client"),
+            telemetry,
             _lock: lock,
         };
         if member.client.net().peers().borrow().is_empty()
@@ -108,6 +118,9 @@ pub struct Member {
     pub client: Client,
     /// The settings it was made with.
     pub settings: Settings,
+    /// The root of the trace that the hops continue.
+    trace: tracing::Span,
+    telemetry: Telemetry,
     _lock: Option<File>,
 }
 
@@ -127,6 +140,9 @@ fn client_identity(home: &Path) -> anyhow::Result<(Identity, Option<File>)> {
         Err(_) => Ok((Identity::generate(), None)),
     }
 }
+
+/// What a client logs when nobody says: what goes wrong reaches the user as an error anyway.
+const LOG_DEFAULT: &str = "error";
 
 /// Folder of the client's identity in the home directory.
 pub const CLIENT_DIR: &str = "client";
@@ -164,7 +180,12 @@ impl Member {
     }
 
     /// Leaves the swarm, within a deadline.
-    pub async fn leave(&self) {
+    pub async fn leave(self) {
+        drop(self.trace);
+        let telemetry = self.telemetry;
+        // Exporting the last spans blocks.
+        let exported = tokio::task::spawn_blocking(|| telemetry.shutdown());
+        let _ = tokio::time::timeout(crate::interrupt::CLOSE_TIMEOUT, exported).await;
         let _ = tokio::time::timeout(crate::interrupt::CLOSE_TIMEOUT, self.client.shutdown()).await;
     }
 
@@ -211,7 +232,7 @@ impl Member {
             ..SessionSpec::new(model.id, &model.manifest, n_ctx)
         };
         let wheel = terminal::wheel(format!("opening a route for {}", model.name));
-        let opened = self.client.open(&spec).await;
+        let opened = self.client.open(&spec).instrument(self.trace.clone()).await;
         drop(wheel);
         opened.map_err(|error| no_session(error, model))
     }

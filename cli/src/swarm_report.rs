@@ -279,7 +279,7 @@ impl HolderReport {
         }
     }
 
-    /// Speed is per layer, so that peers with different spans compare.
+    /// Speed is that of one layer, so that peers with different spans compare.
     fn remark(&self) -> String {
         let spans = if self.live.is_empty() {
             "loading".to_string()
@@ -287,9 +287,13 @@ impl HolderReport {
             self.live.join(" ")
         };
         let speed = figures::rate(self.layer_tokens_s.map(f64::from));
-        format!("{spans:<8} {speed:>6} layers/s  {:>3.0} s", self.age_s)
+        let age = format!("{:.0} s ago", self.age_s);
+        format!("{spans:<8} {speed:>14}  {age:>8}")
     }
 }
+
+/// Heads the remarks of [`ModelReport::rows`].
+pub const REMARKS: &str = "serves   tokens/s·layer     heard";
 
 fn range(range: &LayerRange) -> Range<usize> {
     usize::from(range.start)..usize::from(range.end)

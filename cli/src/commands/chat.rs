@@ -171,7 +171,12 @@ impl Chat<'_> {
             show_prompt();
             let line = tokio::select! {
                 biased;
-                () = self.interrupt.wait() => return Err(Failure::interrupted().into()),
+                () = self.interrupt.wait() => {
+                    if terminal::stdin_is_terminal() {
+                        terminal::note("");
+                    }
+                    return Err(Failure::interrupted().into());
+                }
                 line = lines.recv() => line,
             };
             let Some(line) = line else { return Ok(()) };

@@ -38,7 +38,7 @@ pub struct Args {
     model: Option<String>,
 
     /// Run the whole model in this process.
-    #[arg(long, value_name = "NAME|FILE", num_args = 0..=1, default_missing_value = "", conflicts_with = "privacy")]
+    #[arg(long, value_name = "NAME|FILE", num_args = 0..=1, default_missing_value = "")]
     local: Option<String>,
 
     /// A system message, for models with a chat template.
@@ -110,7 +110,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
 
 async fn run(args: Args) -> anyhow::Result<()> {
     let begun = Instant::now();
-    let interrupt = Interrupt::listen();
+    // Before Ctrl-C is ours: while a prompt is typed it ends the process as anywhere.
     let text = prompt::read(args.prompt.as_deref())?;
     // Mistakes in the prompt are said before anything is dialled or loaded.
     let ids = if args.tokens {
@@ -118,46 +118,20 @@ async fn run(args: Args) -> anyhow::Result<()> {
     } else {
         None
     };
-    let ready = tokio::select! {
+    let interrupt = Interrupt::listen();
+    let mut ready = tokio::select! {
         biased;
         () = interrupt.wait() => return Err(Failure::interrupted().into()),
         ready = args.make_ready(&text, ids) => ready?,
     };
-    let Ready {
-        mut source,
-        prompt,
-        vocab,
-        privacy,
-        ..
-    } = ready;
-    let (route, wire) = (source.route(), args.wire.to_string());
-    terminal::note(route_line(&route, privacy, &wire));
-    let words = match &vocab {
-        Some(vocab) if !args.tokens => Words::Text(vocab),
-        other => Words::Ids(other.as_ref()),
-    };
+    let route = ready.source.route();
+    let wire = args.wire.to_string();
+    terminal::note(route_line(&route, ready.privacy, &wire));
     let seed = args.generation.seed();
-    let mut sampler = answer::sampler(&args.generation, seed, source.n_vocab())?;
-    let show = |piece: &str| {
-        if args.json || piece.is_empty() {
-            Ok(())
-        } else {
-            terminal::stream(piece)
-        }
-    };
-    let answer = answer::generate(
-        &mut source,
-        &prompt,
-        &words,
-        &args.generation,
-        &mut sampler,
-        &interrupt,
-        show,
-    )
-    .await;
-    let n_ctx = source.n_ctx();
-    source.close().await;
-    if let Some(member) = &ready.member {
+    let answer = args.ask(&mut ready, seed, &interrupt).await;
+    let n_ctx = ready.source.n_ctx();
+    ready.source.close().await;
+    if let Some(member) = ready.member {
         member.leave().await;
     }
     let answer = answer?;
@@ -181,23 +155,22 @@ async fn run(args: Args) -> anyhow::Result<()> {
             stop: stop.name().into(),
             model: ready.model,
             model_id: ready.model_id,
-            prompt_tokens: prompt.len(),
+            prompt_tokens: ready.prompt.len(),
             generated_tokens: answer.tokens.len(),
             tokens: answer.tokens,
             n_ctx,
             timings,
             hops: route.len(),
             route,
-            privacy,
-            peers_can_read_prompt: privacy != Privacy::Local,
+            privacy: ready.privacy,
+            peers_can_read_prompt: ready.privacy != Privacy::Local,
             wire,
             seed,
         })?;
     }
-    if stop == Stop::Interrupted {
-        Err(Failure::interrupted().into())
-    } else {
-        Ok(())
+    match stop {
+        Stop::Interrupted => Err(Failure::interrupted().into()),
+        _ => Ok(()),
     }
 }
 
@@ -229,6 +202,37 @@ impl Args {
         } else {
             self.privacy.unwrap_or(Privacy::Open)
         }
+    }
+
+    /// The answer, streamed unless it goes into JSON.
+    async fn ask(
+        &self,
+        ready: &mut Ready,
+        seed: u32,
+        interrupt: &Interrupt,
+    ) -> anyhow::Result<Answer> {
+        let words = match &ready.vocab {
+            Some(vocab) if !self.tokens => Words::Text(vocab),
+            other => Words::Ids(other.as_ref()),
+        };
+        let generation = &self.generation;
+        let source = &mut ready.source;
+        let mut sampler = answer::sampler(generation, seed, source.n_vocab())?;
+        let show = |piece: &str| match piece {
+            "" => Ok(()),
+            _ if self.json => Ok(()),
+            _ => terminal::stream(piece),
+        };
+        answer::generate(
+            source,
+            &ready.prompt,
+            &words,
+            generation,
+            &mut sampler,
+            interrupt,
+            show,
+        )
+        .await
     }
 
     async fn make_ready(&self, text: &str, ids: Option<Vec<u32>>) -> anyhow::Result<Ready> {

@@ -3,7 +3,7 @@
 use crate::choose_model::choose;
 use crate::figures;
 use crate::layer_map::{self, Ink};
-use crate::swarm_report::{ModelReport, SwarmReport};
+use crate::swarm_report::{ModelReport, REMARKS, SwarmReport};
 use crate::terminal::{self, BAD, BOLD, DIM, GOOD, HINT, WARN, paint};
 
 /// Show which layer is where, gaps and speeds.
@@ -81,7 +81,12 @@ fn print_model(model: &ModelReport) -> anyhow::Result<()> {
         paint(BOLD, &model.name),
         paint(DIM, about)
     ))?;
-    for line in layer_map::draw(model.n_layer.into(), &model.rows(), terminal::width()) {
+    for line in layer_map::draw(
+        model.n_layer.into(),
+        &model.rows(),
+        REMARKS,
+        terminal::width(),
+    ) {
         let painted: String = line
             .into_iter()
             .map(|(ink, text)| colour(ink, text))
@@ -107,7 +112,7 @@ fn colour(ink: Ink, text: String) -> String {
         Ink::Plain => text,
         Ink::Live => paint(GOOD, text),
         Ink::Partly | Ink::Intended => paint(WARN, text),
-        Ink::Empty => paint(DIM, text),
+        Ink::Empty | Ink::Head => paint(DIM, text),
         Ink::Gap => paint(BAD, text),
     }
 }

@@ -36,8 +36,8 @@ pub struct Args {
         default_value = "demo"
     )]
     model: String,
-    /// Use a random model of 1.1 billion weights in Q4_K_M, made for this run (700 MB of temporary disk).
-    #[arg(long, conflicts_with = "model")]
+    /// Instead of --model a random model of 1.1 billion weights in Q4_K_M, made for this run (700 MB of temporary disk).
+    #[arg(long)]
     one_billion: bool,
     /// Tokens decoded in a round.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..))]

@@ -94,7 +94,7 @@ impl Nodes {
                 "node",
                 "--ready-json",
                 "--log",
-                "warn",
+                "error",
                 "--mdns",
                 "off",
                 "--listen",
