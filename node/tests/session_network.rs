@@ -1,5 +1,6 @@
 //! Sessions over real networks on loopback: with the hash chain, and with llama.cpp against the
 //! whole model.
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests
 
 use std::{ops::Range, path::Path, sync::Arc, time::Duration};
 
