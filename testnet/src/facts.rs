@@ -2,8 +2,8 @@
 
 use serde::Deserialize;
 
-/// The share of a node's budget that it may fill with layers; the rest is for KV caches.
-const LAYER_SHARE: f64 = 0.75;
+/// The share of a node's budget that it may fill with layers, in percent; the rest is for KV caches.
+const LAYER_SHARE: u64 = 75;
 
 /// What `shoal inspect --json` says, as far as it is used here.
 #[derive(Clone, Debug, Deserialize)]
@@ -17,9 +17,33 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// A budget in bytes with which a node holds `span` layers and not one more.
+    /// The largest budget in bytes with which a node holds `span` layers at most, wherever its window lies.
     pub fn budget(&self, span: u32) -> u64 {
-        let largest = self.layer_bytes.iter().max().copied().unwrap_or(1).max(1) as f64;
-        ((f64::from(span) + 0.5) * largest / LAYER_SHARE) as u64
+        let window = span as usize + 1;
+        let all: u64 = self.layer_bytes.iter().sum();
+        let one_more = self
+            .layer_bytes
+            .windows(window)
+            .map(|window| window.iter().sum::<u64>());
+        let room = one_more.min().map_or(all, |bytes| bytes.saturating_sub(1));
+        room.saturating_mul(100) / LAYER_SHARE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_is_just_too_small_for_one_layer_more() {
+        let layer_bytes = vec![100, 80, 80, 100];
+        let facts = Facts {
+            n_layer: 4,
+            bytes: 360,
+            layer_bytes,
+        };
+        // 80 + 80 does not fit.
+        assert_eq!(facts.budget(1) * LAYER_SHARE / 100, 159);
+        assert_eq!(facts.budget(4) * LAYER_SHARE / 100, 360);
     }
 }
