@@ -286,7 +286,7 @@ impl Client {
         })
     }
 
-    /// Starts `shoal` with its outputs caught. Dropping the child kills it.
+    /// Starts `shoal` with its input and outputs as pipes. Dropping the child kills it.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -297,7 +297,7 @@ impl Client {
         clean_environment(&mut command, &self.home);
         command
             .args(args.iter().map(AsRef::as_ref))
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .process_group(0)

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use testnet::swarm::Swarm;
 use tests::{FOUR_SPANS, PATIENCE, serve, until};
+use tokio::io::AsyncWriteExt;
 
 /// A node says that it leaves; others need not wait for its advert to expire (30 s or more).
 const WITHDRAWN_WITHIN: Duration = Duration::from_secs(10);
@@ -54,10 +55,13 @@ async fn a_client_that_is_killed_frees_its_cells_on_every_node() -> Result<()> {
     client.until_covered(8, PATIENCE).await?;
     let before = free_cells(&swarm).await?;
 
-    let mut args = vec!["run".to_owned()];
+    // A chat keeps its session while it waits for the next line, which never comes.
+    let mut args = vec!["chat".to_owned()];
     args.extend(client.swarm_args());
-    args.extend(["--model", "demo", "--raw", "-n", "900", "Once upon a time"].map(str::to_owned));
+    args.extend(["--model", "demo", "--ctx", "512", "-n", "4"].map(str::to_owned));
     let mut talking = swarm.client("talking").start(&args)?;
+    let mut line = talking.stdin.take().context("no input")?;
+    line.write_all(b"Once upon a time\n").await?;
     until(
         "every node gives cells to the session",
         PATIENCE,
