@@ -29,7 +29,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     behaviour::{Behaviour, BehaviourEvent},
     bootstrap::Bootstrap,
-    shared::Shared,
+    facts::Facts,
     streams::OpenRequest,
 };
 use crate::identity::peer_of;
@@ -99,7 +99,7 @@ pub(super) struct Driver {
     pub(super) pending: VecDeque<Notice>,
     pub(super) bootstrap: Bootstrap,
     pub(super) queries: HashMap<kad::QueryId, (Vec<Peer>, oneshot::Sender<Vec<Peer>>)>,
-    pub(super) shared: Arc<Shared>,
+    pub(super) facts: Arc<Facts>,
     pub(super) shutdown: watch::Receiver<bool>,
     pub(super) provider_keys: HashMap<kad::RecordKey, ()>,
     /// Connected strangers and when they are let go.
@@ -282,7 +282,7 @@ impl Driver {
                 tracing::debug!(peer = %peer_id, ?cause, "disconnected");
                 self.bootstrap.disconnected(peer_id, Instant::now());
                 if let Some(peer) = peer_of(&peer_id) {
-                    self.shared.disconnected(&peer);
+                    self.facts.disconnected(&peer);
                 }
             }
             SwarmEvent::OutgoingConnectionError {
@@ -310,7 +310,7 @@ impl Driver {
     }
 
     fn listening(&mut self, new: Option<Multiaddr>, gone: Option<Multiaddr>) {
-        self.shared.listening(new, gone);
+        self.facts.listening(new, gone);
         self.pending.push_back(Notice::Listening);
     }
 
@@ -325,7 +325,7 @@ impl Driver {
                 ..
             }) => {
                 if let Some(peer) = peer_of(&peer) {
-                    self.shared.rtt(peer, rtt);
+                    self.facts.rtt(peer, rtt);
                 }
             }
             BehaviourEvent::Ping(ping::Event {
@@ -379,7 +379,7 @@ impl Driver {
             self.swarm.behaviour_mut().kad.add_address(&id, addr);
         }
         if let Some(peer) = peer_of(&id) {
-            self.shared.connected(peer);
+            self.facts.connected(peer);
             let fetch = super::stream::Proto::Fetch.name(&self.swarm_id);
             let fetch = info.protocols.iter().any(|p| p.as_ref() == fetch);
             self.pending.push_back(Notice::Identified { peer, fetch });

@@ -23,8 +23,8 @@ use super::{
     behaviour::{Behaviour, BehaviourError, Parts},
     bootstrap::Bootstrap,
     driver::{Command, Driver, OUTBOX_MAX},
+    facts::Facts,
     gate::Access,
-    shared::Shared,
     stream::{OpenError, Proto, Stream},
     streams::OpenRequest,
     transport::{self, TransportError},
@@ -133,7 +133,7 @@ pub(super) struct Inner {
     access: Access,
     agent: String,
     publisher: Publisher,
-    shared: Arc<Shared>,
+    facts: Arc<Facts>,
     acceptors: Arc<Acceptors>,
     commands: mpsc::Sender<Command>,
     shutdown: watch::Sender<bool>,
@@ -170,7 +170,7 @@ impl Net {
         for addr in &listen {
             bind(&mut swarm, addr)?;
         }
-        let shared = Arc::new(Shared::new());
+        let facts = Arc::new(Facts::new());
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let (outbox, notices) = mpsc::channel(OUTBOX_MAX);
         let (shutdown, stop) = watch::channel(false);
@@ -182,7 +182,7 @@ impl Net {
             pending: Default::default(),
             bootstrap: Bootstrap::new(bootstrap, Instant::now()),
             queries: Default::default(),
-            shared: shared.clone(),
+            facts: facts.clone(),
             shutdown: stop,
             provider_keys: Default::default(),
             strangers: Default::default(),
@@ -199,7 +199,7 @@ impl Net {
             swarm: config.swarm,
             access: config.access,
             agent: config.agent,
-            shared,
+            facts,
             acceptors,
             commands,
             shutdown,
@@ -211,7 +211,7 @@ impl Net {
     }
 
     async fn wait_listening(&self, wanted: usize) -> Result<(), NetError> {
-        let mut addrs = self.inner.shared.addrs();
+        let mut addrs = self.inner.facts.addrs();
         let bound = addrs.wait_for(|addrs| addrs.len() >= wanted);
         match tokio::time::timeout(LISTEN_DEADLINE, bound).await {
             Ok(Ok(_)) => Ok(()),
@@ -236,7 +236,7 @@ impl Net {
 
     /// Where we listen now, each with `/p2p/<our id>`, other machines' views first, loopback last.
     pub fn listen_addrs(&self) -> Vec<String> {
-        let mut addrs = self.inner.shared.addrs().borrow().clone();
+        let mut addrs = self.inner.facts.addrs().borrow().clone();
         addrs.sort_by_key(address_rank);
         addrs
             .into_iter()
@@ -246,12 +246,12 @@ impl Net {
 
     /// Peers of our swarm that we are connected to now; changes as they come and go.
     pub fn peers(&self) -> watch::Receiver<Vec<Peer>> {
-        self.inner.shared.peers()
+        self.inner.facts.peers()
     }
 
     /// The least round trip measured to each connected peer, nearest first.
     pub fn rtts(&self) -> Vec<(Peer, Duration)> {
-        self.inner.shared.rtts()
+        self.inner.facts.rtts()
     }
 
     /// Opens a stream, dialling first where there is no connection: `addrs` and whatever else is
@@ -393,7 +393,7 @@ impl Inner {
     }
 
     fn ranked_addrs(&self) -> Vec<Multiaddr> {
-        let mut addrs = self.shared.addrs().borrow().clone();
+        let mut addrs = self.facts.addrs().borrow().clone();
         addrs.sort_by_key(address_rank);
         addrs
     }
@@ -408,7 +408,7 @@ impl Inner {
     ) -> Advert {
         let micros = |rtt: Duration| u32::try_from(rtt.as_micros()).unwrap_or(u32::MAX);
         let addrs = self.ranked_addrs().into_iter().map(|addr| addr.to_string());
-        let rtts = self.shared.rtts().into_iter().take(ADVERT_RTTS_MAX);
+        let rtts = self.facts.rtts().into_iter().take(ADVERT_RTTS_MAX);
         Advert {
             peer: self.identity.peer(),
             seq,

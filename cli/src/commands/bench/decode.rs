@@ -77,11 +77,7 @@ const PROMPT: [u32; 8] = [1, 17, 33, 65, 97, 129, 161, 193];
 /// Makes the model where asked to, starts the node, measures, prints.
 pub fn main(args: Args) -> anyhow::Result<()> {
     let temp = tempfile::Builder::new().prefix("shoal-bench-").tempdir()?;
-    let file = if args.one_billion {
-        one_billion(temp.path())?
-    } else {
-        local_models::first_file(&args.home.dir()?, &args.model)?
-    };
+    let file = model_file(args.one_billion, temp.path(), &args.home, &args.model)?;
     let facts = ModelFacts::new(&local_models::header_of_file(&file)?)?;
     let nodes = Nodes::start(
         &file,
@@ -101,6 +97,25 @@ pub fn main(args: Args) -> anyhow::Result<()> {
     }
 }
 
+/// The file to measure: one made in `temp` for this run, or the user's.
+pub(super) fn model_file(
+    one_billion: bool,
+    temp: &Path,
+    home: &Home,
+    model: &str,
+) -> anyhow::Result<PathBuf> {
+    if one_billion {
+        self::one_billion(temp)
+    } else {
+        local_models::first_file(&home.dir()?, model)
+    }
+}
+
+/// The context that a round of `tokens` needs.
+pub(super) fn context(tokens: u32) -> u32 {
+    tokens.saturating_add(PROMPT.len() as u32)
+}
+
 fn one_billion(dir: &Path) -> anyhow::Result<PathBuf> {
     let path = dir.join("random-1b-q4_k_m.gguf");
     let wheel = terminal::wheel("making a random model of 1.1 billion weights");
@@ -117,8 +132,9 @@ fn one_billion(dir: &Path) -> anyhow::Result<PathBuf> {
 
 /// Tokens chosen and microseconds of each.
 #[derive(Default)]
-struct Round {
-    tokens: Vec<u32>,
+pub(super) struct Round {
+    /// What was chosen, in order.
+    pub(super) tokens: Vec<u32>,
     us: Vec<f64>,
 }
 
@@ -136,7 +152,7 @@ impl Round {
 async fn measure(args: &Args, nodes: &Nodes, file: &Path) -> anyhow::Result<Report> {
     let member = nodes.client().join(false).await?;
     let model = member.model(None).await?;
-    let n_ctx = (args.tokens + PROMPT.len() as u32).min(model.n_ctx_max);
+    let n_ctx = context(args.tokens).min(model.n_ctx_max);
     let mut session = member.open(&model, n_ctx, Dtype::F32).await?;
     let mut whole = WholeModel::load(file, n_ctx, args.threads)?;
     let n = n_ctx - PROMPT.len() as u32;
@@ -200,7 +216,8 @@ fn plain_round(whole: &mut WholeModel, n: u32) -> anyhow::Result<Round> {
     Ok(round)
 }
 
-async fn node_round(session: &mut ClientSession, n: u32) -> anyhow::Result<Round> {
+/// `n` tokens after the prompt, greedily.
+pub(super) async fn node_round(session: &mut ClientSession, n: u32) -> anyhow::Result<Round> {
     let want = Want {
         rows: WantRows::Last,
         form: Form::Top(1),
@@ -236,7 +253,7 @@ fn best(row: &[f32]) -> anyhow::Result<u32> {
         .0)
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+pub(super) fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut sorted: Vec<f64> = values.collect();
     sorted.sort_by(f64::total_cmp);
     percentile(&sorted, 0.5)

@@ -3,6 +3,7 @@
 mod decode;
 mod hops;
 mod nodes;
+mod pipeline;
 mod wire;
 
 use std::ops::Range;
@@ -10,12 +11,13 @@ use std::ops::Range;
 use clap::Subcommand;
 use serde::Serialize;
 
-/// Measure hop overhead, decode speed, and what a smaller wire type costs.
+/// Measure hop overhead, decode speed, pipelining, and what a smaller wire type costs.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   shoal bench hops                        overhead of a hop beyond compute, on loopback
   shoal bench decode --model llama-1b     a node holding everything against a plain loop
+  shoal bench pipeline --one-billion      two prompts over two nodes against one on one
   shoal bench wire --text held-out.txt    perplexity with f32, bf16 and q8_0 between hops
 
 Each starts what it needs on this machine and takes it down again.")]
@@ -28,6 +30,7 @@ pub struct Args {
 enum Bench {
     Hops(hops::Args),
     Decode(decode::Args),
+    Pipeline(pipeline::Args),
     Wire(wire::Args),
 }
 
@@ -36,6 +39,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
     match args.bench {
         Bench::Hops(args) => hops::main(args),
         Bench::Decode(args) => decode::main(args),
+        Bench::Pipeline(args) => pipeline::main(args),
         Bench::Wire(args) => wire::main(args),
     }
 }

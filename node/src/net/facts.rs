@@ -14,13 +14,13 @@ use tokio::sync::watch;
 const RTT_SAMPLES: usize = 16;
 
 /// The facts.
-pub(super) struct Shared {
+pub(super) struct Facts {
     addrs: watch::Sender<Vec<Multiaddr>>,
     peers: watch::Sender<Vec<Peer>>,
     rtts: Mutex<HashMap<Peer, Vec<Duration>>>,
 }
 
-impl Shared {
+impl Facts {
     pub(super) fn new() -> Self {
         Self {
             addrs: watch::Sender::new(Vec::new()),

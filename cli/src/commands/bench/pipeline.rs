@@ -1,0 +1,191 @@
+//! `shoal bench pipeline`: two prompts in flight over two nodes that hold half the layers each, against
+//! one prompt on one node that holds them all, in alternating rounds of one run.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::Context;
+use node::ClientSession;
+use serde::Serialize;
+use swarm_proto::Dtype;
+
+use super::decode::{Round, context, median, model_file, node_round};
+use super::nodes::Nodes;
+use super::share_out;
+use crate::home::Home;
+use crate::local_models;
+use crate::model_facts::ModelFacts;
+use crate::swarm::Member;
+use crate::terminal::{self, BOLD, DIM, paint};
+
+/// Measure throughput: two prompts over two nodes against one prompt on one node.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  shoal bench pipeline                        the demo model
+  shoal bench pipeline --one-billion          a random model of 1.1 billion weights in Q4_K_M
+  shoal bench pipeline --model llama-1b --json
+
+While one node computes the first half of one prompt's token, the other computes the second half of the
+other's: with a free core for each node the throughput should come close to twice one node's.")]
+pub struct Args {
+    /// The model: a name, the beginning of an id, or a GGUF file.
+    #[arg(
+        short,
+        long,
+        env = "SHOAL_MODEL",
+        value_name = "NAME|ID|FILE",
+        default_value = "demo"
+    )]
+    model: String,
+    /// Instead of --model a random model of 1.1 billion weights in Q4_K_M, made for this run (700 MB of temporary disk).
+    #[arg(long)]
+    one_billion: bool,
+    /// Tokens of each prompt decoded in a round.
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(2..))]
+    tokens: u32,
+    /// Rounds of each side.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    home: Home,
+}
+
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    rounds: u32,
+    tokens_per_round: u32,
+    one_node_tokens_per_s: f64,
+    two_nodes_tokens_per_s: f64,
+    /// Median over rounds of the throughput of two nodes over one node's of the same round.
+    ratio: f64,
+    /// Each prompt gave the tokens that one node gives.
+    same_tokens: bool,
+}
+
+/// Starts the three nodes, one thread each, measures, prints.
+pub fn main(args: Args) -> anyhow::Result<()> {
+    let temp = tempfile::Builder::new().prefix("shoal-bench-").tempdir()?;
+    let file = model_file(args.one_billion, temp.path(), &args.home, &args.model)?;
+    let facts = ModelFacts::new(&local_models::header_of_file(&file)?)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    let report = measure(&args, &runtime, &file, facts.n_layer)?;
+    if args.json {
+        terminal::say_json(&report)
+    } else {
+        print(&report)
+    }
+}
+
+fn measure(
+    args: &Args,
+    runtime: &tokio::runtime::Runtime,
+    file: &Path,
+    n_layer: u32,
+) -> anyhow::Result<Report> {
+    let one = Nodes::start(file, &share_out(n_layer, 1), 1)?;
+    let two = Nodes::start(file, &share_out(n_layer, 2), 1)?;
+    runtime.block_on(async {
+        let (of_one, of_two) = (
+            one.client().join(false).await?,
+            two.client().join(false).await?,
+        );
+        let mut alone = open(args, &of_one).await?;
+        let mut first = open(args, &of_two).await?;
+        let mut second = open(args, &of_two).await?;
+        let bar = terminal::bar_of(u64::from(args.rounds) + 1, "rounds");
+        let (mut singles, mut pairs, mut same_tokens) = (Vec::new(), Vec::new(), true);
+        for round in 0..=args.rounds {
+            let begun = Instant::now();
+            let reference = node_round(&mut alone, args.tokens).await?;
+            let single = rate(&[&reference], begun);
+            let begun = Instant::now();
+            let (a, b) = tokio::try_join!(
+                node_round(&mut first, args.tokens),
+                node_round(&mut second, args.tokens)
+            )?;
+            let pair = rate(&[&a, &b], begun);
+            // The first round warms all up.
+            if round > 0 {
+                singles.push(single);
+                pairs.push(pair);
+                same_tokens &= a.tokens == reference.tokens && b.tokens == reference.tokens;
+            }
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        for session in [alone, first, second] {
+            session.close().await;
+        }
+        let model = of_one.model(None).await?.name;
+        of_one.leave().await;
+        of_two.leave().await;
+        let ratio = median(
+            singles
+                .iter()
+                .zip(&pairs)
+                .map(|(single, pair)| pair / single),
+        );
+        Ok(Report {
+            model,
+            rounds: args.rounds,
+            tokens_per_round: args.tokens,
+            one_node_tokens_per_s: median(singles.into_iter()),
+            two_nodes_tokens_per_s: median(pairs.into_iter()),
+            ratio,
+            same_tokens,
+        })
+    })
+}
+
+async fn open(args: &Args, member: &Member) -> anyhow::Result<ClientSession> {
+    let model = member.model(None).await?;
+    let n_ctx = context(args.tokens);
+    member
+        .open(&model, n_ctx.min(model.n_ctx_max), Dtype::F32)
+        .await
+        .context("opening a session")
+}
+
+/// Tokens a second of rounds that ran together since `begun`.
+fn rate(rounds: &[&Round], begun: Instant) -> f64 {
+    let tokens: usize = rounds.iter().map(|round| round.tokens.len()).sum();
+    tokens as f64 / begun.elapsed().as_secs_f64()
+}
+
+fn print(report: &Report) -> anyhow::Result<()> {
+    let about = format!(
+        "{} rounds of {} tokens, one thread a node",
+        report.rounds, report.tokens_per_round
+    );
+    terminal::say(format!(
+        "{} {}",
+        paint(BOLD, &report.model),
+        paint(DIM, about)
+    ))?;
+    terminal::say(format!(
+        "  one node, one prompt    {:>10.1} tokens/s",
+        report.one_node_tokens_per_s
+    ))?;
+    terminal::say(format!(
+        "  two nodes, two prompts  {:>10.1} tokens/s",
+        report.two_nodes_tokens_per_s
+    ))?;
+    let same = if report.same_tokens {
+        "the same tokens"
+    } else {
+        "NOT the same tokens"
+    };
+    terminal::say(format!(
+        "  ratio                   {:>10.2}  {same}",
+        report.ratio
+    ))?;
+    Ok(())
+}
