@@ -197,7 +197,9 @@ impl NodeProcess {
     }
 }
 
-/// Takes the user's own settings of Shoal out of a child's environment and gives it a home of its own.
+/// Takes the user's own settings of Shoal out of a child's environment and gives it a home of its own. Its temporary
+/// files lie beside the homes: the lock that keeps nodes from measuring at the same time is then one for the swarm,
+/// and goes with it.
 pub(crate) fn clean_environment(command: &mut Command, home: &Path) {
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("SHOAL_") {
@@ -207,7 +209,8 @@ pub(crate) fn clean_environment(command: &mut Command, home: &Path) {
     command
         .env("SHOAL_HOME", home)
         .env("XDG_CONFIG_HOME", home.join("config"))
-        .env("HOME", home);
+        .env("HOME", home)
+        .env("TMPDIR", home.parent().unwrap_or(home));
 }
 
 async fn listen(stdout: ChildStdout, found: oneshot::Sender<Ready>) {

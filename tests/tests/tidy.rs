@@ -13,8 +13,8 @@ use tests::repository;
 const LINES_MAX: usize = 700;
 
 /// Names that say nothing about what is inside.
-const BANNED_NAMES: [&str; 9] = [
-    "util", "utils", "common", "helper", "helpers", "manager", "managers", "misc", "shared",
+const BANNED_NAMES: [&str; 8] = [
+    "util", "utils", "common", "helper", "helpers", "manager", "managers", "misc",
 ];
 
 /// The oldest versions without a known hole, and the first line that is allowed at all.
