@@ -1,6 +1,7 @@
 //! What one run does: look at the model, start the nodes, ask, compare, report.
 
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -97,10 +98,14 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
         screen.lines(&format!("\nthe whole model says:\n{}", indent(&whole.text)));
     }
     if let Some(path) = &args.report {
-        let json = serde_json::to_string_pretty(&report)?;
-        fs::write(path, json + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        write(&report, path)?;
     }
     Ok(report.same_as_whole)
+}
+
+fn write(report: &Report, path: &Path) -> Result<()> {
+    let json = serde_json::to_string_pretty(report)?;
+    fs::write(path, json + "\n").with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// What to type to talk to a swarm that was left running, and to stop it.

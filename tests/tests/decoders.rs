@@ -1,6 +1,9 @@
 //! Every decoder on inputs that were hurt at random: no panic, no large allocation. The bodies are
 //! those of the fuzz targets; `SHOAL_SEED` repeats a run, `SHOAL_ROUNDS` makes it longer.
 
+// Clippy takes the functions between the tests for production code.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
 use std::fmt::Write as _;
 
 use shoal_fuzz::{TARGETS, seeds};
