@@ -11,16 +11,17 @@ pub struct Generation {
         short = 'n',
         long = "max-tokens",
         value_name = "N",
-        default_value_t = 256
+        default_value_t = 256,
+        allow_negative_numbers = true
     )]
     pub max_tokens: u32,
 
     /// Temperature; 0 always takes the likeliest token.
-    #[arg(long, value_name = "T", default_value_t = 0.8, value_parser = not_negative)]
+    #[arg(long, value_name = "T", default_value_t = 0.8, allow_negative_numbers = true, value_parser = temperature)]
     pub temp: f32,
 
     /// Keep the likeliest tokens that make up this share of the probability; 1 keeps all.
-    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = share)]
+    #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true, value_parser = share)]
     pub top_p: f32,
 
     /// Keep this many of the likeliest tokens; 0 keeps all the tail of the route sends.
@@ -28,11 +29,11 @@ pub struct Generation {
     pub top_k: u32,
 
     /// Drop tokens less likely than this share of the likeliest one.
-    #[arg(long, value_name = "P", default_value_t = 0.05, value_parser = share)]
+    #[arg(long, value_name = "P", default_value_t = 0.05, allow_negative_numbers = true, value_parser = share)]
     pub min_p: f32,
 
     /// Seed of the dice; the same seed, model and prompt give the same answer. Random by default.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub seed: Option<u32>,
 
     /// Stop before this text; may be given several times.
@@ -44,10 +45,13 @@ pub struct Generation {
     pub ctx: Option<u32>,
 }
 
-fn not_negative(text: &str) -> Result<f32, String> {
+/// The sampler's limit.
+const TEMP_MAX: f32 = 100.0;
+
+fn temperature(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {
-        Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
-        _ => Err("expected a number from 0 up".into()),
+        Ok(value) if (0.0..=TEMP_MAX).contains(&value) => Ok(value),
+        _ => Err(format!("expected a number from 0 to {TEMP_MAX}")),
     }
 }
 

@@ -30,7 +30,7 @@ pub struct Args {
     /// Address to listen on; may be given several times [default: TCP and QUIC, any free port].
     #[arg(long, value_name = "ADDR", env = "SHOAL_LISTEN", value_delimiter = ',')]
     pub listen: Vec<String>,
-    /// Compute threads [default: one for each physical core].
+    /// Compute threads [default: physical cores; 1 for a few small layers].
     #[arg(long, value_name = "N", env = "SHOAL_THREADS", value_parser = clap::value_parser!(u32).range(1..=512))]
     pub threads: Option<u32>,
     /// Print one line of JSON on standard output once sessions are served.

@@ -85,6 +85,19 @@ pub enum LoadError {
         /// What would do.
         needed: Bytes,
     },
+    /// The layers asked for leave no room for a session.
+    #[error(
+        "a memory budget of {given} is too small for layers {}..{} and one session: they need {needed}; raise --memory or give fewer --layers",
+        asked.start, asked.end
+    )]
+    LayersMemory {
+        /// What was asked for.
+        asked: Range<u32>,
+        /// The budget, in bytes.
+        given: Bytes,
+        /// What would do.
+        needed: Bytes,
+    },
     /// The engine.
     #[error(transparent)]
     Engine(#[from] engine::LoadError),
@@ -182,7 +195,50 @@ pub fn plan_fixed(
             n_layer,
         });
     }
-    Ok(plan(blueprint, layers, memory))
+    let plan = plan(blueprint, layers, memory);
+    if longest_context(blueprint, &plan) == 0 {
+        let tensors = tensor_bytes(blueprint, &plan.layers);
+        let kv = session_bytes(blueprint, &plan.layers, 1);
+        return Err(LoadError::LayersMemory {
+            asked: plan.layers,
+            given: Bytes(memory),
+            needed: Bytes(tensors.saturating_add(kv)),
+        });
+    }
+    Ok(plan)
+}
+
+/// The longest context that one session over all layers of a plan has KV for; 0 where it has none.
+/// More would be promised to clients and then refused.
+fn longest_context(blueprint: &Blueprint, plan: &Plan) -> u32 {
+    let fits = |n_ctx: &u32| session_bytes(blueprint, &plan.layers, *n_ctx) <= plan.kv_bytes_max;
+    let whole = blueprint.n_ctx_train();
+    let shorter = (0..u32::BITS).rev().map(|bit| 1 << bit);
+    std::iter::once(whole)
+        .chain(shorter.filter(|n_ctx| *n_ctx < whole))
+        .find(fits)
+        .unwrap_or(0)
+}
+
+/// Bytes of KV that a session over these layers takes.
+fn session_bytes(blueprint: &Blueprint, layers: &Range<u32>, n_ctx: u32) -> u64 {
+    let cell = layers
+        .clone()
+        .map(|i| blueprint.kv_cell_bytes(i))
+        .fold(0, u64::saturating_add);
+    cell.saturating_mul(blueprint.context_class(n_ctx).into())
+}
+
+/// Bytes of the tensors of these layers, with the embedding and the head where they belong to them.
+fn tensor_bytes(blueprint: &Blueprint, layers: &Range<u32>) -> u64 {
+    let ends = [
+        (layers.start == 0).then(|| blueprint.embedding_bytes()),
+        (layers.end == blueprint.n_layer()).then(|| blueprint.head_bytes()),
+    ];
+    let layer_bytes = layers.clone().map(|i| blueprint.layer_bytes(i));
+    layer_bytes
+        .chain(ends.into_iter().flatten())
+        .fold(0, u64::saturating_add)
 }
 
 /// The windows worth choosing between: from each layer on as many as fit, without those that lie
@@ -221,16 +277,8 @@ pub fn windows(blueprint: &Blueprint, memory: u64) -> Result<Vec<Range<u32>>, Lo
 
 /// A window with the KV that it leaves room for.
 pub fn plan(blueprint: &Blueprint, layers: Range<u32>, memory: u64) -> Plan {
-    let ends = [
-        (layers.start == 0).then(|| blueprint.embedding_bytes()),
-        (layers.end == blueprint.n_layer()).then(|| blueprint.head_bytes()),
-    ];
-    let layer_bytes = layers.clone().map(|i| blueprint.layer_bytes(i));
-    let tensors = layer_bytes
-        .chain(ends.into_iter().flatten())
-        .fold(0, u64::saturating_add);
     let kv_bytes_max = memory
-        .saturating_sub(tensors)
+        .saturating_sub(tensor_bytes(blueprint, &layers))
         .max(share(memory, KV_SHARE_MIN));
     Plan {
         layers,
@@ -312,7 +360,7 @@ pub fn load(
     let source = Verified(store.reader(found.id)?);
     let options = LoadOptions {
         n_threads,
-        n_ctx_max: None,
+        n_ctx_max: Some(longest_context(&found.blueprint, plan)),
         kv_bytes_max: plan.kv_bytes_max,
     };
     let total = plan.layers.len();
@@ -341,6 +389,19 @@ struct Verified(ShardReader);
 impl TensorSource for Verified {
     fn read(&self, name: &str, out: &mut Vec<u8>) -> io::Result<()> {
         self.0.read_tensor(name, out).map_err(io::Error::other)
+    }
+}
+
+/// Below this size a layer's work is over before a second thread has woken; and where the cores are
+/// shared, ggml's busily waiting threads make it many times slower.
+const THREADS_WORTH_BYTES: u64 = 256 << 20;
+
+/// Compute threads for these layers when nobody says.
+pub fn default_threads(blueprint: &Blueprint, layers: &Range<u32>) -> u32 {
+    if tensor_bytes(blueprint, layers) < THREADS_WORTH_BYTES {
+        1
+    } else {
+        engine::physical_cores()
     }
 }
 

@@ -5,7 +5,13 @@
 //!                                                     └─▶ serve sessions, advertise what is live
 //! ```
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{
+    fs::{File, TryLockError},
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use engine::Worker;
 use shard_registry::{Store, StoreError};
@@ -46,7 +52,7 @@ pub struct NodeConfig {
     pub memory: Option<u64>,
     /// Where to listen.
     pub listen: Vec<String>,
-    /// Compute threads; none: one for each physical core.
+    /// Compute threads; none: as [`crate::load::default_threads`] says.
     pub threads: Option<u32>,
 }
 
@@ -56,6 +62,20 @@ pub enum StartError {
     /// The identity.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// Two nodes with one identity would answer for each other.
+    #[error("another node runs with the home directory {path}; give this one its own: --home DIR")]
+    HomeInUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The home directory.
+    #[error("{path}: {source}")]
+    Lock {
+        /// The lock file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -80,6 +100,8 @@ pub struct SwarmNode {
     model: ModelId,
     layers: Range<u32>,
     tasks: Vec<JoinHandle<()>>,
+    /// Held while the node runs; the system lets go of it when the process dies.
+    _home: File,
 }
 
 impl SwarmNode {
@@ -90,6 +112,7 @@ impl SwarmNode {
     pub async fn start(config: NodeConfig) -> Result<Self, StartError> {
         let home = config.settings.home.clone();
         let identity = Identity::load_or_create(&home)?;
+        let lock = lock(&home)?;
         let store = Store::open(&home.join("store"))?;
         let found = blocking({
             let (store, model) = (store.clone(), config.model.clone());
@@ -97,7 +120,7 @@ impl SwarmNode {
         })
         .await??;
         let net = Net::start(net_config(&config, identity)).await?;
-        match Self::serve(&config, store, found, net.clone()).await {
+        match Self::serve(&config, store, found, net.clone(), lock).await {
             Ok(node) => Ok(node),
             Err(error) => {
                 net.shutdown().await;
@@ -111,6 +134,7 @@ impl SwarmNode {
         store: Store,
         found: Found,
         net: Net,
+        lock: File,
     ) -> Result<Self, StartError> {
         let mut tasks = Vec::new();
         tasks.extend(net.serve_fetch(Arc::new(StoreShelf(store.clone()))));
@@ -118,7 +142,9 @@ impl SwarmNode {
         tracing::info!(model = %found.name, id = %found.id.short(), layers = ?plan.layers, "loading");
         let speed = Speed::default();
         let limits = SessionLimits::default();
-        let threads = config.threads.unwrap_or_else(engine::physical_cores);
+        let threads = config
+            .threads
+            .unwrap_or_else(|| load::default_threads(&found.blueprint, &plan.layers));
         let worker = blocking({
             let (found, plan, speed) = (found.clone(), plan.clone(), speed.clone());
             move || {
@@ -153,6 +179,7 @@ impl SwarmNode {
             model,
             layers: plan.layers,
             tasks,
+            _home: lock,
         })
     }
 
@@ -200,6 +227,25 @@ impl std::fmt::Debug for SwarmNode {
             .field("model", &self.model)
             .field("layers", &self.layers)
             .finish()
+    }
+}
+
+/// One node in one home directory.
+fn lock(home: &Path) -> Result<File, StartError> {
+    let path = home.join("node.lock");
+    let io = |source| StartError::Lock {
+        path: path.clone(),
+        source,
+    };
+    let mut options = File::options();
+    let file = options.create(true).truncate(false).write(true);
+    let file = file.open(&path).map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StartError::HomeInUse {
+            path: home.to_owned(),
+        }),
+        Err(TryLockError::Error(source)) => Err(io(source)),
     }
 }
 

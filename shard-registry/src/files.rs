@@ -70,10 +70,11 @@ impl GgufFiles {
         let count = name.as_ref().map_or(1, |name| name.count);
         for no in 0..count {
             let part = name.as_ref().map_or(path.clone(), |name| name.file(no));
-            let file = File::open(&part).map_err(|e| io_at(&part, e))?;
-            if !file.metadata().map_err(|e| io_at(&part, e))?.is_file() {
+            // Looked at before it is opened: opening a pipe waits for its other end.
+            if !part.metadata().map_err(|e| io_at(&part, e))?.is_file() {
                 return Err(ImportError::NotAFile { path: part });
             }
+            let file = File::open(&part).map_err(|e| io_at(&part, e))?;
             let mark = FileMark::of(&part, &file).map_err(|e| io_at(&part, e))?;
             let header =
                 Header::read(&mut &file, mark.len).map_err(|source| ImportError::Gguf {

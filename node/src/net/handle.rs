@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -437,6 +438,7 @@ impl std::fmt::Debug for Net {
 }
 
 fn bind(swarm: &mut Swarm<Behaviour>, addr: &Multiaddr) -> Result<(), NetError> {
+    port_is_free(addr)?;
     let bound = swarm.listen_on(addr.clone());
     bound.map(drop).map_err(|error| {
         let reason = match &error {
@@ -448,6 +450,28 @@ fn bind(swarm: &mut Swarm<Behaviour>, addr: &Multiaddr) -> Result<(), NetError> 
             reason,
         }
     })
+}
+
+/// libp2p binds TCP with SO_REUSEPORT: a second process on the port would not fail but take half of
+/// the connections. Without that option the system tells.
+fn port_is_free(addr: &Multiaddr) -> Result<(), NetError> {
+    let mut parts = addr.iter();
+    let ip = match parts.next() {
+        Some(Protocol::Ip4(ip)) => IpAddr::from(ip),
+        Some(Protocol::Ip6(ip)) => IpAddr::from(ip),
+        _ => return Ok(()),
+    };
+    let Some(Protocol::Tcp(port @ 1..)) = parts.next() else {
+        return Ok(());
+    };
+    match std::net::TcpListener::bind((ip, port)) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(NetError::Listen {
+            addr: addr.to_string(),
+            reason: transport::explain(&error),
+        }),
+        // Whatever else is wrong, listening says.
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 /// The transports wrap the system's error several times over; its kind is what helps.
