@@ -1,7 +1,7 @@
 """Measure and sample the exported model, from the GGUF alone.
 
-    python evaluate.py --model demo.gguf --tokenizer RUN/tokenizer.json --corpus CORPUS
-    python evaluate.py --model demo.gguf --tokenizer RUN/tokenizer.json --say "Tell me a story about a fox."
+    python evaluate.py --model demo.gguf --corpus CORPUS
+    python evaluate.py --model demo.gguf --say "Tell me a story about a fox."
 
 Perplexity is counted as llama.cpp counts it: the documents of the split joined
 by blank lines and cut into windows of `--context` tokens, the first token of
@@ -21,7 +21,7 @@ from model import Config, Model
 
 
 def load(path):
-    """The model of a GGUF file, its weights back in F32."""
+    """The model of a GGUF file, its weights back in F32, and its tokenizer."""
     reader = gguf.GGUFReader(path)
     get = lambda key: reader.get_field(f"llama.{key}").contents()
     cfg = Config(
@@ -32,7 +32,8 @@ def load(path):
     model = Model(cfg).eval()
     model.load_state_dict({
         t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors})
-    return model
+    part = lambda key: reader.get_field(f"tokenizer.ggml.{key}").contents()
+    return model, text.tokenizer_of_gguf(part("tokens"), part("merges"))
 
 
 @torch.no_grad()
@@ -71,7 +72,6 @@ def generate(model, ids, count, temperature, top_p, generator):
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("--model", type=Path, required=True)
-    a.add_argument("--tokenizer", type=Path, required=True)
     a.add_argument("--corpus", type=Path)
     a.add_argument("--split", default="test")
     a.add_argument("--context", type=int, default=1024)
@@ -84,7 +84,7 @@ def main():
     args = a.parse_args()
 
     torch.set_num_threads(1)
-    model, tok = load(args.model), text.load_tokenizer(args.tokenizer)
+    model, tok = load(args.model)
     if args.corpus:
         ids = torch.tensor(tok.encode("\n\n".join(text.read_docs(args.corpus, args.split))).ids)
         losses, rows = token_losses(model, ids, args.context)

@@ -32,11 +32,16 @@ def read_docs(corpus, split):
         return [json.loads(line) for line in lines]
 
 
-def train_tokenizer(docs, vocab):
+def bare_tokenizer(bpe):
     """Byte-level BPE with GPT-2's splitting, as llama.cpp's `gpt2` / `gpt-2`."""
-    tok = Tokenizer(models.BPE())
+    tok = Tokenizer(bpe)
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tok.decoder = decoders.ByteLevel()
+    return tok
+
+
+def train_tokenizer(docs, vocab):
+    tok = bare_tokenizer(models.BPE())
     tok.train_from_iterator(docs, trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=CONTROL, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -45,6 +50,12 @@ def train_tokenizer(docs, vocab):
 
 def load_tokenizer(path):
     return Tokenizer.from_file(str(path))
+
+
+def tokenizer_of_gguf(tokens, merges):
+    """The tokenizer as a GGUF file holds it: a list of tokens and one of merges."""
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return bare_tokenizer(models.BPE(vocab, [tuple(m.split(" ")) for m in merges]))
 
 
 def encode_docs(tok, docs):
@@ -170,7 +181,7 @@ def chat_stream(tok, docs, rng):
         else:
             turn += [(ASSISTANT, text)]
         turns.append(turn)
-    for _ in range(len(turns) // 25):
+    for _ in range(len(turns) // 3):
         asks, replies = rng.choice(SMALL_TALK)
         turns.append([(USER, rng.choice(asks)), (ASSISTANT, rng.choice(replies))])
     rng.shuffle(turns)
@@ -188,9 +199,10 @@ class Windows:
     """An endless supply of training windows of any length, books and chat mixed.
 
     Each pass over the books shuffles the documents (<|bos|> text <|end|>), joins
-    them and cuts windows from the run; every window starts with <|bos|>, as
-    prompts and llama.cpp's perplexity windows do. The share `share` of
-    the windows comes from the chat run instead.
+    them, cuts windows and shuffles those, so that a batch is not all of one
+    book: neighbouring windows make gradients far noisier. Every window starts
+    with <|bos|>, as prompts and llama.cpp's perplexity windows do. The share
+    `share` of the windows comes from the chat conversations instead.
     """
 
     def __init__(self, tok, docs, seed=1):
@@ -198,21 +210,19 @@ class Windows:
                      for d in encode_docs(tok, docs)]
         self.chat = chat_stream(tok, docs, random.Random(seed))
         self.share, self.rng = 0.0, np.random.default_rng(seed)
-        self.left = {"book": np.empty(0, np.uint16), "chat": np.empty(0, np.uint16)}
+        self.left = {"book": np.empty((0, 1), np.uint16), "chat": np.empty((0, 1), np.uint16)}
         self.epochs = {"book": 0, "chat": 0}
 
-    def size(self, kind):
-        return sum(map(len, self.docs if kind == "book" else self.chat))
-
     def take(self, kind, length):
-        if len(self.left[kind]) < length + 1:
+        if len(self.left[kind]) == 0 or self.left[kind].shape[1] != length + 1:
             source = self.docs if kind == "book" else self.chat
-            order = self.rng.permutation(len(source))
-            self.left[kind] = np.concatenate([self.left[kind], *(source[i] for i in order)])
+            run = np.concatenate([source[i] for i in self.rng.permutation(len(source))])
+            starts = np.arange(self.rng.integers(length), len(run) - length, length)
+            self.rng.shuffle(starts)
+            self.left[kind] = np.stack([run[s : s + length + 1] for s in starts])
             self.epochs[kind] += 1
-        run = self.left[kind]
-        self.left[kind] = run[length:]
-        return run[: length + 1]
+        row, self.left[kind] = self.left[kind][0], self.left[kind][1:]
+        return row
 
     def batch(self, count, length):
         rows = np.stack([self.take("chat" if self.rng.random() < self.share else "book", length)
