@@ -313,6 +313,12 @@ impl LlamaStage {
                 Want::All => Output::All,
             };
             part.run(hidden, step, output, out)?;
+            // The next layer reads as many floats as it was given rows for.
+            if !last && out.len() != hidden.len() {
+                let (got, wanted) = (out.len(), hidden.len());
+                let why = format!("layer {layer} gave {got} values, {wanted} are due");
+                return Err(EngineError::Backend(why));
+            }
             if layer + 1 < step.layers.end {
                 std::mem::swap(hidden, out);
             }

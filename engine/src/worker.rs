@@ -264,6 +264,8 @@ impl Queue {
                     }
                 }
                 Item::Run { overtaken, .. } if *overtaken >= OVERTAKEN_MAX => return None,
+                // Short, and somebody waits for it: at the head nothing overtakes it.
+                Item::Open { .. } | Item::Close(_) if at == 0 => return None,
                 _ => {}
             }
         }
@@ -515,6 +517,39 @@ mod tests {
             got,
             [("a0", true), ("b0", true), ("a8", true), ("a16", true)]
         );
+    }
+
+    #[test]
+    fn opening_and_closing_are_not_overtaken_for_ever() {
+        let slot = |n| Slot(n);
+        let row = |n| {
+            let item = job(slot(n), 0, &[1], Box::new(|_| ()));
+            Item::Run {
+                job: item,
+                since: Instant::now(),
+                overtaken: 0,
+            }
+        };
+        let mut queue = Queue::default();
+        queue.items.push_back(Item::Close(slot(9)));
+        queue.items.push_back(row(1));
+        queue.items.push_back(Item::Open {
+            n_ctx: 64,
+            layers: 0..3,
+            reply: Box::new(|_| ()),
+        });
+        // Single rows keep coming; what was there first still has its turn.
+        let mut taken = Vec::new();
+        for n in 2..5 {
+            queue.items.push_back(row(n));
+            taken.push(match queue.take() {
+                Some(Item::Close(_)) => "close",
+                Some(Item::Open { .. }) => "open",
+                Some(Item::Run { .. }) => "row",
+                None => "nothing",
+            });
+        }
+        assert_eq!(taken, ["close", "row", "open"]);
     }
 
     #[test]

@@ -50,6 +50,8 @@ pub struct SessionSpec {
     pub n_layer: u16,
     /// Numbers in a hidden row, from the manifest.
     pub n_embd: u32,
+    /// Floats in a logits row.
+    pub n_vocab: u32,
     /// Positions that the session must hold.
     pub n_ctx: u32,
     /// How hidden states travel between hops.
@@ -65,6 +67,7 @@ impl SessionSpec {
             model,
             n_layer: manifest.n_layer,
             n_embd: manifest.n_embd,
+            n_vocab: manifest.n_vocab,
             n_ctx,
             dtype: Dtype::F32,
             avoid: Vec::new(),
@@ -163,6 +166,7 @@ impl Client {
             model: spec.model,
             n_ctx: spec.n_ctx,
             dtype: spec.dtype,
+            n_vocab: spec.n_vocab,
         };
         self.opener
             .open(kind, |avoid| self.plan(spec, avoid, seed))

@@ -324,6 +324,10 @@ unsafe extern "C" fn on_tensor(tensor: *mut sys::ggml_tensor, ask: bool, tap: *m
     // touches it during a call.
     let tap = unsafe { &mut *tap.cast::<Tap>() };
     // SAFETY: ggml passes a live tensor.
+    if unsafe { (*tensor).type_ } != sys::GGML_TYPE_F32 {
+        return false; // not seen: the caller's error
+    }
+    // SAFETY: ggml passes a live tensor.
     let n_bytes = unsafe { sys::ggml_nbytes(tensor) };
     tap.rows.clear();
     tap.rows.resize(n_bytes / size_of::<f32>(), 0.0);

@@ -202,6 +202,7 @@ async fn steps(
         model: MODEL,
         n_ctx,
         dtype: Dtype::F32,
+        n_vocab: N_VOCAB,
     };
     let mut session = opener.open_route(kind, route).await?;
     let mut token = 1;

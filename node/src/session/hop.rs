@@ -512,7 +512,7 @@ impl Shared {
         let claim = match self.pairing.answer((from, attach.session, attach.epoch)) {
             Ok(claim) => claim,
             Err(e) => {
-                let failure = fail(0, Fault::Caller, FailureCode::Full, e.to_string());
+                let failure = fail(0, Fault::Local, FailureCode::Full, e.to_string());
                 pipe.push(&Answer::Failed(failure));
                 let _ = timeout(self.limits.deadlines.close, pipe.close()).await;
                 return Err(e.to_string());

@@ -43,6 +43,8 @@ pub struct Kind {
     pub n_ctx: u32,
     /// How hidden states travel.
     pub dtype: Dtype,
+    /// Floats in a logits row, as the manifest says: a hop that says otherwise is at fault.
+    pub n_vocab: u32,
 }
 
 impl Opener {
@@ -108,14 +110,14 @@ impl Opener {
         let greeting = deadline + self.deadlines.per_hop;
         let both = async {
             tokio::try_join!(
-                self.chain(open, deadline),
+                self.chain(open, kind.n_vocab, deadline),
                 self.answers(route, session, greeting)
             )
         };
-        let ((up, n_vocab), mut answers) = both
+        let (up, mut answers) = both
             .await
             .map_err(|failure| ClientError::hop(route, failure))?;
-        answers.set_limits(limits::answers(n_vocab));
+        answers.set_limits(limits::answers(kind.n_vocab));
         Ok(ClientSession::new(Opened {
             up,
             answers,
@@ -124,12 +126,12 @@ impl Opener {
             route: route.to_vec(),
             dtype: kind.dtype,
             n_ctx: kind.n_ctx,
-            n_vocab,
+            n_vocab: kind.n_vocab,
             deadlines: self.deadlines,
         }))
     }
 
-    async fn chain(&self, open: Open, deadline: Instant) -> Result<(Pipe, u32), Failure> {
+    async fn chain(&self, open: Open, n_vocab: u32, deadline: Instant) -> Result<Pipe, Failure> {
         let at_fault = |code, message: String| fail(0, Fault::Peer, code, message);
         let hops = open.hops.len();
         let Some(hop) = open.hops.first() else {
@@ -146,7 +148,11 @@ impl Opener {
             pipe.frame::<Up>().await
         };
         match timeout_at(deadline, opened).await.map_err(late)? {
-            Ok(Some(Up::Opened { n_vocab, .. })) if n_vocab > 0 => Ok((pipe, n_vocab)),
+            Ok(Some(Up::Opened { n_vocab: told, .. })) if told == n_vocab => Ok(pipe),
+            Ok(Some(Up::Opened { n_vocab: told, .. })) => Err(at_fault(
+                FailureCode::BadFrame,
+                format!("it has a vocabulary of {told}, the model has {n_vocab}"),
+            )),
             Ok(Some(Up::Failed(mut failure))) => {
                 failure.at = failure
                     .at

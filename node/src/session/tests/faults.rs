@@ -16,6 +16,7 @@ const KIND: Kind = Kind {
     model: MODEL,
     n_ctx: 256,
     dtype: Dtype::F32,
+    n_vocab: N_VOCAB,
 };
 
 #[track_caller]

@@ -347,6 +347,7 @@ async fn bad_tail(reply: impl FnOnce(&mut Pipe, Epoch)) -> ClientError {
         model: MODEL,
         n_ctx: 100,
         dtype: Dtype::F32,
+        n_vocab: N_VOCAB,
     };
     let tail = async {
         let (mut up, mut answers): (Option<Pipe>, Option<Pipe>) = (None, None);

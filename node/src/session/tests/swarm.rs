@@ -222,6 +222,7 @@ impl Swarm {
                     model: MODEL,
                     n_ctx,
                     dtype,
+                    n_vocab: N_VOCAB,
                 },
                 &self.route(),
             )
