@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use engine::Vocab;
 use node::config::{Settings, SwarmArgs};
-use node::telemetry::{self, Telemetry, TelemetryConfig};
+use node::telemetry::{self, Telemetry, TelemetryConfig, TelemetryError};
 use node::{Access, Client, ClientSession, Identity, NetConfig, Privacy, SessionSpec};
 use shard_registry::{Manifest, Resolved};
 use swarm_proto::{Dtype, ModelId};
@@ -76,7 +76,12 @@ impl Swarm {
             json: settings.log_json,
             otlp: settings.otlp.clone(),
             service: "shoal",
-        })?;
+        });
+        let telemetry = match telemetry {
+            // A measurement joins two swarms: the first one's logging serves both.
+            Err(TelemetryError::Twice) => Telemetry::default(),
+            other => other?,
+        };
         let (identity, lock) = client_identity(&settings.home)?;
         let config = NetConfig {
             key: settings.key,

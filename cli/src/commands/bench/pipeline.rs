@@ -1,5 +1,6 @@
-//! `shoal bench pipeline`: two prompts in flight over two nodes that hold half the layers each, against
-//! one prompt on one node that holds them all, in alternating rounds of one run.
+//! `shoal bench pipeline`: two prompts in flight over two nodes that share the layers so that each reads
+//! about as many bytes a token, against one prompt on one node that holds them all, in alternating rounds
+//! of one run.
 
 use std::path::Path;
 use std::time::Instant;
@@ -76,7 +77,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         .worker_threads(2)
         .enable_all()
         .build()?;
-    let report = measure(&args, &runtime, &file, facts.n_layer)?;
+    let report = measure(&args, &runtime, &file, &facts)?;
     if args.json {
         terminal::say_json(&report)
     } else {
@@ -88,10 +89,12 @@ fn measure(
     args: &Args,
     runtime: &tokio::runtime::Runtime,
     file: &Path,
-    n_layer: u32,
+    facts: &ModelFacts,
 ) -> anyhow::Result<Report> {
+    let n_layer = facts.n_layer;
+    let cut = balanced_cut(&facts.layer_bytes, facts.head_bytes.max(tied(facts)));
     let one = Nodes::start(file, &share_out(n_layer, 1), 1)?;
-    let two = Nodes::start(file, &share_out(n_layer, 2), 1)?;
+    let two = Nodes::start(file, &[0..cut, cut..n_layer], 1)?;
     runtime.block_on(async {
         let (of_one, of_two) = (
             one.client().join(false).await?,
@@ -145,6 +148,29 @@ fn measure(
     })
 }
 
+/// Bytes that the output matrix reads where it is the embedding's.
+fn tied(facts: &ModelFacts) -> u64 {
+    if facts.head_bytes < facts.embedding_bytes / 2 {
+        facts.embedding_bytes
+    } else {
+        0
+    }
+}
+
+/// Where to cut so that both halves read about as many bytes a token: the second also reads the head.
+fn balanced_cut(layer_bytes: &[u64], head_bytes: u64) -> u32 {
+    let total = layer_bytes.iter().sum::<u64>() + head_bytes;
+    let mut before = 0;
+    let gap = |(_, before): &(u32, u64)| total.abs_diff(2 * before);
+    let cuts = (1u32..).zip(layer_bytes).map(|(cut, bytes)| {
+        before += bytes;
+        (cut, before)
+    });
+    cuts.take(layer_bytes.len().saturating_sub(1))
+        .min_by_key(gap)
+        .map_or(1, |(cut, _)| cut)
+}
+
 async fn open(args: &Args, member: &Member) -> anyhow::Result<ClientSession> {
     let model = member.model(None).await?;
     let n_ctx = context(args.tokens);
@@ -188,4 +214,17 @@ fn print(report: &Report) -> anyhow::Result<()> {
         report.ratio
     ))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::balanced_cut;
+
+    #[test]
+    fn the_cut_counts_the_head() {
+        assert_eq!(balanced_cut(&[10; 8], 0), 4);
+        assert_eq!(balanced_cut(&[10; 16], 160), 15);
+        assert_eq!(balanced_cut(&[10; 16], 80), 12);
+        assert_eq!(balanced_cut(&[10; 2], 1000), 1);
+    }
 }
