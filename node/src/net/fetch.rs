@@ -37,6 +37,8 @@ const HOLDERS_MAX: usize = 5;
 const OPEN_DEADLINE: Duration = Duration::from_secs(5);
 /// How long one holder may take to send everything.
 const REPLY_DEADLINE: Duration = Duration::from_secs(60);
+/// A whole reply, from our side: whoever asked has given up by then.
+const SERVE_DEADLINE: Duration = REPLY_DEADLINE;
 /// Kademlia is asked where adverts name nobody.
 const PROVIDERS_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -142,8 +144,13 @@ impl Net {
                 };
                 let (net, shelf) = (net.clone(), shelf.clone());
                 tokio::spawn(async move {
-                    if let Err(error) = serve(&net, shelf, stream).await {
-                        tracing::debug!(%peer, %error, "fetch request not served");
+                    let served = tokio::time::timeout(SERVE_DEADLINE, serve(&net, shelf, stream));
+                    match served.await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => {
+                            tracing::debug!(%peer, %error, "fetch request not served");
+                        }
+                        Err(_) => tracing::debug!(%peer, "fetch request given up: too slow"),
                     }
                     drop(slot);
                 });

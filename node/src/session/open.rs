@@ -51,7 +51,7 @@ impl Opener {
     /// Opens along the routes that `plan` gives, which is told whom to avoid.
     ///
     /// # Errors
-    /// There is no route, or [`TRIES_MAX`] routes failed.
+    /// There is no route, or every route that was tried failed.
     pub async fn open(
         &self,
         kind: Kind,
