@@ -101,25 +101,7 @@ pub fn first_file(home: &Path, text: &str) -> anyhow::Result<PathBuf> {
     })
 }
 
-/// Below this size a layer's work is over before a second thread has woken; and where the cores are
-/// shared, ggml's busily waiting threads make it many times slower.
-const THREADS_WORTH_BYTES: u64 = 256 << 20;
-
 /// Compute threads for a whole model in this process when nobody says.
 pub fn threads_for(file: &Path) -> u32 {
-    let bytes = std::fs::metadata(file).map_or(0, |meta| meta.len());
-    if bytes < THREADS_WORTH_BYTES {
-        1
-    } else {
-        engine::physical_cores()
-    }
-}
-
-/// Tensors of an imported model for the engine, each verified before it is given.
-pub struct Verified(pub shard_registry::ShardReader);
-
-impl engine::TensorSource for Verified {
-    fn read(&self, name: &str, out: &mut Vec<u8>) -> std::io::Result<()> {
-        self.0.read_tensor(name, out).map_err(std::io::Error::other)
-    }
+    engine::threads_for(std::fs::metadata(file).map_or(0, |meta| meta.len()))
 }

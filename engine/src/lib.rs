@@ -32,7 +32,7 @@ pub use random_model::{
 pub use sampler::{Candidates, Penalties, SampleError, Sampler, SamplerOptions};
 pub use source::{FileSource, TensorSource};
 pub use stage::{EngineError, Fault, Input, Slot, Stage, StageShape, StageStats, Step, Want};
-pub use system::{Device, SystemInfo, numerics_class, physical_cores, system_info};
+pub use system::{Device, SystemInfo, numerics_class, physical_cores, system_info, threads_for};
 pub use vocab::{Detokenizer, TEXT_BYTES_MAX, Vocab, VocabError};
 pub use whole::WholeModel;
 pub use worker::{Busy, Done, Job, Reply, Rows, Worker};

@@ -68,6 +68,19 @@ pub fn numerics_class(n_threads: u32) -> u64 {
     u64::from_le_bytes(std::array::from_fn(|i| hash[i]))
 }
 
+/// Below this size a layer's work is over before a second thread has woken; and where the cores are
+/// shared, ggml's busily waiting threads make it many times slower.
+const THREADS_WORTH_BYTES: u64 = 256 << 20;
+
+/// Compute threads for `bytes` of tensors when nobody says.
+pub fn threads_for(bytes: u64) -> u32 {
+    if bytes < THREADS_WORTH_BYTES {
+        1
+    } else {
+        physical_cores()
+    }
+}
+
 /// Physical cores this process may use; at least one.
 pub fn physical_cores() -> u32 {
     let logical = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);

@@ -383,8 +383,8 @@ pub fn load(
     Ok(stage)
 }
 
-/// Tensors whose shard's hash was right.
-struct Verified(ShardReader);
+/// Tensors of an imported model for the engine, each given only where its shard's hash was right.
+pub struct Verified(pub ShardReader);
 
 impl TensorSource for Verified {
     fn read(&self, name: &str, out: &mut Vec<u8>) -> io::Result<()> {
@@ -392,17 +392,9 @@ impl TensorSource for Verified {
     }
 }
 
-/// Below this size a layer's work is over before a second thread has woken; and where the cores are
-/// shared, ggml's busily waiting threads make it many times slower.
-const THREADS_WORTH_BYTES: u64 = 256 << 20;
-
 /// Compute threads for these layers when nobody says.
 pub fn default_threads(blueprint: &Blueprint, layers: &Range<u32>) -> u32 {
-    if tensor_bytes(blueprint, layers) < THREADS_WORTH_BYTES {
-        1
-    } else {
-        engine::physical_cores()
-    }
+    engine::threads_for(tensor_bytes(blueprint, layers))
 }
 
 /// Half of the memory that is free now, for nodes that are given no budget.

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context;
+use engine::Blueprint;
 use node::ClientSession;
 use serde::Serialize;
 use swarm_proto::Dtype;
@@ -15,7 +16,6 @@ use super::nodes::Nodes;
 use super::share_out;
 use crate::home::Home;
 use crate::local_models;
-use crate::model_facts::ModelFacts;
 use crate::swarm::Member;
 use crate::terminal::{self, BOLD, DIM, paint};
 
@@ -72,12 +72,12 @@ struct Report {
 pub fn main(args: Args) -> anyhow::Result<()> {
     let temp = tempfile::Builder::new().prefix("shoal-bench-").tempdir()?;
     let file = model_file(args.one_billion, temp.path(), &args.home, &args.model)?;
-    let facts = ModelFacts::new(&local_models::header_of_file(&file)?)?;
+    let blueprint = Blueprint::new(&local_models::header_of_file(&file)?)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()?;
-    let report = measure(&args, &runtime, &file, &facts)?;
+    let report = measure(&args, &runtime, &file, &blueprint)?;
     if args.json {
         terminal::say_json(&report)
     } else {
@@ -89,10 +89,11 @@ fn measure(
     args: &Args,
     runtime: &tokio::runtime::Runtime,
     file: &Path,
-    facts: &ModelFacts,
+    blueprint: &Blueprint,
 ) -> anyhow::Result<Report> {
-    let n_layer = facts.n_layer;
-    let cut = balanced_cut(&facts.layer_bytes, facts.head_bytes.max(tied(facts)));
+    let n_layer = blueprint.n_layer();
+    let layer_bytes: Vec<u64> = (0..n_layer).map(|i| blueprint.layer_bytes(i)).collect();
+    let cut = balanced_cut(&layer_bytes, blueprint.head_bytes());
     let one = Nodes::start(file, &share_out(n_layer, 1), 1)?;
     let two = Nodes::start(file, &[0..cut, cut..n_layer], 1)?;
     runtime.block_on(async {
@@ -146,15 +147,6 @@ fn measure(
             same_tokens,
         })
     })
-}
-
-/// Bytes that the output matrix reads where it is the embedding's.
-fn tied(facts: &ModelFacts) -> u64 {
-    if facts.head_bytes < facts.embedding_bytes / 2 {
-        facts.embedding_bytes
-    } else {
-        0
-    }
 }
 
 /// Where to cut so that both halves read about as many bytes a token: the second also reads the head.

@@ -17,7 +17,7 @@ use swarm_proto::{Dtype, activation};
 use super::share_out;
 use crate::failure::Failure;
 use crate::home::Home;
-use crate::local_models::{self, Verified};
+use crate::local_models;
 use crate::terminal::{self, BOLD, DIM, paint};
 use crate::tokens;
 
@@ -110,7 +110,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         ..LoadOptions::default()
     };
     let bar = terminal::bar_of(blueprint.n_layer().into(), "loading layers");
-    let source = Verified(store.reader(id)?);
+    let source = node::load::Verified(store.reader(id)?);
     let all = 0..blueprint.n_layer();
     let mut stage = LlamaStage::load(&blueprint, all.clone(), &source, &options, &mut |_| {
         bar.inc(1)
