@@ -77,7 +77,7 @@ def main():
     w.close()
     Path(f"{args.out}.new").rename(args.out)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes, {saved['tokens']:,} tokens trained, "
-          f"{saved['cpu'] / 60:.0f} CPU minutes")
+          f"{saved['clock'] / 60:.0f} CPU minutes")
 
 
 if __name__ == "__main__":
