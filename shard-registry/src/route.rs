@@ -29,6 +29,10 @@ const UPLINK_UNKNOWN: f64 = 2.5e6;
 const LAYER_TOKENS_UNKNOWN: f64 = 200.0;
 /// Compute counts for more than its measured time: a machine under load is slower than idle.
 const COMPUTE_WEIGHT: f64 = 1.5;
+/// What a hop must save to be worth it, as a share of the cheapest route's time.
+const HOP_SHARE: f64 = 0.03;
+/// Draws of the jitter that may each ask for more hops before the cheapest route is taken.
+const DRAWS_MAX: u64 = 8;
 /// Holders of a layer that are looked at: the best by themselves. Where a layer has no more than that
 /// the route is the cheapest there is.
 const HOLDERS_MAX: usize = 32;
@@ -54,11 +58,13 @@ pub struct Query<'a> {
     pub allow: Option<&'a [Peer]>,
     /// Round trips measured from here, in µs.
     pub rtts: &'a [(Peer, u32)],
-    /// Makes each peer dearer by a factor of 1 to `1 + jitter`, so that clients with the same view
-    /// do not all choose the same route. 0: none.
+    /// Makes each peer's compute dearer by a factor of 1 to `1 + jitter`, so that clients with the same
+    /// view do not all choose the same route. 0: none. Alone it buys hops too: see [`spread`].
     pub jitter: f32,
     /// What the jitter is drawn from.
     pub seed: u64,
+    /// What a hop costs beyond its known price.
+    pub hop_extra: Duration,
 }
 
 impl<'a> Query<'a> {
@@ -75,6 +81,7 @@ impl<'a> Query<'a> {
             rtts: &[],
             jitter: 0.0,
             seed: 0,
+            hop_extra: Duration::ZERO,
         }
     }
 }
@@ -164,6 +171,42 @@ pub fn plan(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
             .collect(),
         estimate: Duration::from_nanos(steps.cost.ns),
     })
+}
+
+/// Plans one of the routes that are about as cheap as the cheapest, drawn from the query's jitter and
+/// seed. It has no more hops than the cheapest, and that one has a hop more only where it saves a few
+/// percent: what is estimated finer than that is noise, and a hop is one more peer to fail.
+///
+/// # Errors
+/// As [`plan`].
+pub fn spread(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
+    let calm = Query {
+        jitter: 0.0,
+        ..query.clone()
+    };
+    let least = plan(snapshot, &calm)?.estimate;
+    let hop_extra = query.hop_extra + least.mul_f64(HOP_SHARE);
+    let priced = |route: Route| Route {
+        estimate: estimate(snapshot, &calm, &route.hops).unwrap_or(route.estimate),
+        ..route
+    };
+    let best = Query {
+        hop_extra,
+        ..calm.clone()
+    };
+    let best = plan(snapshot, &best)?;
+    for draw in 0..DRAWS_MAX {
+        let drawn = Query {
+            hop_extra,
+            seed: query.seed.wrapping_add(draw),
+            ..query.clone()
+        };
+        let route = plan(snapshot, &drawn)?;
+        if route.hops.len() <= best.hops.len() {
+            return Ok(priced(route));
+        }
+    }
+    Ok(priced(best))
 }
 
 /// What the planner would say that a given route costs; `None` when it uses a peer or layer that it
@@ -414,12 +457,13 @@ fn weigh<'a>(
     let queued = layer_ns
         .saturating_mul(n_live)
         .saturating_mul(advert.queue.into());
+    let hop_extra = u64::try_from(query.hop_extra.as_nanos()).unwrap_or(u64::MAX);
     Usable {
         advert,
         layer_ns,
         half_ns,
         send_ns: send(query.frame_bytes),
-        enter_ns: HOP_NS + queued.min(COST_MAX >> 16),
+        enter_ns: HOP_NS + hop_extra.min(COST_MAX >> 16) + queued.min(COST_MAX >> 16),
         exit_ns: half_ns + send(query.reply_bytes),
         known: Vec::new(),
         live,

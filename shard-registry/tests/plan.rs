@@ -114,6 +114,55 @@ fn more_nodes_are_never_slower() {
 }
 
 #[test]
+fn jitter_spreads_clients_and_buys_no_hops() {
+    let near: Vec<_> = (1..=4).map(|n| (peer(n), 50)).collect();
+    let routes =
+        |swarm: &Snapshot, plan: fn(&Snapshot, &Query) -> Result<route::Route, route::NoRoute>| {
+            let routes = (0..200).map(|seed| {
+                let query = Query {
+                    rtts: &near,
+                    jitter: 0.3,
+                    seed: seed * 1000,
+                    ..Query::new(MODEL, 8)
+                };
+                let route = plan(swarm, &query).unwrap();
+                route.hops.iter().map(|hop| hop.peer.0[0]).collect()
+            });
+            routes.collect::<HashSet<Vec<u8>>>()
+        };
+    let mut whole = advert(peer(1), 8, span(0, 8), 1000.0);
+    whole.rtts = vec![(peer(2), 50), (peer(3), 50)];
+    let mut half = advert(peer(2), 8, span(0, 4), 1000.0);
+    half.rtts = vec![(peer(3), 50)];
+    let halves = [half, advert(peer(3), 8, span(4, 8), 1000.0)];
+    let swarm = snapshot(halves.into_iter().chain([whole.clone()]).collect());
+    assert!(
+        routes(&swarm, route::plan).len() > 1,
+        "jitter alone takes two hops where one does"
+    );
+    assert_eq!(routes(&swarm, route::spread), HashSet::from([vec![1]]));
+    // A little slower, and still one peer less to fail; much slower, and two are worth it.
+    for (speed, hops) in [(980.0, 1), (500.0, 2)] {
+        let mut slower = whole.clone();
+        slower.models[0].layer_tokens_s = Some(Measured {
+            value: speed,
+            age_s: 1,
+        });
+        let others = swarm.adverts.iter().map(|advert| Advert::clone(advert));
+        let others = others.filter(|advert| advert.peer != peer(1));
+        let swarm = snapshot(others.chain([slower]).collect());
+        let routes = routes(&swarm, route::spread);
+        assert!(
+            routes.iter().all(|route| route.len() == hops),
+            "{speed}: {routes:?}"
+        );
+    }
+    let twin = advert(peer(4), 8, span(0, 8), 1000.0);
+    let twins = routes(&snapshot(vec![whole, twin]), route::spread);
+    assert_eq!(twins, HashSet::from([vec![1], vec![4]]), "equals share");
+}
+
+#[test]
 fn queues_speeds_and_known_distances_count() {
     let first = |change: fn(&mut Advert)| {
         let mut changed = advert(peer(1), 4, span(0, 4), 1000.0);
