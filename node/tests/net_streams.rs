@@ -131,6 +131,105 @@ async fn quic_under_a_shared_key_is_refused_at_start() {
     assert!(error.to_string().contains("QUIC"), "{error}");
 }
 
+/// What two versions share.
+#[derive(libp2p::swarm::NetworkBehaviour)]
+struct Newer {
+    identify: libp2p::identify::Behaviour,
+    ping: libp2p::ping::Behaviour,
+}
+
+/// A peer of swarm `t` that speaks version 2 of everything.
+async fn newer_peer() -> (Peer, String) {
+    use futures::StreamExt;
+    use libp2p::{SwarmBuilder, identify, noise, swarm::SwarmEvent, tcp, yamux};
+    let behaviour = |key: &libp2p::identity::Keypair| Newer {
+        identify: identify::Behaviour::new(identify::Config::new(
+            "/shoal/t/2".into(),
+            key.public(),
+        )),
+        ping: Default::default(),
+    };
+    let mut newer = SwarmBuilder::with_new_identity()
+        .with_tokio()
+        .with_tcp(
+            tcp::Config::default(),
+            noise::Config::new,
+            yamux::Config::default,
+        )
+        .expect("a transport")
+        .with_behaviour(behaviour)
+        .expect("a behaviour")
+        .build();
+    newer
+        .listen_on(TCP.parse().expect("an address"))
+        .expect("listens");
+    let addr = loop {
+        if let SwarmEvent::NewListenAddr { address, .. } = newer.select_next_some().await {
+            break address;
+        }
+    };
+    let peer = newer.local_peer_id().to_string();
+    tokio::spawn(async move {
+        loop {
+            newer.select_next_some().await;
+        }
+    });
+    let addr = format!("{addr}/p2p/{peer}");
+    (peer.parse().expect("an ed25519 id"), addr)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_version_is_named_in_the_error() {
+    let (peer, addr) = newer_peer().await;
+    let client = start(config("t")).await;
+    let refused = client
+        .open(peer, &[addr], Proto::Session, DEADLINE)
+        .await
+        .expect_err("another version");
+    assert_eq!(
+        refused.to_string(),
+        format!(
+            "peer {peer} speaks another version of Shoal (theirs 2, ours 1): update the older one"
+        )
+    );
+    let strangers = client.strangers();
+    assert!(
+        matches!(strangers[..], [OpenError::OtherVersion { theirs: 2, .. }]),
+        "{strangers:?}"
+    );
+    assert!(client.peers().borrow().is_empty(), "it is none of us");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_published_nothing_leaves_at_once_and_what_was_written_arrives() {
+    let server = start(listening("t", TCP)).await;
+    let mut accepted = server.accept(Proto::Session).expect("free");
+    let mut quickest = DEADLINE;
+    // A loaded machine may be slow once; waiting for gossip that is not there would be slow each time.
+    for _ in 0..5 {
+        let client = start(config("t")).await;
+        let opened = client
+            .open(
+                server.me(),
+                &server.listen_addrs(),
+                Proto::Session,
+                DEADLINE,
+            )
+            .await;
+        let mut stream = opened.expect("opens");
+        stream.write_all(b"goodbye").await.expect("writes");
+        stream.shutdown().await.expect("closes");
+        let begun = std::time::Instant::now();
+        client.shutdown().await;
+        quickest = quickest.min(begun.elapsed());
+        let (_, mut theirs) = accepted.recv().await.expect("a stream");
+        let mut heard = Vec::new();
+        theirs.read_to_end(&mut heard).await.expect("reads");
+        assert_eq!(heard, b"goodbye");
+    }
+    assert!(quickest < Duration::from_millis(250), "{quickest:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_port_in_use_is_named() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");

@@ -94,7 +94,7 @@ impl Behaviour {
         Ok(Self {
             gate: Gate(parts.access),
             limits: connection_limits::Behaviour::new(limits()),
-            streams: Streams::new(parts.swarm.clone(), parts.acceptors),
+            streams: Streams::new(parts.acceptors),
             identify: identify::Behaviour::new(
                 identify::Config::new(parts.swarm.identify_protocol(), parts.keypair.public())
                     .with_agent_version(parts.agent)

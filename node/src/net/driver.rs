@@ -30,7 +30,9 @@ use super::{
     behaviour::{Behaviour, BehaviourEvent},
     bootstrap::Bootstrap,
     facts::Facts,
+    stream::{OpenError, Proto},
     streams::OpenRequest,
+    transport::explain_dial,
 };
 use crate::identity::peer_of;
 
@@ -42,8 +44,9 @@ const PENDING_MAX: usize = 8;
 const DISCOVERED_MAX: usize = 64;
 /// Provider queries that may run at once.
 const QUERIES_MAX: usize = 32;
-/// How long the last messages (a withdrawn advert) may take to leave. Gossipsub has no receipt;
-/// the connections' own tasks write within a few milliseconds.
+/// How long the last messages (a withdrawn advert) may take to leave, where there are any. Gossipsub
+/// has no receipt; the connections' own tasks write within a few milliseconds. What streams wrote
+/// needs no such wait: a connection sends it before it closes.
 const LINGER: Duration = Duration::from_millis(300);
 /// A stranger's connection is kept this long after identify, so that streams being opened on it
 /// fail with the reason and not with a lost connection, on both sides.
@@ -102,6 +105,8 @@ pub(super) struct Driver {
     pub(super) facts: Arc<Facts>,
     pub(super) shutdown: watch::Receiver<bool>,
     pub(super) provider_keys: HashMap<kad::RecordKey, ()>,
+    /// Gossip of ours may still be on its way.
+    pub(super) published: bool,
     /// Connected strangers and when they are let go.
     pub(super) strangers: VecDeque<(Instant, PeerId)>,
 }
@@ -143,7 +148,9 @@ impl Driver {
         while let Ok(command) = self.commands.try_recv() {
             self.on_command(command);
         }
-        let _ = tokio::time::timeout(LINGER, self.drive_only()).await;
+        if self.published {
+            let _ = tokio::time::timeout(LINGER, self.drive_only()).await;
+        }
         let peers: Vec<PeerId> = self.swarm.connected_peers().copied().collect();
         for peer in peers {
             let _ = self.swarm.disconnect_peer_id(peer);
@@ -203,7 +210,8 @@ impl Driver {
         for topic in topics {
             let gossip = &mut self.swarm.behaviour_mut().gossip;
             match gossip.publish(IdentTopic::new(topic), bytes) {
-                Ok(_) | Err(gossipsub::PublishError::NoPeersSubscribedToTopic) => {}
+                Ok(_) => self.published = true,
+                Err(gossipsub::PublishError::NoPeersSubscribedToTopic) => {}
                 Err(error) => tracing::debug!(%error, topic, "advert not published"),
             }
         }
@@ -247,7 +255,7 @@ impl Driver {
 
     fn bootstrap_failed(&mut self, id: ConnectionId, error: &DialError) {
         if self.bootstrap.failed(id, Instant::now()) {
-            tracing::info!(error = %describe(error), "a peer given by --peer does not answer yet; trying on");
+            tracing::info!(error = %explain_dial(error), "a peer given by --peer does not answer yet; trying on");
         }
     }
 
@@ -290,7 +298,7 @@ impl Driver {
                 peer_id,
                 error,
             } => {
-                tracing::debug!(?peer_id, error = %describe(&error), "dial failed");
+                tracing::debug!(?peer_id, error = %explain_dial(&error), "dial failed");
                 self.bootstrap_failed(connection_id, &error);
             }
             SwarmEvent::IncomingConnectionError {
@@ -358,18 +366,18 @@ impl Driver {
 
     /// A stranger is told to the user and let go; one of us is remembered.
     fn identified(&mut self, id: PeerId, info: identify::Info) {
-        let theirs = swarm_in(&info.protocol_version);
+        let Some(peer) = peer_of(&id) else {
+            // No stream is opened to such a peer, and its adverts name nobody.
+            return;
+        };
+        let stranger = OpenError::stranger(peer, &info.protocol_version, &self.swarm_id);
         self.swarm
             .behaviour_mut()
             .streams
-            .identified(id, theirs, &info.protocols);
-        if theirs != Some(self.swarm_id.as_str()) {
-            let theirs = theirs.unwrap_or("none");
-            tracing::warn!(
-                peer = %id,
-                "peer speaks swarm {theirs}, we are {}: disconnecting",
-                self.swarm_id
-            );
+            .identified(id, stranger.clone(), &info.protocols);
+        if let Some(why) = stranger {
+            tracing::warn!("{why}; disconnecting");
+            self.facts.stranger(why);
             let now = Instant::now();
             self.bootstrap.useless(id, now);
             self.strangers.push_back((now + STRANGER_GRACE, id));
@@ -378,12 +386,10 @@ impl Driver {
         for addr in info.listen_addrs.into_iter().take(8) {
             self.swarm.behaviour_mut().kad.add_address(&id, addr);
         }
-        if let Some(peer) = peer_of(&id) {
-            self.facts.connected(peer);
-            let fetch = super::stream::Proto::Fetch.name(&self.swarm_id);
-            let fetch = info.protocols.iter().any(|p| p.as_ref() == fetch);
-            self.pending.push_back(Notice::Identified { peer, fetch });
-        }
+        self.facts.connected(peer);
+        let fetch = Proto::Fetch.name(&self.swarm_id);
+        let fetch = info.protocols.iter().any(|p| p.as_ref() == fetch);
+        self.pending.push_back(Notice::Identified { peer, fetch });
     }
 
     fn discovered(&mut self, found: Vec<(PeerId, Multiaddr)>) {
@@ -448,17 +454,5 @@ impl Driver {
             .kad
             .store_mut()
             .add_provider(record);
-    }
-}
-
-/// The swarm that another peer's identify version names.
-fn swarm_in(version: &str) -> Option<&str> {
-    version.strip_prefix("/shoal/")?.split('/').next()
-}
-
-fn describe(error: &DialError) -> String {
-    match error {
-        DialError::Denied { cause } => cause.to_string(),
-        other => other.to_string(),
     }
 }

@@ -186,6 +186,7 @@ impl Net {
             facts: facts.clone(),
             shutdown: stop,
             provider_keys: Default::default(),
+            published: false,
             strangers: Default::default(),
         };
         let driver = tokio::spawn(driver.run());
@@ -248,6 +249,11 @@ impl Net {
     /// Peers of our swarm that we are connected to now; changes as they come and go.
     pub fn peers(&self) -> watch::Receiver<Vec<Peer>> {
         self.inner.facts.peers()
+    }
+
+    /// Why peers that answered are of no use to us: another swarm, another version. The first few.
+    pub fn strangers(&self) -> Vec<OpenError> {
+        self.inner.facts.strangers()
     }
 
     /// The least round trip measured to each connected peer, nearest first.

@@ -561,7 +561,9 @@ fn engine_code(e: &engine::EngineError) -> FailureCode {
 
 pub(super) fn dial_code(e: &OpenError) -> FailureCode {
     match e {
-        OpenError::Unsupported { .. } | OpenError::OtherSwarm { .. } => FailureCode::Version,
+        OpenError::Unsupported { .. }
+        | OpenError::OtherSwarm { .. }
+        | OpenError::OtherVersion { .. } => FailureCode::Version,
         OpenError::Refused { .. } | OpenError::Busy { .. } => FailureCode::Full,
         OpenError::Timeout { .. } => FailureCode::Deadline,
         _ => FailureCode::DownstreamLost,
