@@ -1,16 +1,17 @@
 //! A client of the swarm: connects, learns who holds what, plans a route, opens sessions. It needs
 //! no weights; manifests and tokenizers come by hash from whoever holds them.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use shard_registry::{
     Manifest, Snapshot,
-    route::{Query, plan},
+    route::{Query, plan, spread},
 };
-use swarm_proto::{Dtype, Hop, LayerRange, ModelId, Peer};
+use swarm_proto::{Advert, Dtype, Hop, LayerRange, ModelId, Peer};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
+    known_peers::KnownPeers,
     net::{FetchError, Net, NetConfig, NetError},
     session::{ClientError, ClientSession, Deadlines, Kind, Opener},
 };
@@ -19,8 +20,11 @@ use crate::{
 const SYNC_DEADLINE: Duration = Duration::from_secs(10);
 /// Gossip may still be on its way when a first plan finds a gap: planning waits this long for it.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Costs are drawn from 1 to this much more, so that clients with the same view spread.
+/// How much dearer a peer's compute may be drawn, so that clients with the same view spread.
 const JITTER: f32 = 0.3;
+
+/// More than every layer of any model takes for the longest context.
+const FREE_CELLS_IDLE: u64 = 1 << 48;
 
 /// Whom the hidden states may pass, from which a prompt can be reconstructed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -84,12 +88,21 @@ pub struct Client {
 }
 
 impl Client {
-    /// Starts a network of its own and waits, a bounded time, for a first peer's adverts.
+    /// Starts a network of its own and waits, a bounded time, for a first peer's adverts. Where the peers
+    /// of the configuration do not answer, or it names none, those of `known` are dialled.
     ///
     /// # Errors
     /// The network does not start. That nobody is there shows when something is asked for.
-    pub async fn connect(config: NetConfig, privacy: Privacy) -> Result<Self, NetError> {
+    pub async fn connect(
+        config: NetConfig,
+        privacy: Privacy,
+        known: Option<&KnownPeers>,
+    ) -> Result<Self, NetError> {
+        let given = !config.bootstrap.is_empty();
         let net = Net::start(config).await?;
+        if let Some(known) = known {
+            known.fall_back(&net, given).await;
+        }
         net.synced(SYNC_DEADLINE).await;
         Ok(Self::over(net, privacy))
     }
@@ -98,7 +111,7 @@ impl Client {
     pub fn over(net: Net, privacy: Privacy) -> Self {
         let opener = Opener {
             me: net.me(),
-            dialer: std::sync::Arc::new(net.clone()),
+            dialer: Arc::new(net.clone()),
             deadlines: Deadlines::default(),
         };
         Self {
@@ -158,8 +171,23 @@ impl Client {
     /// Opens a session along the cheapest route, or along another when a peer of it fails.
     ///
     /// # Errors
-    /// No route (the error says which layers are missing), or every route tried failed.
+    /// No route (the error says which layers are missing), nobody with room, or every route tried
+    /// failed.
     pub async fn open(&self, spec: &SessionSpec) -> Result<ClientSession, ClientError> {
+        self.open_waiting(spec, Duration::ZERO, |_| {}).await
+    }
+
+    /// The same, and where the peers that could do it are full, waits up to `patience` for room;
+    /// `busy` hears once of which layers, when the waiting begins.
+    ///
+    /// # Errors
+    /// As [`Client::open`].
+    pub async fn open_waiting(
+        &self,
+        spec: &SessionSpec,
+        patience: Duration,
+        busy: impl FnOnce(&[LayerRange]),
+    ) -> Result<ClientSession, ClientError> {
         self.wait_for_route(spec).await;
         let seed = rand::random();
         let kind = Kind {
@@ -169,11 +197,12 @@ impl Client {
             n_vocab: spec.n_vocab,
         };
         self.opener
-            .open(kind, |avoid| self.plan(spec, avoid, seed))
+            .open_waiting(kind, patience, |avoid| self.plan(spec, avoid, seed), busy)
             .await
     }
 
-    /// The route that [`Client::open`] would take now, without the peers to avoid.
+    /// The route that [`Client::open`] would take now, without the peers to avoid. Where the adverts
+    /// leave none with room, one as if all had: adverts are some seconds old, and hops say it themselves.
     ///
     /// # Errors
     /// There is none.
@@ -205,7 +234,11 @@ impl Client {
             seed,
             ..Query::new(spec.model, spec.n_layer)
         };
-        match plan(&snapshot, &query) {
+        let planned = match spread(&snapshot, &query) {
+            Err(none) if !none.full.is_empty() => spread(&idle(&snapshot), &query),
+            planned => planned,
+        };
+        match planned {
             Ok(route) => Ok(route.hops),
             Err(none) => Err(self
                 .untrusted(&snapshot, &query)
@@ -224,7 +257,7 @@ impl Client {
         };
         let missing = plan(snapshot, query).err()?.missing;
         plan(snapshot, &all).ok()?;
-        let holds = |a: &swarm_proto::Advert| -> Vec<LayerRange> {
+        let holds = |a: &Advert| -> Vec<LayerRange> {
             let of_model = a.models.iter().filter(|m| m.model == query.model);
             of_model.flat_map(|m| m.live.iter().copied()).collect()
         };
@@ -254,6 +287,18 @@ impl Client {
     pub async fn shutdown(&self) {
         self.net.shutdown().await;
     }
+}
+
+/// The same peers, with room for any session.
+fn idle(snapshot: &Snapshot) -> Snapshot {
+    let idle = |advert: &Arc<Advert>| {
+        let mut advert = Advert::clone(advert);
+        for model in &mut advert.models {
+            model.free_cells = FREE_CELLS_IDLE;
+        }
+        Arc::new(advert)
+    };
+    Snapshot::new(snapshot.adverts.iter().map(idle).collect())
 }
 
 fn model_error(e: impl std::fmt::Display) -> ClientError {

@@ -6,6 +6,7 @@ pub mod config;
 pub mod daemon;
 pub mod demo;
 pub mod identity;
+pub mod known_peers;
 pub mod load;
 pub mod measure;
 pub mod net;
@@ -15,6 +16,7 @@ pub mod telemetry;
 
 pub use client::{Client, Privacy, SessionSpec};
 pub use identity::{Identity, IdentityError};
+pub use known_peers::KnownPeers;
 pub use net::{Access, Net, NetConfig, NetError, OpenError, Proto, Stream};
 pub use session::{ClientError, ClientSession};
 pub use swarm_node::{NodeConfig, StartError, SwarmNode};

@@ -21,6 +21,7 @@ use tokio::task::JoinHandle;
 use crate::{
     config::Settings,
     identity::{Identity, IdentityError},
+    known_peers::KnownPeers,
     load::{self, Found, LoadError, Plan},
     measure::{Speed, Timed},
     net::{Announcement, Net, NetConfig, NetError, Proto, Shelf},
@@ -138,7 +139,15 @@ impl SwarmNode {
     ) -> Result<Self, StartError> {
         let mut tasks = Vec::new();
         tasks.extend(net.serve_fetch(Arc::new(StoreShelf(store.clone()))));
-        let plan = choose_layers(config, &found, &net).await?;
+        let settings = &config.settings;
+        let known = KnownPeers::new(&settings.home, &settings.swarm);
+        let given = !settings.peers.is_empty();
+        let alone = !given && !settings.mdns && known.addrs().is_empty();
+        tokio::spawn({
+            let (known, net) = (known.clone(), net.clone());
+            async move { known.fall_back(&net, given).await }
+        });
+        let plan = choose_layers(config, &found, &net, alone).await?;
         tracing::info!(model = %found.name, id = %found.id.short(), layers = ?plan.layers, "loading");
         let speed = Speed::default();
         let limits = SessionLimits::default();
@@ -173,6 +182,7 @@ impl SwarmNode {
         net.publish(figures.announcement()).await;
         let model = figures.found.id;
         tasks.push(tokio::spawn(keep_announcing(net.clone(), figures)));
+        tasks.push(tokio::spawn(known.keep(net.clone())));
         Ok(Self {
             net,
             sessions,
@@ -262,13 +272,18 @@ fn net_config(config: &NodeConfig, identity: Identity) -> NetConfig {
     }
 }
 
-async fn choose_layers(config: &NodeConfig, found: &Found, net: &Net) -> Result<Plan, StartError> {
+/// `alone`: nobody to hear from is known.
+async fn choose_layers(
+    config: &NodeConfig,
+    found: &Found,
+    net: &Net,
+    alone: bool,
+) -> Result<Plan, StartError> {
     let memory = config.memory.unwrap_or_else(load::default_memory);
     if let Some(layers) = config.layers.clone() {
         return Ok(load::plan_fixed(&found.blueprint, layers, memory)?);
     }
     let windows = load::windows(&found.blueprint, memory)?;
-    let alone = config.settings.peers.is_empty() && !config.settings.mdns;
     if let [only] = &windows[..] {
         return Ok(load::plan(&found.blueprint, only.clone(), memory));
     }

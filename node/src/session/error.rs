@@ -1,6 +1,6 @@
 //! Why a session of a client fails, in words that name the hop, its layers and whose fault it is.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use shard_registry::route::NoRoute;
 use swarm_proto::{Failure, FailureCode, Fault, Hop, LayerRange, Peer};
@@ -59,6 +59,16 @@ pub enum ClientError {
         /// How many.
         tries: usize,
         /// The last failure.
+        last: Box<ClientError>,
+    },
+    /// Nobody who holds these layers has room for a session.
+    #[error("{}: {last}", busy(.layers, .waited))]
+    Busy {
+        /// The layers: everybody who was asked for them is full.
+        layers: Vec<LayerRange>,
+        /// How long we waited for room.
+        waited: Duration,
+        /// The last refusal.
         last: Box<ClientError>,
     },
     /// The session holds as many positions as it was opened for.
@@ -128,6 +138,17 @@ impl ClientError {
             .map(|hop| hop.peer)
     }
 
+    /// The hop that has no room now and may have some later. A session larger than it ever takes is
+    /// the caller's fault, and waiting does not help.
+    pub(super) fn without_room(&self) -> Option<HopName> {
+        match self {
+            Self::Hop { hop, failure } if failure.code == FailureCode::Full => {
+                (failure.fault != Fault::Caller).then_some(*hop)
+            }
+            _ => None,
+        }
+    }
+
     /// The session's lease ended, or the node went down in good order: opening another session and
     /// feeding the same tokens goes on.
     pub fn is_gone(&self) -> bool {
@@ -152,6 +173,14 @@ fn whose(failure: &Failure) -> &'static str {
         Fault::Peer => " (as its neighbour saw it)",
         Fault::Local => " (as it says itself)",
         Fault::Caller => " (it blames what it was sent)",
+    }
+}
+
+fn busy(layers: &[LayerRange], waited: &Duration) -> String {
+    let busy = format!("every holder of {} is busy", ranges(layers));
+    match waited.as_secs() {
+        0 => busy,
+        s => format!("{busy}, after {s} s of waiting"),
     }
 }
 

@@ -1,18 +1,19 @@
 //! Opens a session along a route: the chain from the first hop on and, at the same time, the answer
-//! stream to the tail. On failure another route is tried without the peer at fault.
+//! stream to the tail. On failure another route is tried without the peer at fault; where nobody has
+//! room, the client waits its turn.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use swarm_proto::{
-    Answer, Attach, Down, Dtype, Epoch, Failure, FailureCode, Fault, Hop, ModelId, Open, Peer,
-    SessionId, Up,
+    Answer, Attach, Down, Dtype, Epoch, Failure, FailureCode, Fault, Hop, LayerRange, ModelId,
+    Open, Peer, SessionId, Up,
 };
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
     client::{ClientSession, Opened},
     config::Deadlines,
-    error::ClientError,
+    error::{ClientError, HopName},
     failure::fail,
     hop::{Dialer, dial_code},
     limits, trace,
@@ -20,8 +21,15 @@ use super::{
 };
 use crate::net::Proto;
 
-/// Routes tried before giving up.
+/// Routes that may fail before giving up, not counting those that failed for want of room.
 const TRIES_MAX: usize = 4;
+/// Peers without room that are asked in one round: each costs a round trip.
+const FULL_MAX: usize = 16;
+/// Before the first further round. A short answer on a small model takes about as long.
+const PAUSE_MIN: Duration = Duration::from_millis(200);
+/// Before each later one, reached by doubling: a place that became free is found within this, and
+/// many who wait do not keep the holders busy with refusing them.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
 
 /// Who opens sessions, and how.
 #[derive(Clone)]
@@ -47,37 +55,109 @@ pub struct Kind {
     pub n_vocab: u32,
 }
 
+/// Peers that hold these layers were asked and have no room.
+struct NoRoom {
+    layers: Vec<LayerRange>,
+    last: ClientError,
+}
+
+impl NoRoom {
+    fn of(mut full: Vec<(HopName, ClientError)>) -> Option<Self> {
+        let layers = LayerRange::merge(full.iter().map(|(hop, _)| hop.layers).collect());
+        let (_, last) = full.pop()?;
+        Some(Self { layers, last })
+    }
+}
+
 impl Opener {
     /// Opens along the routes that `plan` gives, which is told whom to avoid.
     ///
     /// # Errors
-    /// There is no route, or every route that was tried failed.
+    /// There is no route, every route that was tried failed, or nobody has room.
+    ///
+    /// # Cancel safety
+    /// As [`Opener::open_route`].
     pub async fn open(
         &self,
         kind: Kind,
-        mut plan: impl FnMut(&[Peer]) -> Result<Vec<Hop>, ClientError>,
+        plan: impl FnMut(&[Peer]) -> Result<Vec<Hop>, ClientError>,
     ) -> Result<ClientSession, ClientError> {
-        let mut avoid = Vec::new();
-        let mut last: Option<ClientError> = None;
-        for tries in 0..TRIES_MAX {
-            let route = match plan(&avoid) {
-                Ok(route) => route,
-                // Without the peers that failed there is none: their failure is the news.
-                Err(none) => return Err(exhausted(tries, last).unwrap_or(none)),
-            };
-            match self.open_route(kind, &route).await {
+        self.open_waiting(kind, Duration::ZERO, plan, |_| {}).await
+    }
+
+    /// The same, but where all that stands in the way is peers without room, they are asked again, with
+    /// pauses, until `patience` is over; `busy` hears once for which layers.
+    ///
+    /// # Errors
+    /// As [`Opener::open`].
+    pub async fn open_waiting(
+        &self,
+        kind: Kind,
+        patience: Duration,
+        mut plan: impl FnMut(&[Peer]) -> Result<Vec<Hop>, ClientError>,
+        busy: impl FnOnce(&[LayerRange]),
+    ) -> Result<ClientSession, ClientError> {
+        let deadline = Instant::now() + patience;
+        let (mut pause, mut busy) = (PAUSE_MIN, Some(busy));
+        let mut broken = Vec::new();
+        loop {
+            let NoRoom { layers, last } = match self.round(kind, &mut broken, &mut plan).await? {
                 Ok(session) => return Ok(session),
-                Err(e) => {
-                    tracing::info!(error = %e, "a route failed to open");
-                    let Some(culprit) = e.culprit(&route) else {
-                        return Err(e);
-                    };
-                    avoid.push(culprit);
-                    last = Some(e);
+                Err(full) => full,
+            };
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(ClientError::Busy {
+                    layers,
+                    waited: patience,
+                    last: Box::new(last),
+                });
+            }
+            if let Some(busy) = busy.take() {
+                busy(&layers);
+            }
+            // Half to one and a half of it: those who were refused together do not come back together.
+            let drawn = pause.mul_f64(0.5 + rand::random::<f64>());
+            sleep_until((now + drawn).min(deadline)).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// Tries routes until one opens or none is left. Peers that failed join `broken`; peers without
+    /// room are avoided in this round only.
+    async fn round(
+        &self,
+        kind: Kind,
+        broken: &mut Vec<(Peer, ClientError)>,
+        plan: &mut impl FnMut(&[Peer]) -> Result<Vec<Hop>, ClientError>,
+    ) -> Result<Result<ClientSession, NoRoom>, ClientError> {
+        let mut full: Vec<(HopName, ClientError)> = Vec::new();
+        loop {
+            let failed = broken.iter().map(|(peer, _)| *peer);
+            let avoid: Vec<Peer> = failed.chain(full.iter().map(|(hop, _)| hop.peer)).collect();
+            let planned = if full.len() < FULL_MAX && broken.len() < TRIES_MAX {
+                plan(&avoid)
+            } else {
+                Err(ClientError::NothingAsked)
+            };
+            let route = match planned {
+                Ok(route) => route,
+                Err(none) => {
+                    let none = exhausted(broken).unwrap_or(none);
+                    return NoRoom::of(full).map(Err).ok_or(none);
                 }
+            };
+            let error = match self.open_route(kind, &route).await {
+                Ok(session) => return Ok(Ok(session)),
+                Err(error) => error,
+            };
+            tracing::info!(%error, "a route failed to open");
+            match (error.without_room(), error.culprit(&route)) {
+                (Some(hop), _) => full.push((hop, error)),
+                (None, Some(culprit)) => broken.push((culprit, error)),
+                (None, None) => return Err(error),
             }
         }
-        Err(exhausted(TRIES_MAX, last).unwrap_or(ClientError::NothingAsked))
     }
 
     /// Opens along one route.
@@ -222,13 +302,14 @@ impl Opener {
     }
 }
 
-fn exhausted(tries: usize, last: Option<ClientError>) -> Option<ClientError> {
-    match (tries, last) {
-        (_, None) => None,
-        (0 | 1, Some(last)) => Some(last),
-        (tries, Some(last)) => Some(ClientError::Exhausted {
+/// The last failure, and how many there were; none where no peer failed.
+fn exhausted(broken: &[(Peer, ClientError)]) -> Option<ClientError> {
+    let (_, last) = broken.last()?;
+    Some(match broken.len() {
+        1 => last.clone(),
+        tries => ClientError::Exhausted {
             tries,
-            last: Box::new(last),
-        }),
-    }
+            last: Box::new(last.clone()),
+        },
+    })
 }

@@ -5,3 +5,4 @@ mod chain;
 mod faults;
 mod hostile;
 mod swarm;
+mod waiting;
