@@ -49,16 +49,13 @@ impl Swarm {
 
     /// Connects, asks for the adverts and leaves: for commands that only look.
     pub fn report(&self) -> anyhow::Result<SwarmReport> {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()?;
-        runtime.block_on(async {
-            let member = self.join(false).await?;
+        let swarm = self.clone();
+        node::runtime::run(async move {
+            let member = swarm.join(false).await?;
             let report = member.report();
             member.leave().await;
             Ok(report)
-        })
+        })?
     }
 
     /// Connects and waits, a bounded time, for the first adverts.

@@ -9,6 +9,7 @@ pub mod identity;
 pub mod load;
 pub mod measure;
 pub mod net;
+pub mod runtime;
 pub mod session;
 pub mod swarm_node;
 pub mod telemetry;

@@ -74,11 +74,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         .try_this("`shoal run --local MODEL \\\"...\\\"`")
         .into());
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    runtime.block_on(talk(args))
+    node::runtime::run(talk(args))?
 }
 
 async fn talk(args: Args) -> anyhow::Result<()> {

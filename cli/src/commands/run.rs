@@ -101,11 +101,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
     if args.tokens && !args.generation.stop.is_empty() {
         return Err(Failure::usage("--stop is text, and with --tokens there is none").into());
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    runtime.block_on(run(args))
+    ::node::runtime::run(run(args))?
 }
 
 async fn run(args: Args) -> anyhow::Result<()> {

@@ -84,13 +84,9 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         std::slice::from_ref(&(0..facts.n_layer)),
         args.threads,
     )?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    let report = runtime.block_on(measure(&args, &nodes, &file))?;
-    drop(nodes);
-    if args.json {
+    let json = args.json;
+    let report = node::runtime::run(async move { measure(&args, &nodes, &file).await })??;
+    if json {
         terminal::say_json(&report)
     } else {
         print(&report)

@@ -78,13 +78,9 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         .and_then(|header| crate::model_facts::ModelFacts::new(&header))?
         .n_layer;
     let nodes = Nodes::start(&file, &share_out(n_layer, args.hops), 1)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    let report = runtime.block_on(measure(&args, &nodes))?;
-    drop(nodes);
-    if args.json {
+    let json = args.json;
+    let report = node::runtime::run(async move { measure(&args, &nodes).await })??;
+    if json {
         terminal::say_json(&report)
     } else {
         print(&report)
