@@ -15,7 +15,6 @@ mod local_models;
 mod model_facts;
 mod prompt;
 mod run_report;
-mod runtime;
 mod session_args;
 mod source;
 mod swarm;

@@ -17,7 +17,7 @@ use tracing::Instrument;
 use crate::choose_model::choose;
 use crate::failure::Failure;
 use crate::swarm_report::{ModelReport, SwarmReport};
-use crate::{figures, local_models, runtime, terminal, tokens};
+use crate::{figures, local_models, terminal, tokens};
 
 /// Which swarm, as whom, and whom to trust.
 #[derive(clap::Args, Clone, Debug)]
@@ -51,12 +51,13 @@ impl Swarm {
 
     /// Connects, asks for the adverts and leaves: for commands that only look.
     pub fn report(&self) -> anyhow::Result<SwarmReport> {
-        runtime::block_on(async {
-            let member = self.join(false).await?;
+        let swarm = self.clone();
+        node::runtime::run(async move {
+            let member = swarm.join(false).await?;
             let report = member.report();
             member.leave().await;
             Ok(report)
-        })
+        })?
     }
 
     /// Sets logging up for this process, connects and waits, a bounded time, for the first adverts.

@@ -12,8 +12,6 @@ use crate::{
 
 /// Both transports on every interface, ports by the system.
 const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1"];
-/// Threads of the async side: it moves bytes, the stage worker has its own thread.
-const ASYNC_THREADS_MAX: usize = 4;
 
 /// Flags of a serving node.
 #[derive(Debug, Clone, clap::Args)]
@@ -105,19 +103,11 @@ impl DaemonError {
 ///
 /// # Errors
 /// See [`DaemonError`].
-pub fn run(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError> {
-    let threads = std::thread::available_parallelism().map_or(2, usize::from);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(threads.min(ASYNC_THREADS_MAX))
-        .enable_all()
-        .build()?;
-    let done = runtime.block_on(serve(args, ready));
-    // A worker in the middle of a step is not waited for.
-    runtime.shutdown_background();
-    done
+pub fn run(args: Args, ready: impl FnOnce(&Ready) + Send + 'static) -> Result<(), DaemonError> {
+    crate::runtime::run(serve(args, ready))?
 }
 
-async fn serve(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError> {
+async fn serve(args: Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError> {
     let settings = args.swarm.resolve()?;
     let telemetry = telemetry::init(&TelemetryConfig {
         filter: settings.log.clone(),
@@ -125,7 +115,7 @@ async fn serve(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonErro
         otlp: settings.otlp.clone(),
         service: "shoal-node",
     })?;
-    let config = node_config(args, settings)?;
+    let config = node_config(&args, settings)?;
     let mut signals = Signals::new()?;
     let node = tokio::select! {
         node = SwarmNode::start(config) => node?,

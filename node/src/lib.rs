@@ -10,6 +10,7 @@ pub mod known_peers;
 pub mod load;
 pub mod measure;
 pub mod net;
+pub mod runtime;
 pub mod session;
 pub mod swarm_node;
 pub mod telemetry;

@@ -181,10 +181,7 @@ struct Hashed {
 ///
 /// # Errors
 /// As [`Store::import`], without the store.
-pub fn identify(
-    path: &Path,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<ModelId, ImportError> {
+pub fn identify(path: &Path, progress: &mut dyn FnMut(Progress)) -> Result<ModelId, ImportError> {
     Ok(hash(path, progress)?.id)
 }
 

@@ -15,7 +15,7 @@ use crate::session_args::SessionArgs;
 use crate::source::{Source, SourceError};
 use crate::swarm::{Member, Swarm, SwarmModel};
 use crate::terminal::{self, BOLD, HINT, paint};
-use crate::{figures, runtime, tokens};
+use crate::{figures, tokens};
 
 /// Talk with a model; the session keeps what was said.
 #[derive(clap::Args)]
@@ -63,7 +63,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         .try_this("`shoal run --local MODEL \\\"...\\\"`")
         .into());
     }
-    runtime::block_on(talk(args))
+    node::runtime::run(talk(args))?
 }
 
 async fn talk(args: Args) -> anyhow::Result<()> {

@@ -13,7 +13,7 @@ use crate::run_report::{Privacy, RunReport, Timings, route_line};
 use crate::session_args::SessionArgs;
 use crate::source::Source;
 use crate::swarm::{Member, Swarm};
-use crate::{figures, local_models, prompt, runtime, terminal, tokens};
+use crate::{figures, local_models, prompt, terminal, tokens};
 
 /// Ask a model and stream its answer.
 #[derive(clap::Args)]
@@ -94,7 +94,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
     if args.tokens && !args.generation.stop.is_empty() {
         return Err(Failure::usage("--stop is text, and with --tokens there is none").into());
     }
-    runtime::block_on(run(args))
+    ::node::runtime::run(run(args))?
 }
 
 async fn run(args: Args) -> anyhow::Result<()> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use engine::WholeModel;
-use node::ClientSession;
+use node::{ClientSession, runtime};
 use serde::Serialize;
 use swarm_proto::{Dtype, Form, Want, WantRows};
 
@@ -14,7 +14,6 @@ use super::nodes::Nodes;
 use super::{Measured, percentile, sameness, say_title, temporary};
 use crate::local_models;
 use crate::model_facts::ModelFacts;
-use crate::runtime::block_on;
 use crate::terminal;
 
 /// Measure decode speed: a node holding everything against a plain loop.
@@ -72,9 +71,9 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         std::slice::from_ref(&(0..facts.n_layer)),
         args.threads,
     )?;
-    let report = block_on(measure(&args, &nodes, &file))?;
-    drop(nodes);
-    if args.json {
+    let json = args.json;
+    let report = runtime::run(async move { measure(&args, &nodes, &file).await })??;
+    if json {
         terminal::say_json(&report)
     } else {
         print(&report)

@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use node::runtime;
 use serde::Serialize;
 use swarm_proto::{Dtype, Form, Want, WantRows};
 
 use super::nodes::Nodes;
 use super::{Measured, Quantiles, say_title, share_out, temporary};
 use crate::local_models;
-use crate::runtime::block_on;
 use crate::terminal::{self, DIM, paint};
 
 /// Measure the overhead of a hop beyond compute, on loopback, encrypted.
@@ -69,9 +69,9 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         .and_then(|header| crate::model_facts::ModelFacts::new(&header))?
         .n_layer;
     let nodes = Nodes::start(&file, &share_out(n_layer, args.hops), 1)?;
-    let report = block_on(measure(&args, &nodes))?;
-    drop(nodes);
-    if args.json {
+    let json = args.json;
+    let report = runtime::run(async move { measure(&args, &nodes).await })??;
+    if json {
         terminal::say_json(&report)
     } else {
         print(&report)

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use engine::Blueprint;
-use node::ClientSession;
+use node::{ClientSession, runtime};
 use serde::Serialize;
 use swarm_proto::Dtype;
 
@@ -15,7 +15,6 @@ use super::decode::{Round, context, median, node_round};
 use super::nodes::Nodes;
 use super::{Measured, sameness, say_title, share_out, temporary};
 use crate::local_models;
-use crate::runtime::block_on;
 use crate::swarm::Member;
 use crate::terminal;
 
@@ -61,70 +60,69 @@ pub fn main(args: Args) -> anyhow::Result<()> {
     let temp = temporary()?;
     let file = args.model.file(temp.path())?;
     let blueprint = Blueprint::new(&local_models::header_of_file(&file)?)?;
-    let report = measure(&args, &file, &blueprint)?;
-    if args.json {
+    let json = args.json;
+    let report = runtime::run(async move { measure(&args, &file, &blueprint).await })??;
+    if json {
         terminal::say_json(&report)
     } else {
         print(&report)
     }
 }
 
-fn measure(args: &Args, file: &Path, blueprint: &Blueprint) -> anyhow::Result<Report> {
+async fn measure(args: &Args, file: &Path, blueprint: &Blueprint) -> anyhow::Result<Report> {
     let n_layer = blueprint.n_layer();
     let layer_bytes: Vec<u64> = (0..n_layer).map(|i| blueprint.layer_bytes(i)).collect();
     let cut = balanced_cut(&layer_bytes, blueprint.head_bytes());
     let one = Nodes::start(file, &share_out(n_layer, 1), 1)?;
     let two = Nodes::start(file, &[0..cut, cut..n_layer], 1)?;
-    block_on(async {
-        let (of_one, of_two) = (
-            one.client().join_quietly().await?,
-            two.client().join_quietly().await?,
-        );
-        let mut alone = open(args, &of_one).await?;
-        let mut first = open(args, &of_two).await?;
-        let mut second = open(args, &of_two).await?;
-        let bar = terminal::bar_of(u64::from(args.rounds) + 1, "rounds");
-        let (mut singles, mut pairs, mut same_tokens) = (Vec::new(), Vec::new(), true);
-        for round in 0..=args.rounds {
-            let begun = Instant::now();
-            let reference = node_round(&mut alone, args.tokens).await?;
-            let single = rate(&[&reference], begun);
-            let begun = Instant::now();
-            let (a, b) = tokio::try_join!(
-                node_round(&mut first, args.tokens),
-                node_round(&mut second, args.tokens)
-            )?;
-            let pair = rate(&[&a, &b], begun);
-            // The first round warms all up.
-            if round > 0 {
-                singles.push(single);
-                pairs.push(pair);
-                same_tokens &= a.tokens == reference.tokens && b.tokens == reference.tokens;
-            }
-            bar.inc(1);
+    let (of_one, of_two) = (
+        one.client().join_quietly().await?,
+        two.client().join_quietly().await?,
+    );
+    let mut alone = open(args, &of_one).await?;
+    let mut first = open(args, &of_two).await?;
+    let mut second = open(args, &of_two).await?;
+    let bar = terminal::bar_of(u64::from(args.rounds) + 1, "rounds");
+    let (mut singles, mut pairs, mut same_tokens) = (Vec::new(), Vec::new(), true);
+    for round in 0..=args.rounds {
+        let begun = Instant::now();
+        let reference = node_round(&mut alone, args.tokens).await?;
+        let single = rate(&[&reference], begun);
+        let begun = Instant::now();
+        let (a, b) = tokio::try_join!(
+            node_round(&mut first, args.tokens),
+            node_round(&mut second, args.tokens)
+        )?;
+        let pair = rate(&[&a, &b], begun);
+        // The first round warms all up.
+        if round > 0 {
+            singles.push(single);
+            pairs.push(pair);
+            same_tokens &= a.tokens == reference.tokens && b.tokens == reference.tokens;
         }
-        bar.finish_and_clear();
-        for session in [alone, first, second] {
-            session.close().await;
-        }
-        let model = of_one.model(None).await?.name;
-        of_one.leave().await;
-        of_two.leave().await;
-        let ratio = median(
-            singles
-                .iter()
-                .zip(&pairs)
-                .map(|(single, pair)| pair / single),
-        );
-        Ok(Report {
-            model,
-            rounds: args.rounds,
-            tokens_per_round: args.tokens,
-            one_node_tokens_per_s: median(singles.into_iter()),
-            two_nodes_tokens_per_s: median(pairs.into_iter()),
-            ratio,
-            same_tokens,
-        })
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    for session in [alone, first, second] {
+        session.close().await;
+    }
+    let model = of_one.model(None).await?.name;
+    of_one.leave().await;
+    of_two.leave().await;
+    let ratio = median(
+        singles
+            .iter()
+            .zip(&pairs)
+            .map(|(single, pair)| pair / single),
+    );
+    Ok(Report {
+        model,
+        rounds: args.rounds,
+        tokens_per_round: args.tokens,
+        one_node_tokens_per_s: median(singles.into_iter()),
+        two_nodes_tokens_per_s: median(pairs.into_iter()),
+        ratio,
+        same_tokens,
     })
 }
 
