@@ -10,6 +10,7 @@ pub mod load;
 pub mod measure;
 pub mod net;
 pub mod session;
+mod shares;
 pub mod swarm_node;
 pub mod telemetry;
 

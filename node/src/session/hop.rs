@@ -38,7 +38,10 @@ use super::{
     trace,
     wire::{Pipe, WireError},
 };
-use crate::net::{Net, OpenError, Proto, Stream};
+use crate::{
+    net::{Net, OpenError, Proto, Stream},
+    shares::{NoShare, Share, Shares},
+};
 
 /// Opens streams to peers. `Net` is one; tests bring their own.
 pub trait Dialer: Send + Sync + 'static {
@@ -113,7 +116,10 @@ struct Shared {
     dialer: Arc<dyn Dialer>,
     limits: SessionLimits,
     served: Mutex<HashMap<ModelId, Served>>,
-    open: Mutex<HashMap<Peer, usize>>,
+    /// By the peer that opened the stream.
+    upstreams: Shares<Peer>,
+    /// By that peer and the client it names: nobody can use up a client's part in its name.
+    clients: Shares<(Peer, Peer)>,
     pairing: Pairing,
     /// No new sessions.
     draining: CancellationToken,
@@ -129,7 +135,8 @@ impl Sessions {
             me,
             dialer,
             served: Mutex::default(),
-            open: Mutex::default(),
+            upstreams: Shares::new(limits.sessions_max, limits.per_upstream_max),
+            clients: Shares::new(limits.sessions_max, limits.per_client_max),
             pairing: Pairing::new(limits.parked_max),
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
@@ -153,7 +160,7 @@ impl Sessions {
 
     /// Sessions that are open or being opened.
     pub fn count(&self) -> usize {
-        lock(&self.shared.open).values().sum()
+        self.shared.upstreams.taken()
     }
 
     /// Takes session and answer streams until both channels close, a task each.
@@ -201,22 +208,10 @@ impl Sessions {
     }
 }
 
-/// A session counts against its client until this is dropped.
+/// A session counts against its upstream and its client until this is dropped.
 struct Lease {
-    shared: Arc<Shared>,
-    client: Peer,
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let mut open = lock(&self.shared.open);
-        if let Some(n) = open.get_mut(&self.client) {
-            *n = n.saturating_sub(1);
-            if *n == 0 {
-                open.remove(&self.client);
-            }
-        }
-    }
+    _upstream: Share<Peer>,
+    _client: Share<(Peer, Peer)>,
 }
 
 /// What the chain below a hop became.
@@ -293,7 +288,7 @@ impl Shared {
         let Some(served) = served else {
             return Err(None);
         };
-        let lease = self.lease(open)?;
+        let lease = self.lease(from, open)?;
         let (slot, chain) = {
             let both = async {
                 tokio::try_join!(
@@ -344,28 +339,23 @@ impl Shared {
         Ok((parts, lease, chain.place))
     }
 
-    fn lease(self: &Arc<Self>, open: &Open) -> Result<Lease, Failure> {
-        let limits = &self.limits;
-        let full = |message| Err(fail(open.at, Fault::Local, FailureCode::Full, message));
-        let mut counts = lock(&self.open);
-        let total: usize = counts.values().sum();
-        let of_client = counts.get(&open.client).copied().unwrap_or(0);
-        if total >= limits.sessions_max {
-            return full(format!(
-                "{total} sessions are open, the limit here is {}",
-                limits.sessions_max
-            ));
-        }
-        if of_client >= limits.per_client_max {
-            let max = limits.per_client_max;
-            return full(format!(
-                "this client has {of_client} sessions open, the limit here is {max}"
-            ));
-        }
-        counts.insert(open.client, of_client + 1);
+    fn lease(&self, from: Peer, open: &Open) -> Result<Lease, Failure> {
+        let full = |whose: &str, no: NoShare| {
+            let message = match no {
+                NoShare::All { taken, max } => {
+                    format!("{taken} sessions are open, the limit here is {max}")
+                }
+                NoShare::Each { taken, max } => {
+                    format!("{whose} has {taken} sessions open, the limit here is {max}")
+                }
+            };
+            fail(open.at, Fault::Local, FailureCode::Full, message)
+        };
+        let client = self.clients.take((from, open.client));
+        let upstream = self.upstreams.take(from);
         Ok(Lease {
-            shared: self.clone(),
-            client: open.client,
+            _client: client.map_err(|no| full("this client", no))?,
+            _upstream: upstream.map_err(|no| full("the peer before this hop", no))?,
         })
     }
 
