@@ -1,5 +1,5 @@
 //! Adverts and fetching between networks in one process, over loopback.
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout)] // helpers of tests, a measurement
+#![allow(clippy::expect_used)] // helpers of tests
 
 use std::{collections::HashSet, io, sync::Arc, time::Duration};
 
@@ -220,6 +220,33 @@ async fn a_shard_is_fetched_by_its_hash_and_other_bytes_are_refused() {
         matches!(nobody, Err(FetchError::NoHolder { .. })),
         "{nobody:?}"
     );
+}
+
+/// Silent requests are given up after ten seconds; until then they hold places, but only their own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_asks_slowly_and_often_keeps_nobody_waiting() {
+    let shard = b"for everybody".to_vec();
+    let wanted = ShardId::of(&shard);
+    let (holder, client) = holder_and_client(One {
+        manifest: Vec::new(),
+        shard: shard.clone(),
+    })
+    .await;
+    let greedy = start(NetConfig {
+        listen: Vec::new(),
+        ..config()
+    })
+    .await;
+    let addrs = holder.listen_addrs();
+    let mut silent = Vec::new();
+    for _ in 0..40 {
+        let stream = greedy.open(holder.me(), &addrs, Proto::Fetch, DEADLINE);
+        silent.push(stream.await.expect("opens"));
+    }
+    let model = model();
+    let fetched = client.fetch_shard(&model, &wanted);
+    let fetched = tokio::time::timeout(Duration::from_secs(8), fetched).await;
+    assert_eq!(fetched.expect("not kept waiting").expect("served"), shard);
 }
 
 /// Whatever a client writes, the server answers by closing, and goes on.

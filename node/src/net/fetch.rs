@@ -22,9 +22,15 @@ use super::{
     handle::Net,
     stream::{OpenError, Proto, Stream},
 };
+use crate::shares::Shares;
 
 /// Requests served at once: each may hold one reply (64 MiB at most, usually a few MiB) in memory.
 const SERVED_MAX: usize = 16;
+/// Requests that wait or are served, over all peers: a stream and a task each.
+const REQUESTS_MAX: usize = 256;
+/// Those of one peer: it asks for one thing after the other, and a few at once as it starts. What is
+/// more is dropped, so that slow readers hold their own places and nobody else's.
+const REQUESTS_PER_PEER_MAX: usize = 4;
 /// How long an opener may take to say what it wants.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a chunk may take to leave: 1 MiB on a 1 Mbit/s uplink needs eight seconds.
@@ -137,22 +143,31 @@ impl Net {
         let mut streams = self.accept(Proto::Fetch)?;
         let net = self.clone();
         let slots = Arc::new(Semaphore::new(SERVED_MAX));
+        let shares = Shares::new(REQUESTS_MAX, REQUESTS_PER_PEER_MAX);
         Some(tokio::spawn(async move {
             while let Some((peer, stream)) = streams.recv().await {
-                let Ok(slot) = slots.clone().acquire_owned().await else {
-                    return;
+                let share = match shares.take(peer) {
+                    Ok(share) => share,
+                    Err(why) => {
+                        tracing::debug!(%peer, ?why, "fetch request dropped");
+                        continue;
+                    }
                 };
-                let (net, shelf) = (net.clone(), shelf.clone());
+                let (net, shelf, slots) = (net.clone(), shelf.clone(), slots.clone());
                 tokio::spawn(async move {
-                    let served = tokio::time::timeout(SERVE_DEADLINE, serve(&net, shelf, stream));
-                    match served.await {
+                    let served = async {
+                        // Never closed.
+                        let _slot = slots.acquire().await;
+                        serve(&net, shelf, stream).await
+                    };
+                    match tokio::time::timeout(SERVE_DEADLINE, served).await {
                         Ok(Ok(())) => {}
                         Ok(Err(error)) => {
                             tracing::debug!(%peer, %error, "fetch request not served");
                         }
                         Err(_) => tracing::debug!(%peer, "fetch request given up: too slow"),
                     }
-                    drop(slot);
+                    drop(share);
                 });
             }
         }))

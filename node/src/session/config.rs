@@ -80,6 +80,8 @@ pub struct SessionLimits {
     pub frames_in_flight: usize,
     /// Answer streams that may wait for their session.
     pub parked_max: usize,
+    /// Those of one client: as many as its sessions, and as many again whose opening failed.
+    pub parked_per_client_max: usize,
     /// The deadlines.
     pub deadlines: Deadlines,
 }
@@ -101,6 +103,7 @@ impl Default for SessionLimits {
             per_upstream_max: 48,
             frames_in_flight: 4,
             parked_max: 256,
+            parked_per_client_max: 32,
             deadlines: Deadlines::default(),
         }
     }

@@ -137,7 +137,7 @@ impl Sessions {
             served: Mutex::default(),
             upstreams: Shares::new(limits.sessions_max, limits.per_upstream_max),
             clients: Shares::new(limits.sessions_max, limits.per_client_max),
-            pairing: Pairing::new(limits.parked_max),
+            pairing: Pairing::new(limits.parked_max, limits.parked_per_client_max),
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
