@@ -317,7 +317,7 @@ impl Shared {
             open.session,
             open.epoch,
             open.n_ctx,
-            served.n_embd,
+            (served.n_embd, served.n_vocab),
             admitted.content,
         );
         let (at, hops, dtype) = (open.at, open.hops.len(), open.dtype);
@@ -328,7 +328,6 @@ impl Shared {
             ledger,
             dtype,
             layers: admitted.layers,
-            n_vocab: served.n_vocab,
             worker: served.worker,
             slot,
             up,
