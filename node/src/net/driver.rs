@@ -30,6 +30,7 @@ use super::{
     behaviour::{Behaviour, BehaviourEvent},
     bootstrap::Bootstrap,
     facts::Facts,
+    providers::Providers,
     streams::OpenRequest,
 };
 use crate::identity::peer_of;
@@ -48,8 +49,6 @@ const LINGER: Duration = Duration::from_millis(300);
 /// A stranger's connection is kept this long after identify, so that streams being opened on it
 /// fail with the reason and not with a lost connection, on both sides.
 const STRANGER_GRACE: Duration = Duration::from_secs(2);
-/// Providers one key may have with us: an attacker's keys and ours share the store.
-const PROVIDER_KEYS_MAX: usize = 4096;
 
 /// What the driver is asked to do.
 pub(super) enum Command {
@@ -101,7 +100,7 @@ pub(super) struct Driver {
     pub(super) queries: HashMap<kad::QueryId, (Vec<Peer>, oneshot::Sender<Vec<Peer>>)>,
     pub(super) facts: Arc<Facts>,
     pub(super) shutdown: watch::Receiver<bool>,
-    pub(super) provider_keys: HashMap<kad::RecordKey, ()>,
+    pub(super) providers: Providers,
     /// Connected strangers and when they are let go.
     pub(super) strangers: VecDeque<(Instant, PeerId)>,
 }
@@ -427,27 +426,21 @@ impl Driver {
         }
     }
 
-    /// Keys are model ids (32 bytes) and the table is bounded; Kademlia itself has checked that the
+    /// Keys are model ids (32 bytes) and the records are bounded; Kademlia itself has checked that the
     /// provider is the sender.
     fn keep_provider(&mut self, record: kad::ProviderRecord) {
         use kad::store::RecordStore;
-        if record.key.as_ref().len() != 32 || record.addresses.len() > 16 {
+        let now = Instant::now();
+        let store = self.swarm.behaviour_mut().kad.store_mut();
+        for (provider, key) in self.providers.sweep(now) {
+            store.remove_provider(&key, &provider);
+        }
+        let fits = record.key.as_ref().len() == 32 && record.addresses.len() <= 16;
+        if fits && self.providers.keep(record.provider, &record.key, now) {
+            let _ = store.add_provider(record);
+        } else {
             tracing::debug!(provider = %record.provider, "provider record refused");
-            return;
         }
-        if !self.provider_keys.contains_key(&record.key)
-            && self.provider_keys.len() >= PROVIDER_KEYS_MAX
-        {
-            tracing::debug!("provider table is full ({PROVIDER_KEYS_MAX} keys)");
-            return;
-        }
-        self.provider_keys.insert(record.key.clone(), ());
-        let _ = self
-            .swarm
-            .behaviour_mut()
-            .kad
-            .store_mut()
-            .add_provider(record);
     }
 }
 

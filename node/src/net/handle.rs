@@ -185,7 +185,7 @@ impl Net {
             queries: Default::default(),
             facts: facts.clone(),
             shutdown: stop,
-            provider_keys: Default::default(),
+            providers: Default::default(),
             strangers: Default::default(),
         };
         let driver = tokio::spawn(driver.run());

@@ -10,6 +10,7 @@ mod facts;
 mod fetch;
 mod gate;
 mod handle;
+mod providers;
 mod stream;
 mod streams;
 mod transport;
