@@ -150,6 +150,26 @@ async fn a_newcomer_gets_a_snapshot_as_it_connects() {
     assert!(knows(holder.me())(&client));
 }
 
+/// Peers that offer snapshots and give none do not use up the turn of one that does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn snapshots_that_fail_do_not_keep_the_next_peer_from_being_asked() {
+    let newcomer = start(config()).await;
+    let addr = &newcomer.listen_addrs()[0];
+    let mut bad = Vec::new();
+    for _ in 0..3 {
+        let net = start(config()).await;
+        let mut requests = net.accept(Proto::Fetch).expect("free");
+        net.dial(addr).await.expect("an address");
+        let asked = tokio::time::timeout(DEADLINE, requests.recv());
+        drop(asked.await.expect("it is asked"));
+        bad.push((net, requests));
+    }
+    let good = start(config()).await;
+    good.serve_fetch(Arc::new(())).expect("nobody else serves");
+    good.dial(addr).await.expect("an address");
+    assert!(newcomer.synced(DEADLINE).await, "the fourth is asked");
+}
+
 struct One {
     manifest: Vec<u8>,
     shard: Vec<u8>,

@@ -83,6 +83,8 @@ pub(super) enum Notice {
     },
     /// A peer of our swarm that serves the fetch protocol is connected.
     Identified { peer: Peer, fetch: bool },
+    /// A peer of our swarm has no connection left.
+    Disconnected { peer: Peer },
     /// Somebody new listens to adverts.
     Subscribed,
     /// Our own addresses changed.
@@ -282,6 +284,7 @@ impl Driver {
                 self.bootstrap.disconnected(peer_id, Instant::now());
                 if let Some(peer) = peer_of(&peer_id) {
                     self.facts.disconnected(&peer);
+                    self.pending.push_back(Notice::Disconnected { peer });
                 }
             }
             SwarmEvent::OutgoingConnectionError {

@@ -11,6 +11,7 @@ mod fetch;
 mod gate;
 mod handle;
 mod providers;
+mod snapshots;
 mod stream;
 mod streams;
 mod transport;
