@@ -9,6 +9,7 @@ pub mod identity;
 pub mod load;
 pub mod measure;
 pub mod net;
+mod seldom;
 pub mod session;
 mod shares;
 pub mod swarm_node;

@@ -33,7 +33,7 @@ use super::{
     providers::Providers,
     streams::OpenRequest,
 };
-use crate::identity::peer_of;
+use crate::{identity::peer_of, seldom::Seldom};
 
 /// Events that may wait for the adverts task before the swarm is no longer polled.
 pub(super) const OUTBOX_MAX: usize = 256;
@@ -103,6 +103,7 @@ pub(super) struct Driver {
     pub(super) facts: Arc<Facts>,
     pub(super) shutdown: watch::Receiver<bool>,
     pub(super) providers: Providers,
+    pub(super) listener: Seldom,
     /// Connected strangers and when they are let go.
     pub(super) strangers: VecDeque<(Instant, PeerId)>,
 }
@@ -265,7 +266,14 @@ impl Driver {
                     self.listening(None, Some(address));
                 }
             }
-            SwarmEvent::ListenerError { error, .. } => tracing::warn!(%error, "listener"),
+            // Connections that are broken off while they are accepted show here too.
+            SwarmEvent::ListenerError { error, .. } => {
+                if self.listener.now(Instant::now()) {
+                    tracing::warn!(%error, "listener");
+                } else {
+                    tracing::debug!(%error, "listener");
+                }
+            }
             SwarmEvent::ConnectionEstablished {
                 peer_id,
                 connection_id,
@@ -358,7 +366,7 @@ impl Driver {
         }
     }
 
-    /// A stranger is told to the user and let go; one of us is remembered.
+    /// A stranger is let go, and told to the user who gave us its address; one of us is remembered.
     fn identified(&mut self, id: PeerId, info: identify::Info) {
         let theirs = swarm_in(&info.protocol_version);
         self.swarm
@@ -366,15 +374,7 @@ impl Driver {
             .streams
             .identified(id, theirs, &info.protocols);
         if theirs != Some(self.swarm_id.as_str()) {
-            let theirs = theirs.unwrap_or("none");
-            tracing::warn!(
-                peer = %id,
-                "peer speaks swarm {theirs}, we are {}: disconnecting",
-                self.swarm_id
-            );
-            let now = Instant::now();
-            self.bootstrap.useless(id, now);
-            self.strangers.push_back((now + STRANGER_GRACE, id));
+            self.estranged(id, theirs.unwrap_or("none"));
             return;
         }
         for addr in info.listen_addrs.into_iter().take(8) {
@@ -386,6 +386,16 @@ impl Driver {
             let fetch = info.protocols.iter().any(|p| p.as_ref() == fetch);
             self.pending.push_back(Notice::Identified { peer, fetch });
         }
+    }
+
+    fn estranged(&mut self, id: PeerId, theirs: &str) {
+        let (now, ours) = (Instant::now(), &self.swarm_id);
+        if self.bootstrap.useless(id, now) {
+            tracing::warn!(peer = %id, "a peer given by --peer speaks swarm {theirs}, we are {ours}: disconnecting");
+        } else {
+            tracing::debug!(peer = %id, "peer speaks swarm {theirs}, we are {ours}: disconnecting");
+        }
+        self.strangers.push_back((now + STRANGER_GRACE, id));
     }
 
     fn discovered(&mut self, found: Vec<(PeerId, Multiaddr)>) {

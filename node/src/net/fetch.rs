@@ -4,7 +4,12 @@
 //! reply is held against the hash that was asked for, or, in a snapshot, against each signature.
 //! Weights do not travel here.
 
-use std::{future::Future, io, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use shard_registry::Manifest;
 use swarm_proto::{
@@ -359,7 +364,11 @@ async fn serve(net: &Net, shelf: Arc<dyn Shelf>, stream: Stream) -> Result<(), A
             return frames.close().await;
         }
         Err(error) => {
-            tracing::warn!(%error, "cannot read what a peer asks for");
+            if net.unreadable().now(Instant::now()) {
+                tracing::warn!(%error, "cannot read what peers ask for: was the model's file moved or changed?");
+            } else {
+                tracing::debug!(%error, "cannot read what a peer asks for");
+            }
             // The system's words may name our files: they stay here.
             let failed = Found::Failed("it is here and cannot be read".into());
             timed(frames.send(&failed, &[]))

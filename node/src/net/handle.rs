@@ -30,7 +30,10 @@ use super::{
     streams::OpenRequest,
     transport::{self, TransportError},
 };
-use crate::identity::{Identity, peer_id};
+use crate::{
+    identity::{Identity, peer_id},
+    seldom::Seldom,
+};
 
 /// Commands that may wait for the driver: it takes thousands a second, so a full queue means that
 /// it is stuck, and callers then wait up to their own deadline.
@@ -139,6 +142,8 @@ pub(super) struct Inner {
     commands: mpsc::Sender<Command>,
     shutdown: watch::Sender<bool>,
     driver: Mutex<Option<JoinHandle<()>>>,
+    /// Files that peers ask for cannot be read.
+    unreadable: Seldom,
 }
 
 impl Net {
@@ -186,6 +191,7 @@ impl Net {
             facts: facts.clone(),
             shutdown: stop,
             providers: Default::default(),
+            listener: Default::default(),
             strangers: Default::default(),
         };
         let driver = tokio::spawn(driver.run());
@@ -205,6 +211,7 @@ impl Net {
             commands,
             shutdown,
             driver: Mutex::new(Some(driver)),
+            unreadable: Seldom::default(),
         });
         let net = Self { inner };
         net.wait_listening(listen.len()).await?;
@@ -352,6 +359,10 @@ impl Net {
         let mut synced = self.inner.publisher.synced.clone();
         let done = synced.wait_for(|done| *done > 0);
         matches!(tokio::time::timeout(deadline, done).await, Ok(Ok(_)))
+    }
+
+    pub(super) fn unreadable(&self) -> &Seldom {
+        &self.inner.unreadable
     }
 
     pub(super) fn from_inner(inner: Arc<Inner>) -> Self {

@@ -28,7 +28,7 @@ use tracing::Instrument;
 use super::{
     admit::{Admitted, admit},
     config::SessionLimits,
-    failure::{clamp_to_below, fail},
+    failure::{clamp_to_below, fail, is_goodbye},
     ledger::Ledger,
     limits::{ATTACH, OPEN, UP, down_rows},
     relay::{Below, End, Parts, Relay},
@@ -40,6 +40,7 @@ use super::{
 };
 use crate::{
     net::{Net, OpenError, Proto, Stream},
+    seldom::Seldom,
     shares::{NoShare, Share, Shares},
 };
 
@@ -121,6 +122,8 @@ struct Shared {
     /// By that peer and the client it names: nobody can use up a client's part in its name.
     clients: Shares<(Peer, Peer)>,
     pairing: Pairing,
+    /// Sessions fail for reasons of our own.
+    failing: Seldom,
     /// No new sessions.
     draining: CancellationToken,
     /// The running ones end too.
@@ -138,6 +141,7 @@ impl Sessions {
             upstreams: Shares::new(limits.sessions_max, limits.per_upstream_max),
             clients: Shares::new(limits.sessions_max, limits.per_client_max),
             pairing: Pairing::new(limits.parked_max, limits.parked_per_client_max),
+            failing: Seldom::default(),
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -263,14 +267,24 @@ impl Shared {
             end = relay.run() => end,
             () = self.stopping.cancelled() => End::Failed(self.going_down(at)),
         };
-        match &end {
+        self.log(at, &end);
+        relay.finish(&end).await;
+        drop((place, lease));
+    }
+
+    /// What others can cause is told at debug level: it could fill a disk.
+    fn log(&self, at: u8, end: &End) {
+        match end {
+            End::Failed(f) if is_goodbye(f) => tracing::debug!("session over: the client left"),
             End::Failed(f) => {
-                tracing::info!(at = f.at, code = ?f.code, why = %f.message, "session failed")
+                let ours = f.at == at && f.code == FailureCode::Engine;
+                if ours && self.failing.now(std::time::Instant::now()) {
+                    tracing::warn!(why = %f.message, "sessions fail on this node");
+                }
+                tracing::debug!(at = f.at, code = ?f.code, why = %f.message, "session failed");
             }
             end => tracing::debug!(?end, "session over"),
         }
-        relay.finish(&end).await;
-        drop((place, lease));
     }
 
     /// Everything between the open message and the relay. `Err(None)`: the upstream is gone.
