@@ -170,7 +170,7 @@ impl SwarmNode {
             speed,
             threads,
         };
-        net.publish(figures.announcement()).await;
+        net.publish(figures.announcement(&net)).await;
         let model = figures.found.id;
         tasks.push(tokio::spawn(keep_announcing(net.clone(), figures)));
         Ok(Self {
@@ -333,7 +333,7 @@ struct Figures {
 }
 
 impl Figures {
-    fn announcement(&self) -> Announcement {
+    fn announcement(&self, net: &Net) -> Announcement {
         let stats = self.worker.stats();
         let mut announcement = intention(&self.found, self.layers.clone());
         for model in &mut announcement.models {
@@ -343,6 +343,7 @@ impl Figures {
             model.free_cells = stats.free_cells.saturating_mul(self.layers.len() as u64);
             model.numerics = engine::numerics_class(self.threads);
         }
+        announcement.uplink_bytes_s = net.uplink();
         announcement.queue = u16::try_from(self.worker.queued()).unwrap_or(u16::MAX);
         announcement
     }
@@ -352,7 +353,7 @@ async fn keep_announcing(net: Net, figures: Figures) {
     let mut ticks = tokio::time::interval(REFRESH);
     loop {
         ticks.tick().await;
-        net.publish(figures.announcement()).await;
+        net.publish(figures.announcement(&net)).await;
     }
 }
 
@@ -376,5 +377,76 @@ impl Shelf for StoreShelf {
 
     fn shard(&self, id: &ShardId) -> std::io::Result<Option<Vec<u8>>> {
         Ok(self.0.metadata_shard(*id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config::FileConfig, net::Access};
+
+    const DEADLINE: Duration = Duration::from_secs(60);
+
+    async fn node(home: &Path) -> SwarmNode {
+        let settings = Settings {
+            home: home.to_owned(),
+            swarm: "t".parse().unwrap(),
+            key: None,
+            peers: Vec::new(),
+            mdns: false,
+            access: Access::Open,
+            otlp: None,
+            log: None,
+            log_json: false,
+            file: FileConfig::default(),
+        };
+        let config = NodeConfig {
+            settings,
+            model: "demo".into(),
+            layers: Some(0..8),
+            memory: Some(256 << 20),
+            listen: vec!["/ip4/127.0.0.1/tcp/0".into()],
+            threads: Some(1),
+        };
+        SwarmNode::start(config).await.unwrap()
+    }
+
+    /// A network that knows the node, and waits for what its advert says.
+    async fn neighbour(node: &SwarmNode) -> Net {
+        let swarm = node.net().swarm().clone();
+        let config = NetConfig {
+            bootstrap: node.net().listen_addrs(),
+            ..NetConfig::client(Identity::generate(), swarm)
+        };
+        Net::start(config).await.unwrap()
+    }
+
+    async fn until(net: &Net, wanted: impl Fn(&[Arc<swarm_proto::Advert>]) -> bool) {
+        let mut changes = net.adverts().changes();
+        let seen = async {
+            while !wanted(&net.adverts().snapshot().adverts) {
+                changes.changed().await.unwrap();
+            }
+        };
+        tokio::time::timeout(DEADLINE, seen).await.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_advert_carries_the_uplink_once_it_is_measured() {
+        let home = tempfile::tempdir().unwrap();
+        let node = node(home.path()).await;
+        let near = neighbour(&node).await;
+        let uplink = |adverts: &[Arc<swarm_proto::Advert>]| {
+            let mut figures = adverts.iter().map(|advert| advert.uplink_bytes_s);
+            figures
+                .next()
+                .map(|figure| figure.map(|figure| figure.value))
+        };
+        until(&near, |adverts| uplink(adverts) == Some(None)).await;
+        let second = Duration::from_secs(1);
+        node.net()
+            .with_uplink(|uplink| uplink.sent(5_000_000, second, std::time::Instant::now()));
+        until(&near, |adverts| uplink(adverts) == Some(Some(5e6))).await;
+        node.shutdown().await;
     }
 }

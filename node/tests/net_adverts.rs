@@ -210,6 +210,7 @@ async fn a_shard_is_fetched_by_its_hash_and_other_bytes_are_refused() {
         shard: shard.clone(),
     })
     .await;
+    assert_eq!(holder.uplink(), None, "nothing was uploaded yet");
     assert_eq!(
         client
             .fetch_shard(&model(), &wanted)
@@ -217,6 +218,13 @@ async fn a_shard_is_fetched_by_its_hash_and_other_bytes_are_refused() {
             .expect("fetched"),
         shard
     );
+    let measured = async {
+        while holder.uplink().is_none() {
+            tokio::task::yield_now().await;
+        }
+    };
+    let measured = tokio::time::timeout(DEADLINE, measured).await;
+    measured.expect("the uplink is measured by it");
     let lied = client.fetch_shard(&model(), &ShardId(Hash([9; 32]))).await;
     assert!(
         matches!(&lied, Err(FetchError::Hash { peer, .. }) if *peer == holder.me()),

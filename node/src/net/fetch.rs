@@ -26,6 +26,7 @@ use tokio::{
 use super::{
     handle::Net,
     stream::{OpenError, Proto, Stream},
+    uplink,
 };
 use crate::shares::Shares;
 
@@ -341,6 +342,8 @@ async fn ask(stream: Stream, request: Fetch, bytes_max: u64) -> Result<Option<Ve
             }
         }
     }
+    // It tells the holder that all was read; that the bytes are here does not depend on it.
+    let _ = frames.close().await;
     Ok(Some(bytes))
 }
 
@@ -377,6 +380,7 @@ async fn serve(net: &Net, shelf: Arc<dyn Shelf>, stream: Stream) -> Result<(), A
             return frames.close().await;
         }
     };
+    let start = Instant::now();
     timed(frames.send(
         &Found::Bytes {
             len: bytes.len() as u64,
@@ -389,7 +393,14 @@ async fn serve(net: &Net, shelf: Arc<dyn Shelf>, stream: Stream) -> Result<(), A
         let sent = tokio::time::timeout(CHUNK_DEADLINE, frames.send(&Found::Chunk, chunk)).await;
         sent.map_err(|_| late())??;
     }
-    frames.close().await
+    frames.close().await?;
+    if bytes.len() >= uplink::BYTES_MIN {
+        let read = tokio::time::timeout(CHUNK_DEADLINE, frames.end()).await;
+        read.map_err(|_| late())??;
+        let now = Instant::now();
+        net.with_uplink(|uplink| uplink.sent(bytes.len(), now - start, now));
+    }
+    Ok(())
 }
 
 async fn blocking<T: Send + 'static>(
@@ -444,5 +455,13 @@ impl Frames {
 
     async fn close(&mut self) -> Result<(), AskError> {
         Ok(self.stream.shutdown().await?)
+    }
+
+    /// Waits until the other side has closed its half, too.
+    async fn end(&mut self) -> Result<(), AskError> {
+        match self.stream.read(&mut self.chunk).await? {
+            0 => Ok(()),
+            n => Err(AskError::Reply(format!("{n} bytes after the request"))),
+        }
     }
 }

@@ -15,6 +15,7 @@ mod snapshots;
 mod stream;
 mod streams;
 mod transport;
+mod uplink;
 
 pub use adverts::{Adverts, Announcement, now_ms};
 pub use behaviour::BehaviourError;
