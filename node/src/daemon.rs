@@ -79,6 +79,11 @@ pub enum DaemonError {
     /// The node did not start.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// The stage worker's thread panicked.
+    #[error(
+        "the stage worker died, as the log says: start this node again; if it comes back, report it"
+    )]
+    Died,
     /// The system refused threads or signals.
     #[error("the system refuses to run this: {0}")]
     System(#[from] std::io::Error),
@@ -101,10 +106,11 @@ impl DaemonError {
     }
 }
 
-/// Runs a node until SIGINT or SIGTERM; a second signal does not wait for the goodbye.
+/// Runs a node until SIGINT or SIGTERM, or until it cannot serve any more; a second signal does not
+/// wait for the goodbye.
 ///
 /// # Errors
-/// See [`DaemonError`].
+/// See [`DaemonError`]: an end that nobody asked for is one, so that a supervisor starts the node again.
 pub fn run(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError> {
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -143,7 +149,10 @@ async fn serve(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonErro
     };
     tracing::info!(peer = %facts.peer, layers = %facts.layers, addrs = ?facts.addrs, "serving");
     ready(&facts);
-    signals.next().await;
+    let ended = tokio::select! {
+        () = signals.next() => Ok(()),
+        () = node.died() => Err(DaemonError::Died),
+    };
     tracing::info!(
         sessions = node.sessions(),
         "stopping: withdrawing, letting sessions end"
@@ -154,7 +163,7 @@ async fn serve(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonErro
     }
     // Exporting the last spans blocks.
     let _ = tokio::task::spawn_blocking(|| telemetry.shutdown()).await;
-    Ok(())
+    ended
 }
 
 fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonError> {
@@ -231,5 +240,16 @@ impl Signals {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_user_said_wrong_is_a_usage_error() {
+        assert_eq!(DaemonError::Died.exit_code(), ExitCode::FAILURE);
+        assert_eq!(DaemonError::NoModel.exit_code(), ExitCode::from(2));
     }
 }

@@ -162,6 +162,12 @@ impl Sessions {
         lock(&self.shared.served).remove(model);
     }
 
+    /// What is served of a model.
+    #[cfg(test)]
+    pub(crate) fn served(&self, model: &ModelId) -> Option<Served> {
+        lock(&self.shared.served).get(model).cloned()
+    }
+
     /// Sessions that are open or being opened.
     pub fn count(&self) -> usize {
         self.shared.upstreams.taken()
