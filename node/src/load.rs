@@ -458,4 +458,15 @@ mod tests {
         assert_eq!(Bytes(5 << 20).to_string(), "5 MiB");
         assert_eq!(Bytes(20 << 30).to_string(), "20 GiB");
     }
+
+    #[test]
+    fn planners_reckon_with_the_contexts_that_the_engine_makes() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(&home.path().join("store")).unwrap();
+        let demo = find(&store, home.path(), demo::NAME).unwrap();
+        for n_ctx in [1, 255, 256, 257, 600, 1024, 4097] {
+            let made = u64::from(demo.blueprint.context_class(n_ctx));
+            assert_eq!(swarm_proto::advert::session_positions(n_ctx), made);
+        }
+    }
 }
