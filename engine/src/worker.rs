@@ -72,6 +72,7 @@ pub struct Worker {
 
 struct Handle {
     shared: Arc<Shared>,
+    thread: std::thread::JoinHandle<()>,
 }
 
 struct Shared {
@@ -119,7 +120,7 @@ impl Worker {
             wake: Condvar::new(),
         });
         let ours = Arc::clone(&shared);
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("stage".into())
             .spawn(move || {
                 Thread {
@@ -130,7 +131,7 @@ impl Worker {
                 .run()
             })?;
         Ok(Worker {
-            handle: Arc::new(Handle { shared }),
+            handle: Arc::new(Handle { shared, thread }),
         })
     }
 
@@ -147,6 +148,11 @@ impl Worker {
     /// Opens and steps that wait.
     pub fn queued(&self) -> usize {
         self.shared().lock().items.len()
+    }
+
+    /// Whether the thread runs. Once it has panicked it takes no more work, and never will.
+    pub fn is_alive(&self) -> bool {
+        !self.handle.thread.is_finished()
     }
 
     /// Queues a step. The reply is called in any case once this returns `Ok`.
@@ -571,5 +577,8 @@ mod tests {
         let (tx, rx) = reply();
         worker.submit(job(slot, 0, &[1], tx)).unwrap();
         assert_eq!(rx.recv().unwrap(), Err(EngineError::Stopped));
+        while worker.is_alive() {
+            std::thread::yield_now();
+        }
     }
 }

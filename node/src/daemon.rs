@@ -77,6 +77,11 @@ pub enum DaemonError {
     /// The node did not start.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// The stage worker's thread panicked.
+    #[error(
+        "the stage worker died, as the log says: start this node again; if it comes back, report it"
+    )]
+    Died,
     /// The system refused threads or signals.
     #[error("the system refuses to run this: {0}")]
     System(#[from] std::io::Error),
@@ -99,10 +104,11 @@ impl DaemonError {
     }
 }
 
-/// Runs a node until SIGINT or SIGTERM; a second signal does not wait for the goodbye.
+/// Runs a node until SIGINT or SIGTERM, or until it cannot serve any more; a second signal does not
+/// wait for the goodbye.
 ///
 /// # Errors
-/// See [`DaemonError`].
+/// See [`DaemonError`]: an end that nobody asked for is one, so that a supervisor starts the node again.
 pub fn run(args: Args, ready: impl FnOnce(&Ready) + Send + 'static) -> Result<(), DaemonError> {
     crate::runtime::run(serve(args, ready))?
 }
@@ -133,7 +139,10 @@ async fn serve(args: Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError
     };
     tracing::info!(peer = %facts.peer, layers = %facts.layers, addrs = ?facts.addrs, "serving");
     ready(&facts);
-    signals.next().await;
+    let ended = tokio::select! {
+        () = signals.next() => Ok(()),
+        () = node.died() => Err(DaemonError::Died),
+    };
     tracing::info!(
         sessions = node.sessions(),
         "stopping: withdrawing, letting sessions end"
@@ -144,7 +153,7 @@ async fn serve(args: Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError
     }
     // Exporting the last spans blocks.
     let _ = tokio::task::spawn_blocking(|| telemetry.shutdown()).await;
-    Ok(())
+    ended
 }
 
 fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonError> {
@@ -221,5 +230,16 @@ impl Signals {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_user_said_wrong_is_a_usage_error() {
+        assert_eq!(DaemonError::Died.exit_code(), ExitCode::FAILURE);
+        assert_eq!(DaemonError::NoModel.exit_code(), ExitCode::from(2));
     }
 }

@@ -11,7 +11,9 @@ pub mod load;
 pub mod measure;
 pub mod net;
 pub mod runtime;
+mod seldom;
 pub mod session;
+mod shares;
 pub mod swarm_node;
 pub mod telemetry;
 

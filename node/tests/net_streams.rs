@@ -1,5 +1,5 @@
-//! Streams between networks in one process, over loopback: opened, refused, bounded, timed.
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout)] // helpers of tests, a measurement
+//! Streams between networks in one process, over loopback: opened, refused, bounded.
+#![allow(clippy::expect_used)] // helpers of tests
 
 use std::{collections::HashSet, time::Duration};
 
@@ -381,38 +381,4 @@ async fn a_burst_of_a_thousand_openings_is_bounded_and_refused_visibly() {
         .expect("alive");
     other.write_all(b"x").await.expect("writes");
     assert_eq!(other.read_u8().await.expect("reads"), b'x');
-}
-
-/// Not a limit, a measurement: `cargo test --release -p node --test net_streams -- --ignored --nocapture`.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a measurement"]
-async fn echo_latency() {
-    for (name, addr) in [("tcp", TCP), ("quic", QUIC)] {
-        let (server, client) = (start(listening("t", addr)).await, start(config("t")).await);
-        tokio::spawn(echo(server.accept(Proto::Session).expect("free")));
-        let addrs = server.listen_addrs();
-        let mut stream = client
-            .open(server.me(), &addrs, Proto::Session, DEADLINE)
-            .await
-            .expect("opens");
-        for size in [1200usize, 8700] {
-            let (frame, mut back) = (vec![7u8; size], vec![0u8; size]);
-            let mut times = Vec::new();
-            for round in 0..6000 {
-                let start = std::time::Instant::now();
-                stream.write_all(&frame).await.expect("writes");
-                stream.flush().await.expect("flushes");
-                stream.read_exact(&mut back).await.expect("reads");
-                if round >= 1000 {
-                    times.push(start.elapsed());
-                }
-            }
-            times.sort();
-            println!(
-                "{name} {size} B there and back: p50 {:?} p99 {:?}",
-                times[times.len() / 2],
-                times[times.len() * 99 / 100]
-            );
-        }
-    }
 }

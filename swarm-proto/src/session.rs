@@ -26,6 +26,9 @@ pub const ADDR_BYTES_MAX: usize = 128;
 pub const ROWS_MAX: u16 = 512;
 /// Most logits of a `Top` row: samplers rarely look past some hundred.
 pub const TOP_MAX: u16 = 4096;
+/// Most bytes of whole rows of logits that one frame may ask for, where it asks for several: they wait
+/// at the tail until the client reads them. Eight rows of a vocabulary of 131,072.
+pub const LOGITS_BYTES_MAX: usize = 4 << 20;
 /// Longest text of a failure.
 pub const FAILURE_BYTES_MAX: usize = 512;
 /// Largest header of a session or answer stream once the session is open.
@@ -270,6 +273,16 @@ impl Want {
         rows: WantRows::None,
         form: Form::Full,
     };
+
+    /// Rows that one frame with this wish may have, for a model of `n_vocab` tokens: as many as any
+    /// frame, but for whole rows of logits not more than [`LOGITS_BYTES_MAX`] holds, and one always.
+    pub fn rows_max(self, n_vocab: u32) -> u16 {
+        if self.rows != WantRows::All || self.form != Form::Full {
+            return ROWS_MAX;
+        }
+        let fit = LOGITS_BYTES_MAX / 4 / n_vocab.max(1) as usize;
+        u16::try_from(fit).unwrap_or(ROWS_MAX).clamp(1, ROWS_MAX)
+    }
 }
 
 /// Header of a frame of rows; the payload's length follows from it.

@@ -30,11 +30,12 @@ use super::{
     behaviour::{Behaviour, BehaviourEvent},
     bootstrap::Bootstrap,
     facts::Facts,
+    providers::Providers,
     stream::{OpenError, Proto},
     streams::OpenRequest,
     transport::explain_dial,
 };
-use crate::identity::peer_of;
+use crate::{identity::peer_of, seldom::Seldom};
 
 /// Events that may wait for the adverts task before the swarm is no longer polled.
 pub(super) const OUTBOX_MAX: usize = 256;
@@ -51,8 +52,6 @@ const LINGER: Duration = Duration::from_millis(300);
 /// A stranger's connection is kept this long after identify, so that streams being opened on it
 /// fail with the reason and not with a lost connection, on both sides.
 const STRANGER_GRACE: Duration = Duration::from_secs(2);
-/// Providers one key may have with us: an attacker's keys and ours share the store.
-const PROVIDER_KEYS_MAX: usize = 4096;
 
 /// What the driver is asked to do.
 pub(super) enum Command {
@@ -87,6 +86,8 @@ pub(super) enum Notice {
     },
     /// A peer of our swarm that serves the fetch protocol is connected.
     Identified { peer: Peer, fetch: bool },
+    /// A peer of our swarm has no connection left.
+    Disconnected { peer: Peer },
     /// Somebody new listens to adverts.
     Subscribed,
     /// Our own addresses changed.
@@ -104,7 +105,8 @@ pub(super) struct Driver {
     pub(super) queries: HashMap<kad::QueryId, (Vec<Peer>, oneshot::Sender<Vec<Peer>>)>,
     pub(super) facts: Arc<Facts>,
     pub(super) shutdown: watch::Receiver<bool>,
-    pub(super) provider_keys: HashMap<kad::RecordKey, ()>,
+    pub(super) providers: Providers,
+    pub(super) listener: Seldom,
     /// Gossip of ours may still be on its way.
     pub(super) published: bool,
     /// Connected strangers and when they are let go.
@@ -272,7 +274,14 @@ impl Driver {
                     self.listening(None, Some(address));
                 }
             }
-            SwarmEvent::ListenerError { error, .. } => tracing::warn!(%error, "listener"),
+            // Connections that are broken off while they are accepted show here too.
+            SwarmEvent::ListenerError { error, .. } => {
+                if self.listener.now(Instant::now()) {
+                    tracing::warn!(%error, "listener");
+                } else {
+                    tracing::debug!(%error, "listener");
+                }
+            }
             SwarmEvent::ConnectionEstablished {
                 peer_id,
                 connection_id,
@@ -291,6 +300,7 @@ impl Driver {
                 self.bootstrap.disconnected(peer_id, Instant::now());
                 if let Some(peer) = peer_of(&peer_id) {
                     self.facts.disconnected(&peer);
+                    self.pending.push_back(Notice::Disconnected { peer });
                 }
             }
             SwarmEvent::OutgoingConnectionError {
@@ -364,7 +374,7 @@ impl Driver {
         }
     }
 
-    /// A stranger is told to the user and let go; one of us is remembered.
+    /// A stranger is let go, and told to the user who gave us its address; one of us is remembered.
     fn identified(&mut self, id: PeerId, info: identify::Info) {
         let Some(peer) = peer_of(&id) else {
             // No stream is opened to such a peer, and its adverts name nobody.
@@ -376,11 +386,7 @@ impl Driver {
             .streams
             .identified(id, stranger.clone(), &info.protocols);
         if let Some(why) = stranger {
-            tracing::warn!("{why}; disconnecting");
-            self.facts.stranger(why);
-            let now = Instant::now();
-            self.bootstrap.useless(id, now);
-            self.strangers.push_back((now + STRANGER_GRACE, id));
+            self.estranged(id, why);
             return;
         }
         for addr in info.listen_addrs.into_iter().take(8) {
@@ -390,6 +396,17 @@ impl Driver {
         let fetch = Proto::Fetch.name(&self.swarm_id);
         let fetch = info.protocols.iter().any(|p| p.as_ref() == fetch);
         self.pending.push_back(Notice::Identified { peer, fetch });
+    }
+
+    fn estranged(&mut self, id: PeerId, why: OpenError) {
+        let now = Instant::now();
+        if self.bootstrap.useless(id, now) {
+            tracing::warn!("given by --peer: {why}; disconnecting");
+        } else {
+            tracing::debug!("{why}; disconnecting");
+        }
+        self.facts.stranger(why);
+        self.strangers.push_back((now + STRANGER_GRACE, id));
     }
 
     fn discovered(&mut self, found: Vec<(PeerId, Multiaddr)>) {
@@ -433,26 +450,20 @@ impl Driver {
         }
     }
 
-    /// Keys are model ids (32 bytes) and the table is bounded; Kademlia itself has checked that the
+    /// Keys are model ids (32 bytes) and the records are bounded; Kademlia itself has checked that the
     /// provider is the sender.
     fn keep_provider(&mut self, record: kad::ProviderRecord) {
         use kad::store::RecordStore;
-        if record.key.as_ref().len() != 32 || record.addresses.len() > 16 {
+        let now = Instant::now();
+        let store = self.swarm.behaviour_mut().kad.store_mut();
+        for (provider, key) in self.providers.sweep(now) {
+            store.remove_provider(&key, &provider);
+        }
+        let fits = record.key.as_ref().len() == 32 && record.addresses.len() <= 16;
+        if fits && self.providers.keep(record.provider, &record.key, now) {
+            let _ = store.add_provider(record);
+        } else {
             tracing::debug!(provider = %record.provider, "provider record refused");
-            return;
         }
-        if !self.provider_keys.contains_key(&record.key)
-            && self.provider_keys.len() >= PROVIDER_KEYS_MAX
-        {
-            tracing::debug!("provider table is full ({PROVIDER_KEYS_MAX} keys)");
-            return;
-        }
-        self.provider_keys.insert(record.key.clone(), ());
-        let _ = self
-            .swarm
-            .behaviour_mut()
-            .kad
-            .store_mut()
-            .add_provider(record);
     }
 }

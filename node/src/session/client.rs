@@ -224,7 +224,8 @@ impl ClientSession {
                 n_vocab: self.n_vocab,
             });
         }
-        let chunks = tokens.chunks(PREFILL_CHUNK as usize);
+        let rows_max = usize::from(want.rows_max(self.n_vocab));
+        let chunks = tokens.chunks(rows_max.min(PREFILL_CHUNK as usize));
         let last = chunks.len().saturating_sub(1);
         for (i, tokens) in chunks.enumerate() {
             let rows = match want.rows {

@@ -67,13 +67,21 @@ fn count(n: usize) -> u32 {
 pub struct SessionLimits {
     /// Sessions at once, over all clients: each holds KV, a task and three stream buffers.
     pub sessions_max: usize,
-    /// Sessions at once of one client, so that one cannot take them all.
+    /// Sessions at once that one peer opens in the name of one client, so that one client cannot
+    /// take them all. On the first hop the two are the same peer.
     pub per_client_max: usize,
+    /// Sessions at once that one peer opens here, in whose name soever: only the first hop knows
+    /// that a client is who it says, so a member could invent clients. A busy first hop sends
+    /// many clients' sessions on to one next hop, hence most of the places; not all, so that
+    /// others still get in.
+    pub per_upstream_max: usize,
     /// Frames of one session that may wait for, or be in, the worker. Two keep the worker busy;
     /// two more absorb jitter. Beyond it the hop stops reading, and the sender feels it.
     pub frames_in_flight: usize,
     /// Answer streams that may wait for their session.
     pub parked_max: usize,
+    /// Those of one client: as many as its sessions, and as many again whose opening failed.
+    pub parked_per_client_max: usize,
     /// The deadlines.
     pub deadlines: Deadlines,
 }
@@ -92,8 +100,10 @@ impl Default for SessionLimits {
         Self {
             sessions_max: 64,
             per_client_max: 16,
+            per_upstream_max: 48,
             frames_in_flight: 4,
             parked_max: 256,
+            parked_per_client_max: 32,
             deadlines: Deadlines::default(),
         }
     }

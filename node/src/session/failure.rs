@@ -15,6 +15,11 @@ pub(super) fn clamp_to_below(mut failure: Failure, at: u8, hops: usize) -> Failu
     failure
 }
 
+/// The client closed its answer stream: nothing failed, and nobody is at fault.
+pub(super) fn is_goodbye(failure: &Failure) -> bool {
+    failure.fault == Fault::Caller && failure.code == FailureCode::DownstreamLost
+}
+
 /// The hop to avoid when trying again: none when the client itself was wrong.
 pub(super) fn culprit(failure: &Failure) -> Option<u8> {
     match failure.fault {

@@ -28,7 +28,7 @@ use tracing::Instrument;
 use super::{
     admit::{Admitted, admit},
     config::SessionLimits,
-    failure::{clamp_to_below, fail},
+    failure::{clamp_to_below, fail, is_goodbye},
     ledger::Ledger,
     limits::{ATTACH, OPEN, UP, down_rows},
     relay::{Below, End, Parts, Relay},
@@ -38,7 +38,11 @@ use super::{
     trace,
     wire::{Pipe, WireError},
 };
-use crate::net::{Net, OpenError, Proto, Stream};
+use crate::{
+    net::{Net, OpenError, Proto, Stream},
+    seldom::Seldom,
+    shares::{NoShare, Share, Shares},
+};
 
 /// Opens streams to peers. `Net` is one; tests bring their own.
 pub trait Dialer: Send + Sync + 'static {
@@ -113,8 +117,13 @@ struct Shared {
     dialer: Arc<dyn Dialer>,
     limits: SessionLimits,
     served: Mutex<HashMap<ModelId, Served>>,
-    open: Mutex<HashMap<Peer, usize>>,
+    /// By the peer that opened the stream.
+    upstreams: Shares<Peer>,
+    /// By that peer and the client it names: nobody can use up a client's part in its name.
+    clients: Shares<(Peer, Peer)>,
     pairing: Pairing,
+    /// Sessions fail for reasons of our own.
+    failing: Seldom,
     /// No new sessions.
     draining: CancellationToken,
     /// The running ones end too.
@@ -129,8 +138,10 @@ impl Sessions {
             me,
             dialer,
             served: Mutex::default(),
-            open: Mutex::default(),
-            pairing: Pairing::new(limits.parked_max),
+            upstreams: Shares::new(limits.sessions_max, limits.per_upstream_max),
+            clients: Shares::new(limits.sessions_max, limits.per_client_max),
+            pairing: Pairing::new(limits.parked_max, limits.parked_per_client_max),
+            failing: Seldom::default(),
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -151,9 +162,15 @@ impl Sessions {
         lock(&self.shared.served).remove(model);
     }
 
+    /// What is served of a model.
+    #[cfg(test)]
+    pub(crate) fn served(&self, model: &ModelId) -> Option<Served> {
+        lock(&self.shared.served).get(model).cloned()
+    }
+
     /// Sessions that are open or being opened.
     pub fn count(&self) -> usize {
-        lock(&self.shared.open).values().sum()
+        self.shared.upstreams.taken()
     }
 
     /// Takes session and answer streams until both channels close, a task each.
@@ -201,22 +218,10 @@ impl Sessions {
     }
 }
 
-/// A session counts against its client until this is dropped.
+/// A session counts against its upstream and its client until this is dropped.
 struct Lease {
-    shared: Arc<Shared>,
-    client: Peer,
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let mut open = lock(&self.shared.open);
-        if let Some(n) = open.get_mut(&self.client) {
-            *n = n.saturating_sub(1);
-            if *n == 0 {
-                open.remove(&self.client);
-            }
-        }
-    }
+    _upstream: Share<Peer>,
+    _client: Share<(Peer, Peer)>,
 }
 
 /// What the chain below a hop became.
@@ -268,14 +273,24 @@ impl Shared {
             end = relay.run() => end,
             () = self.stopping.cancelled() => End::Failed(self.going_down(at)),
         };
-        match &end {
+        self.log(at, &end);
+        relay.finish(&end).await;
+        drop((place, lease));
+    }
+
+    /// What others can cause is told at debug level: it could fill a disk.
+    fn log(&self, at: u8, end: &End) {
+        match end {
+            End::Failed(f) if is_goodbye(f) => tracing::debug!("session over: the client left"),
             End::Failed(f) => {
-                tracing::info!(at = f.at, code = ?f.code, why = %f.message, "session failed")
+                let ours = f.at == at && f.code == FailureCode::Engine;
+                if ours && self.failing.now(std::time::Instant::now()) {
+                    tracing::warn!(why = %f.message, "sessions fail on this node");
+                }
+                tracing::debug!(at = f.at, code = ?f.code, why = %f.message, "session failed");
             }
             end => tracing::debug!(?end, "session over"),
         }
-        relay.finish(&end).await;
-        drop((place, lease));
     }
 
     /// Everything between the open message and the relay. `Err(None)`: the upstream is gone.
@@ -293,7 +308,7 @@ impl Shared {
         let Some(served) = served else {
             return Err(None);
         };
-        let lease = self.lease(open)?;
+        let lease = self.lease(from, open)?;
         let (slot, chain) = {
             let both = async {
                 tokio::try_join!(
@@ -322,7 +337,7 @@ impl Shared {
             open.session,
             open.epoch,
             open.n_ctx,
-            served.n_embd,
+            (served.n_embd, served.n_vocab),
             admitted.content,
         );
         let (at, hops, dtype) = (open.at, open.hops.len(), open.dtype);
@@ -333,7 +348,6 @@ impl Shared {
             ledger,
             dtype,
             layers: admitted.layers,
-            n_vocab: served.n_vocab,
             worker: served.worker,
             slot,
             up,
@@ -344,28 +358,23 @@ impl Shared {
         Ok((parts, lease, chain.place))
     }
 
-    fn lease(self: &Arc<Self>, open: &Open) -> Result<Lease, Failure> {
-        let limits = &self.limits;
-        let full = |message| Err(fail(open.at, Fault::Local, FailureCode::Full, message));
-        let mut counts = lock(&self.open);
-        let total: usize = counts.values().sum();
-        let of_client = counts.get(&open.client).copied().unwrap_or(0);
-        if total >= limits.sessions_max {
-            return full(format!(
-                "{total} sessions are open, the limit here is {}",
-                limits.sessions_max
-            ));
-        }
-        if of_client >= limits.per_client_max {
-            let max = limits.per_client_max;
-            return full(format!(
-                "this client has {of_client} sessions open, the limit here is {max}"
-            ));
-        }
-        counts.insert(open.client, of_client + 1);
+    fn lease(&self, from: Peer, open: &Open) -> Result<Lease, Failure> {
+        let full = |whose: &str, no: NoShare| {
+            let message = match no {
+                NoShare::All { taken, max } => {
+                    format!("{taken} sessions are open, the limit here is {max}")
+                }
+                NoShare::Each { taken, max } => {
+                    format!("{whose} has {taken} sessions open, the limit here is {max}")
+                }
+            };
+            fail(open.at, Fault::Local, FailureCode::Full, message)
+        };
+        let client = self.clients.take((from, open.client));
+        let upstream = self.upstreams.take(from);
         Ok(Lease {
-            shared: self.clone(),
-            client: open.client,
+            _client: client.map_err(|no| full("this client", no))?,
+            _upstream: upstream.map_err(|no| full("the peer before this hop", no))?,
         })
     }
 

@@ -20,7 +20,8 @@ use std::{
 
 use engine::{Done, EngineError, Job, Step, Worker};
 use swarm_proto::{
-    Answer, Content, Down, Dtype, Failure, FailureCode, Fault, Rows, Up, WantRows, activation,
+    Answer, Content, Down, Dtype, Failure, FailureCode, Fault, Form, Rows, Up, WantRows,
+    activation, session::LOGITS_BYTES_MAX,
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -43,6 +44,10 @@ const ACK_BACKLOG_MAX: usize = 16 * 1024;
 
 /// Results that may wait for the stream below before we stop reading frames: what one write takes.
 const BACKLOG_MAX: usize = 64 * 1024;
+
+/// Result buffers longer than this are not kept: 32 rows of 8,192 floats. Logits of a large vocabulary
+/// are longer.
+const SPARE_FLOATS_MAX: usize = 256 * 1024;
 
 /// Acknowledgements of single rows wait until so many are due, or [`ACK_DELAY`] is over: each write
 /// wakes four tasks on its way, and a decoding client waits for logits, not for them.
@@ -83,7 +88,6 @@ pub(super) struct Parts {
     pub(super) ledger: Ledger,
     pub(super) dtype: Dtype,
     pub(super) layers: Range<u32>,
-    pub(super) n_vocab: u32,
     pub(super) worker: Worker,
     pub(super) slot: SlotGuard,
     pub(super) up: Pipe,
@@ -227,7 +231,9 @@ impl Relay {
             step.record("queued_us", micros(done.queued));
             let pos_end = rows.pos0 + u32::from(rows.n_rows);
             self.encode(rows, &done.rows, compute_us)?;
-            if self.spare.len() < self.p.frames_in_flight {
+            if self.spare.len() < self.p.frames_in_flight
+                && done.rows.capacity() <= SPARE_FLOATS_MAX
+            {
                 self.spare.push(done.rows);
             }
             let now = Instant::now();
@@ -270,7 +276,7 @@ impl Relay {
                 });
             }
             Below::Client { answers, top, .. } => {
-                let n_vocab = self.p.n_vocab as usize;
+                let n_vocab = self.p.ledger.n_vocab as usize;
                 let pos_end = rows.pos0 + u32::from(rows.n_rows);
                 let n_out = (out.len() / n_vocab.max(1)) as u32;
                 for (i, row) in (pos_end.saturating_sub(n_out)..).zip(out.chunks_exact(n_vocab)) {
@@ -373,6 +379,7 @@ impl Relay {
         };
         if self.in_flight.len() >= self.p.frames_in_flight
             || backlog > BACKLOG_MAX
+            || self.promised() >= LOGITS_BYTES_MAX
             || self.p.up.backlog() > ACK_BACKLOG_MAX
         {
             return Ok(Poll::Pending);
@@ -387,6 +394,22 @@ impl Relay {
             Ok(None) | Err(WireError::Io(_)) => Ok(Poll::Ready(Some(End::UpstreamLost))),
             Err(e) => Err(self.bad_frame(&e.to_string())),
         }
+    }
+
+    /// Bytes of whole rows of logits that frames in the worker will bring. Together with what one
+    /// frame may ask for, it bounds what waits for a client that does not read.
+    fn promised(&self) -> usize {
+        if matches!(self.p.below, Below::Next(_)) {
+            return 0;
+        }
+        let rows = |frame: &InFlight| match (frame.rows.want.rows, frame.rows.want.form) {
+            (WantRows::None, _) | (_, Form::Top(_)) => 0,
+            (WantRows::Last, Form::Full) => 1,
+            (WantRows::All, Form::Full) => usize::from(frame.rows.n_rows),
+        };
+        let rows: usize = self.in_flight.iter().map(rows).sum();
+        rows.saturating_mul(self.p.ledger.n_vocab as usize)
+            .saturating_mul(size_of::<f32>())
     }
 
     fn on_rows(&mut self, rows: Rows) -> Result<(), Failure> {

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use engine::ChainStage;
 use swarm_proto::{
     Content, Down, Dtype, Epoch, FailureCode, Fault, Form, Peer, Rows, Up, Want, WantRows,
 };
@@ -382,5 +383,67 @@ async fn a_client_that_reads_nothing_is_stopped_and_then_ended() {
     };
     assert_eq!((failure.at, failure.fault), (1, Fault::Caller), "{failure}");
     assert_eq!(failure.code, FailureCode::Deadline, "{failure}");
+    swarm.assert_empty().await;
+}
+
+/// A vocabulary of which 32 whole rows are more than one frame may ask for.
+const LARGE_VOCAB: u32 = 50_000;
+const ALL_WHOLE: Want = Want {
+    rows: WantRows::All,
+    form: Form::Full,
+};
+
+async fn large() -> (Swarm, crate::session::ClientSession) {
+    let large = |_| ChainStage::new(N_LAYER, N_EMBD, LARGE_VOCAB, 0..N_LAYER, SEED);
+    let swarm = Swarm::with(&[0, 12], SessionLimits::default(), large);
+    let kind = Kind {
+        n_vocab: LARGE_VOCAB,
+        ..KIND
+    };
+    let opening = swarm.opener();
+    let session = opening.open_route(kind, &swarm.route()).await.unwrap();
+    (swarm, session)
+}
+
+#[tokio::test(start_paused = true)]
+async fn whole_rows_of_a_large_vocabulary_come_in_smaller_frames() {
+    let _clock = Clock::start();
+    let (swarm, mut session) = large().await;
+    session.feed(&[1; 50], ALL_WHOLE).await.unwrap();
+    for pos in 0..50 {
+        let row = session.next_logits().await.unwrap();
+        assert_eq!((row.pos, row.full.len()), (pos, LARGE_VOCAB as usize));
+        session.recycle(row);
+    }
+    drop(session);
+    swarm.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn logits_that_nobody_reads_are_bounded() {
+    let _clock = Clock::start();
+    let (swarm, mut session) = large().await;
+    let n_rows = ALL_WHOLE.rows_max(LARGE_VOCAB);
+    for frame in 0..8 {
+        let rows = Rows {
+            session: session.id(),
+            epoch: Epoch(0),
+            pos0: frame * u32::from(n_rows),
+            n_rows,
+            content: Content::Tokens,
+            want: ALL_WHOLE,
+            spent_us: 0,
+        };
+        session.up.push_with(&Down::Rows(rows), |out| {
+            out.extend(vec![0; 4 * usize::from(n_rows)]);
+        });
+    }
+    session.up.flush().await.unwrap();
+    let failed =
+        async { while let Some(Up::Ack { .. }) = session.up.frame::<Up>().await.unwrap() {} };
+    failed.await;
+    // Each row computed was kept for the client: two frames' worth, by the byte limit.
+    let computed = swarm.nodes[0].worker.stats().rows;
+    assert!(computed <= 2 * u64::from(n_rows), "{computed} rows wait");
     swarm.assert_empty().await;
 }

@@ -1,15 +1,17 @@
 //! Frames that no honest peer sends, at hops and at the client: a clear error on the right side,
 //! nothing left behind.
 
+use std::time::Duration;
+
 use swarm_proto::{
     Answer, Attach, Content, Down, Dtype, Epoch, FailureCode, Fault, Form, FrameLimits, Logits,
-    LogitsForm, Open, Rows, SessionId, Up, Want, WantRows,
+    LogitsForm, Open, Peer, Rows, SessionId, Up, Want, WantRows,
 };
 use tokio::io::AsyncWriteExt;
 
 use super::swarm::*;
 use crate::net::{Proto, Stream};
-use crate::session::{ClientError, Kind, wire::Pipe};
+use crate::session::{ClientError, Deadlines, Kind, SessionLimits, wire::Pipe};
 
 const SESSION: SessionId = SessionId([9; 16]);
 const WIDE: FrameLimits = FrameLimits {
@@ -18,7 +20,7 @@ const WIDE: FrameLimits = FrameLimits {
 };
 
 /// A hand-made peer: whatever it writes is its own.
-async fn raw(swarm: &Swarm, from: swarm_proto::Peer, to: usize, proto: Proto) -> Pipe {
+async fn raw(swarm: &Swarm, from: Peer, to: usize, proto: Proto) -> Pipe {
     let stream = swarm
         .wires
         .dialer(from)
@@ -129,6 +131,55 @@ async fn bad_openings_are_refused_by_name() {
         let text = refused(&answer(&mut pipe).await, at, fault, code);
         assert!(text.contains(words), "{words}: {text}");
     }
+    swarm.assert_empty().await;
+}
+
+/// The second hop takes the first one's word on who the client is: neither the places of everybody
+/// nor those of a client can be used up by a member that invents clients.
+#[tokio::test(start_paused = true)]
+async fn a_member_that_invents_clients_gets_its_part_and_no_more() {
+    let _clock = Clock::start();
+    let limits = SessionLimits {
+        sessions_max: 6,
+        per_client_max: 2,
+        per_upstream_max: 3,
+        deadlines: Deadlines {
+            // Nobody attaches here: the sessions must outlive the test.
+            pair: Duration::from_secs(3600),
+            ..Deadlines::default()
+        },
+        ..SessionLimits::default()
+    };
+    let swarm = Swarm::with(&[0, 4, 12], limits, |stage| stage);
+    let open_as = async |upstream: Peer, client: Peer, n: u8| {
+        let mut open = open(&swarm);
+        (open.at, open.client, open.session) = (1, client, SessionId([n; 16]));
+        open.hops[0].peer = upstream;
+        let mut pipe = raw(&swarm, upstream, 1, Proto::Session).await;
+        pipe.push(&Down::Open(open));
+        let answer = answer(&mut pipe).await;
+        (pipe, answer)
+    };
+    let (liar, honest) = (peer(66), peer(67));
+    let mut open = Vec::new();
+    for (n, client) in [(1, CLIENT), (2, CLIENT), (3, peer(101))] {
+        let (pipe, up) = open_as(liar, client, n).await;
+        assert!(matches!(up, Up::Opened { .. }), "{up:?}");
+        open.push(pipe);
+    }
+    let (_, up) = open_as(liar, peer(102), 4).await;
+    let text = refused(&up, 1, Fault::Local, FailureCode::Full);
+    assert!(text.contains("peer before this hop"), "{text}");
+    for n in 5..7 {
+        let (pipe, up) = open_as(honest, CLIENT, n).await;
+        assert!(matches!(up, Up::Opened { .. }), "{up:?}");
+        open.push(pipe);
+    }
+    let (_, up) = open_as(honest, CLIENT, 7).await;
+    let text = refused(&up, 1, Fault::Local, FailureCode::Full);
+    assert!(text.contains("this client has 2"), "{text}");
+    assert_eq!(swarm.nodes[1].sessions.count(), 5);
+    drop(open);
     swarm.assert_empty().await;
 }
 
