@@ -219,6 +219,24 @@ impl Drop for Lease {
     }
 }
 
+/// The task that opens a session, as the stage worker sees it.
+struct KvWaiter {
+    to: oneshot::Sender<Result<SlotGuard, engine::EngineError>>,
+    worker: Worker,
+}
+
+impl engine::SlotWaiter for KvWaiter {
+    fn waits(&self) -> bool {
+        !self.to.is_closed()
+    }
+
+    fn take(self: Box<Self>, result: Result<engine::Slot, engine::EngineError>) {
+        let Self { to, worker } = *self;
+        // Guarded before it travels: a session that is gone by now must not leak its KV.
+        let _ = to.send(result.map(|slot| SlotGuard::new(worker, slot)));
+    }
+}
+
 /// What the chain below a hop became.
 struct Chain {
     below: Below,
@@ -378,14 +396,11 @@ impl Shared {
         let at = admitted.at;
         let (to, slot) = oneshot::channel();
         let worker = served.worker.clone();
-        let reply = Box::new(move |result: Result<engine::Slot, engine::EngineError>| {
-            // Guarded before it travels: a session that is gone by now must not leak its KV.
-            let _ = to.send(result.map(|slot| SlotGuard::new(worker, slot)));
-        });
+        let waiter = KvWaiter { to, worker };
         let local = |code, message: String| fail(at, Fault::Local, code, message);
         served
             .worker
-            .open(open.n_ctx, admitted.layers.clone(), reply)
+            .open(open.n_ctx, admitted.layers.clone(), waiter)
             .map_err(|e| local(FailureCode::Full, e.to_string()))?;
         let deadline = self.limits.deadlines.open;
         match timeout(deadline, slot).await {

@@ -269,6 +269,32 @@ async fn a_client_that_vanishes_leaves_no_kv() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn no_kv_is_set_up_for_a_client_that_left_the_queue() {
+    let _clock = Clock::start();
+    let pace = Duration::from_millis(10);
+    let swarm = Swarm::with(&[0, 12], SessionLimits::default(), |stage| {
+        stage.with_pace(pace)
+    });
+    let mut one = swarm.open().await;
+    // An eighth of a second in the worker, six in the test's time.
+    one.feed(&[1], TOP1).await.unwrap();
+    let (opener, route) = (swarm.opener(), swarm.route());
+    let opening = tokio::time::timeout(Duration::from_secs(1), opener.open_route(KIND, &route));
+    assert!(opening.await.is_err());
+    one.next_logits().await.unwrap();
+    drop(one);
+    swarm.assert_empty().await;
+    let (to, slot) = tokio::sync::oneshot::channel();
+    let reply: engine::Reply<engine::Slot> = Box::new(|slot| drop(to.send(slot)));
+    swarm.nodes[0].worker.open(8, 0..12, reply).unwrap();
+    assert_eq!(
+        slot.await.unwrap(),
+        Ok(engine::Slot(1)),
+        "one was opened before"
+    );
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_idle_session_loses_its_lease() {
     let _clock = Clock::start();
     let swarm = Swarm::new(&[0, 4, 12]);
