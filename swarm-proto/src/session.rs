@@ -22,8 +22,9 @@ pub const HOPS_MAX: usize = 128;
 pub const HOP_ADDRS_MAX: usize = 4;
 /// Longest address: a DNS name, a port, a transport and a peer id stay below.
 pub const ADDR_BYTES_MAX: usize = 128;
-/// Most rows of one frame: prefill chunks are far smaller.
-pub const ROWS_MAX: u16 = 512;
+/// Most rows of one frame: what an engine takes in one step, so that a hop buffers no frame that it
+/// would refuse.
+pub const ROWS_MAX: u16 = 32;
 /// Most logits of a `Top` row: samplers rarely look past some hundred.
 pub const TOP_MAX: u16 = 4096;
 /// Longest text of a failure.

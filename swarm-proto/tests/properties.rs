@@ -77,7 +77,7 @@ proptest! {
     }
 
     #[test]
-    fn rows(session: [u8; 16], epoch: u32, pos0 in 0..u32::MAX - 512, n_rows in 1..=ROWS_MAX,
+    fn rows(session: [u8; 16], epoch: u32, pos0 in 0..u32::MAX - u32::from(ROWS_MAX), n_rows in 1..=ROWS_MAX,
             content in content(), top in 0u16..4097, spent_us: u32) {
         let form = if top == 0 { Form::Full } else { Form::Top(top) };
         let want = Want { rows: WantRows::All, form };

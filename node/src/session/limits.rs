@@ -5,6 +5,9 @@ use swarm_proto::{
     session::{OPEN_BYTES_MAX, SESSION_HEADER_MAX},
 };
 
+// A frame is a step.
+const _: () = assert!(ROWS_MAX as u32 == engine::PREFILL_CHUNK);
+
 /// The first message of a session stream.
 pub(super) const OPEN: FrameLimits = FrameLimits {
     header_max: OPEN_BYTES_MAX,

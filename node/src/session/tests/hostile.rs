@@ -12,6 +12,8 @@ use crate::net::{Proto, Stream};
 use crate::session::{ClientError, Kind, wire::Pipe};
 
 const SESSION: SessionId = SessionId([9; 16]);
+/// Less than a frame's most rows.
+const N_CTX: u32 = 20;
 const WIDE: FrameLimits = FrameLimits {
     header_max: 65_535,
     payload_max: 1 << 20,
@@ -34,7 +36,7 @@ fn open(swarm: &Swarm) -> Open {
         epoch: Epoch(0),
         client: CLIENT,
         model: MODEL,
-        n_ctx: 100,
+        n_ctx: N_CTX,
         dtype: Dtype::F32,
         hops: swarm.route(),
         at: 0,
@@ -161,7 +163,7 @@ async fn bad_frames_end_the_session_with_a_word() {
         (rows(1), 400, "payload of 400 bytes, 4 expected"),
         (with(&|r| r.content = hidden), 192, "hidden states in f32"),
         (with(&|r| r.pos0 = 7), 4, "frame at position 7"),
-        (rows(101), 404, "context of 100"),
+        (rows(21), 84, "context of 20"),
     ];
     for (rows, bytes, words) in cases {
         let (swarm, mut pipe) = hop_zero().await;
@@ -220,6 +222,26 @@ async fn nonsense_and_oversize_are_refused_before_they_are_kept() {
             swarm.assert_empty().await;
         }
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_frame_of_more_rows_than_a_step_is_refused_by_its_length() {
+    let _clock = Clock::start();
+    let (swarm, pipe) = hop_zero().await;
+    // What 32 rows in f32 and the largest header come to, and a byte.
+    let longest = 2 + swarm_proto::session::SESSION_HEADER_MAX as u32 + 32 * N_EMBD * 4;
+    let mut stream = pipe.into_stream().unwrap();
+    stream
+        .write_all(&(longest + 1).to_le_bytes())
+        .await
+        .unwrap();
+    let up = answer(&mut Pipe::new(stream, WIDE)).await;
+    let text = refused(&up, 0, Fault::Caller, FailureCode::BadFrame);
+    assert!(
+        text.contains(&format!("the limit here is {longest}")),
+        "{text}"
+    );
+    swarm.assert_empty().await;
 }
 
 #[tokio::test(start_paused = true)]
