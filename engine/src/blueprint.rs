@@ -4,7 +4,8 @@
 //! Everything llama.cpp would assert on (and abort the process) is checked
 //! here, before it sees anything.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use gguf::{Array, GgufError, Header, TensorInfo, TensorType, Value};
 
@@ -26,6 +27,13 @@ const CTX_MAX: u32 = 1 << 27;
 const KV_VALUE_BYTES: u64 = 2;
 /// llama.cpp pads contexts to this.
 const CTX_PAD: u32 = 256;
+
+/// Most layers of a group: a session that uses one of them takes KV for all.
+const GROUP_LAYERS_MAX: u32 = 8;
+const _: () = assert!(GROUP_LAYERS_MAX <= crate::llama::LAYERS_MAX);
+/// Most bytes of a group's layers: its file lies in the temporary directory
+/// while it is loaded.
+const GROUP_BYTES_MAX: u64 = 512 << 20;
 
 const EMBEDDING: &str = "token_embd.weight";
 const OUTPUT: &str = "output.weight";
@@ -79,7 +87,8 @@ pub struct Blueprint {
     n_layer: u32,
     n_embd: u32,
     n_vocab: u32,
-    n_ff: u32,
+    n_ff: u64,
+    n_expert_used: u32,
     n_ctx_train: u32,
     n_ctx_orig: u32,
     rope_by_context: bool,
@@ -144,7 +153,7 @@ impl Blueprint {
             .unwrap_or(n_ctx_train)
             .clamp(1, CTX_MAX);
         keys.refuse_what_is_not_decoding()?;
-        keys.check_experts()?;
+        let n_expert_used = keys.check_experts()?;
         keys.check_rope_scaling()?;
         let kv_cell_bytes = keys.attention(n_layer, n_embd)?;
         let tensors = Tensors::sort(header, n_layer, n_embd)?;
@@ -158,7 +167,8 @@ impl Blueprint {
             n_layer,
             n_embd,
             n_vocab,
-            n_ff: keys.widest_feed_forward(n_layer)?,
+            n_ff: keys.feed_forward(n_layer, n_expert_used)?,
+            n_expert_used,
             n_ctx_train,
             n_ctx_orig,
             rope_by_context: tensors.shared.iter().any(long),
@@ -239,9 +249,20 @@ impl Blueprint {
         &self.embedding
     }
 
-    /// Width of the widest feed-forward part.
-    pub(crate) fn n_ff(&self) -> u32 {
+    /// Floats of a row inside the widest feed-forward part, in all the experts
+    /// it meets.
+    pub(crate) fn n_ff(&self) -> u64 {
         self.n_ff
+    }
+
+    /// Experts that a row meets; 0 without experts.
+    pub(crate) fn n_expert_used(&self) -> u32 {
+        self.n_expert_used
+    }
+
+    /// Whether layers may have windows: llama.cpp then keeps two tables of cells.
+    pub(crate) fn has_windows(&self) -> bool {
+        self.local.is_some()
     }
 
     /// What embeddings are multiplied by before layer 0; 1 is nothing.
@@ -249,9 +270,54 @@ impl Blueprint {
         self.embedding_scale
     }
 
-    /// The file of a stage of layer `i` alone; the last one's has the head.
-    pub(crate) fn stage_file(&self, i: u32) -> Result<StageFile, UnsupportedModel> {
-        let last = i + 1 == self.n_layer;
+    /// Cuts layers into those that are loaded as one model: a context takes
+    /// megabytes of working buffers and a call 20 µs, whatever they compute. Only
+    /// layers that have the same keys and no windows share a model.
+    pub(crate) fn groups(&self, layers: &Range<u32>) -> Vec<Range<u32>> {
+        let mut groups: Vec<Range<u32>> = Vec::new();
+        for i in layers.clone() {
+            match groups.last_mut() {
+                Some(group) if self.joins(group, i) => group.end = i + 1,
+                _ => groups.push(i..i + 1),
+            }
+        }
+        groups
+    }
+
+    fn joins(&self, group: &Range<u32>, i: u32) -> bool {
+        let bytes: u64 = (group.start..=i).map(|i| self.layer_bytes(i)).sum();
+        let values = |i: u32| {
+            let of = move |(_, array): &(_, Array)| array.get(i as usize);
+            self.arrays.iter().map(of)
+        };
+        self.local.is_none()
+            && i - group.start < GROUP_LAYERS_MAX
+            && bytes <= GROUP_BYTES_MAX
+            && values(group.start).eq(values(i))
+            && self.tensor_shapes(group.start) == self.tensor_shapes(i)
+    }
+
+    fn tensor_shapes(&self, i: u32) -> BTreeSet<(&str, &[u64])> {
+        self.layer_tensors(i)
+            .map(|(name, tensor)| (name, &tensor.dims[..]))
+            .collect()
+    }
+
+    /// A layer's tensors by what follows `blk.<i>.` in their names.
+    fn layer_tensors(&self, i: u32) -> impl Iterator<Item = (&str, &TensorInfo)> {
+        let tensors = self.layers.get(i as usize).map_or(&[][..], Vec::as_slice);
+        tensors.iter().map(|tensor| {
+            (
+                tensor.name.splitn(3, '.').nth(2).unwrap_or_default(),
+                tensor,
+            )
+        })
+    }
+
+    /// The file of a stage of these layers, one of [`Blueprint::groups`]; the
+    /// last one's has the head.
+    pub(crate) fn stage_file(&self, group: &Range<u32>) -> Result<StageFile, UnsupportedModel> {
+        let last = group.end == self.n_layer;
         let mut tensors = Vec::new();
         let mut fills = Vec::new();
         let mut push = |name: &str, dims: &[u64], ty, fill| {
@@ -291,26 +357,29 @@ impl Blueprint {
                 Fill::Source(tensor.name.clone()),
             );
         }
-        for tensor in self.layers.get(i as usize).map_or(&[][..], Vec::as_slice) {
-            let name = tensor.name.splitn(3, '.').nth(2).unwrap_or_default();
-            let fill = Fill::Source(tensor.name.clone());
-            push(&format!("blk.0.{name}"), &tensor.dims, tensor.ty, fill);
+        for (at, i) in group.clone().enumerate() {
+            for (name, tensor) in self.layer_tensors(i) {
+                let fill = Fill::Source(tensor.name.clone());
+                push(&format!("blk.{at}.{name}"), &tensor.dims, tensor.ty, fill);
+            }
         }
         let header = Header::new(
             gguf::ALIGNMENT_DEFAULT,
-            self.stage_kv(i, rows as u32),
+            self.stage_kv(group, rows as u32),
             tensors,
         )?;
         Ok(StageFile { header, fills })
     }
 
-    fn stage_kv(&self, i: u32, n_vocab: u32) -> Vec<(String, Value)> {
+    fn stage_kv(&self, group: &Range<u32>, n_vocab: u32) -> Vec<(String, Value)> {
         let mut kv = self.kv.clone();
+        let i = group.start;
         for (key, array) in &self.arrays {
             kv.extend(array.get(i as usize).map(|value| (key.clone(), value)));
         }
         let name = self.arch.name;
-        kv.push((format!("{name}.block_count"), Value::U32(1)));
+        let n_layer = group.end - group.start;
+        kv.push((format!("{name}.block_count"), Value::U32(n_layer)));
         kv.push((format!("{name}.vocab_size"), Value::U32(n_vocab)));
         let Some(local) = &self.local else { return kv };
         let window = format!("{name}.attention.sliding_window");
@@ -471,14 +540,27 @@ impl Keys<'_> {
         }
     }
 
-    fn widest_feed_forward(&self, n_layer: u32) -> Result<u32, UnsupportedModel> {
-        let key = "feed_forward_length";
+    fn feed_forward(&self, n_layer: u32, n_expert_used: u32) -> Result<u64, UnsupportedModel> {
+        let plain = self.widest("feed_forward_length", n_layer)?;
+        if n_expert_used == 0 {
+            return Ok(plain);
+        }
+        let expert = match self.widest("expert_feed_forward_length", n_layer)? {
+            0 => plain,
+            expert => expert,
+        };
+        let shared = self.widest("expert_shared_feed_forward_length", n_layer)?;
+        Ok(plain.max(expert * u64::from(n_expert_used) + shared))
+    }
+
+    /// The largest of one value per layer; 0 where there is none.
+    fn widest(&self, key: &str, n_layer: u32) -> Result<u64, UnsupportedModel> {
         let widths = self.per_layer(key, n_layer)?.unwrap_or_default();
         match widths.iter().max() {
             Some(&width) if width > DIM_MAX => {
                 Err(self.bad(key, format!("{width}, at most {DIM_MAX}")))
             }
-            width => Ok(width.copied().unwrap_or(0)),
+            width => Ok(width.copied().unwrap_or(0).into()),
         }
     }
 
@@ -499,7 +581,8 @@ impl Keys<'_> {
         Ok(())
     }
 
-    fn check_experts(&self) -> Result<(), UnsupportedModel> {
+    /// Checks what is said of experts; gives how many of them a row meets.
+    fn check_experts(&self) -> Result<u32, UnsupportedModel> {
         let n_expert = self.optional("expert_count")?.unwrap_or(0);
         if n_expert > EXPERTS_MAX {
             return Err(self.bad("expert_count", format!("{n_expert}, at most {EXPERTS_MAX}")));
@@ -513,7 +596,7 @@ impl Keys<'_> {
                 return Err(self.bad(key, "groups of experts are not supported"));
             }
         }
-        Ok(())
+        Ok(used)
     }
 
     fn check_rope_scaling(&self) -> Result<(), UnsupportedModel> {
@@ -674,5 +757,51 @@ impl Keys<'_> {
             }
         }
         Ok((kv, arrays))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::FileSource;
+    use crate::{RandomShape, RandomWeights, random_model};
+
+    fn blueprint(arch: &str, shape: &RandomShape) -> Blueprint {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.gguf");
+        random_model(arch, shape, RandomWeights::Q4KM, 1, &path).unwrap();
+        Blueprint::new(FileSource::open(&path).unwrap().header()).unwrap()
+    }
+
+    #[test]
+    fn layers_share_a_model_where_they_are_alike_and_small() {
+        let mut shape = RandomShape::tiny();
+        shape.n_layer = 10;
+        let mut llama = blueprint("llama", &shape);
+        assert_eq!(llama.groups(&(0..10)), [0..8, 8..10]);
+        assert_eq!(llama.groups(&(1..4)).len(), 1);
+        // Another set of tensors.
+        let bias = llama.layers[4][0].clone();
+        llama.layers[4].push(TensorInfo {
+            name: "blk.4.attn_q.bias".into(),
+            ..bias
+        });
+        assert_eq!(llama.groups(&(0..10)), [0..4, 4..5, 5..10]);
+        // Other numbers of heads.
+        let mut llama = blueprint("llama", &shape);
+        let heads = Array::U32(vec![4, 4, 2, 2, 4, 4, 4, 4, 4, 4]);
+        let key = "llama.attention.head_count_kv";
+        llama.arrays.push((key.into(), heads));
+        assert_eq!(llama.groups(&(0..10)), [0..2, 2..4, 4..10]);
+        // Layers of 300 MB.
+        let mut llama = blueprint("llama", &shape);
+        for tensors in &mut llama.layers {
+            tensors[0].dims = vec![256, 300 << 12];
+            tensors[0].ty = TensorType::Q8_0;
+        }
+        assert_eq!(llama.groups(&(0..2)), [0..1, 1..2]);
+        (shape.n_layer, shape.window) = (7, 16);
+        let windows = blueprint("gemma3", &shape);
+        assert_eq!(windows.groups(&(0..7)).len(), 7);
     }
 }

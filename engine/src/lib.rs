@@ -10,9 +10,12 @@ mod arch;
 mod blueprint;
 mod chain;
 mod chat;
+mod embedding;
 #[allow(unsafe_code)]
 mod llama;
 mod llama_stage;
+mod load;
+mod memory;
 mod random_model;
 mod sampler;
 mod source;
@@ -25,7 +28,8 @@ mod worker;
 pub use blueprint::{Blueprint, UnsupportedModel};
 pub use chain::ChainStage;
 pub use chat::{ChatError, Message, render_chat};
-pub use llama_stage::{LlamaStage, LoadError, LoadOptions};
+pub use llama_stage::{LlamaStage, LoadOptions};
+pub use load::LoadError;
 pub use random_model::{
     QuantType, RandomModelError, RandomShape, RandomWeights, quantize, random_model,
 };

@@ -198,7 +198,7 @@ pub fn plan_fixed(
     let plan = plan(blueprint, layers, memory);
     if longest_context(blueprint, &plan) == 0 {
         let tensors = tensor_bytes(blueprint, &plan.layers);
-        let kv = session_bytes(blueprint, &plan.layers, 1);
+        let kv = blueprint.session_bytes(&plan.layers, 1);
         return Err(LoadError::LayersMemory {
             asked: plan.layers,
             given: Bytes(memory),
@@ -211,22 +211,13 @@ pub fn plan_fixed(
 /// The longest context that one session over all layers of a plan has KV for; 0 where it has none.
 /// More would be promised to clients and then refused.
 fn longest_context(blueprint: &Blueprint, plan: &Plan) -> u32 {
-    let fits = |n_ctx: &u32| session_bytes(blueprint, &plan.layers, *n_ctx) <= plan.kv_bytes_max;
+    let fits = |n_ctx: &u32| blueprint.session_bytes(&plan.layers, *n_ctx) <= plan.kv_bytes_max;
     let whole = blueprint.n_ctx_train();
     let shorter = (0..u32::BITS).rev().map(|bit| 1 << bit);
     std::iter::once(whole)
         .chain(shorter.filter(|n_ctx| *n_ctx < whole))
         .find(fits)
         .unwrap_or(0)
-}
-
-/// Bytes of KV that a session over these layers takes.
-fn session_bytes(blueprint: &Blueprint, layers: &Range<u32>, n_ctx: u32) -> u64 {
-    let cell = layers
-        .clone()
-        .map(|i| blueprint.kv_cell_bytes(i))
-        .fold(0, u64::saturating_add);
-    cell.saturating_mul(blueprint.context_class(n_ctx).into())
 }
 
 /// Bytes of the tensors of these layers, with the embedding and the head where they belong to them.
