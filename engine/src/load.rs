@@ -5,7 +5,7 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::ops::Range;
 
 use crate::blueprint::{Blueprint, Fill, StageFile, UnsupportedModel};
-use crate::llama::{FileModel, Model};
+use crate::llama::{self, FileModel, Model};
 use crate::source::TensorSource;
 
 /// Why a stage was not loaded.
@@ -73,10 +73,12 @@ pub(crate) fn load_group(
     let mut file = tempfile::tempfile().map_err(broken)?;
     write_stage_file(&stage_file, group, source, &mut file)?;
     file.seek(SeekFrom::Start(0)).map_err(broken)?;
-    FileModel::from_file(file, false).map_err(|why| LoadError::Backend {
+    let model = FileModel::from_file(file, false).map_err(|why| LoadError::Backend {
         layers: layers(),
         why,
-    })
+    })?;
+    llama::use_huge_pages(&model);
+    Ok(model)
 }
 
 fn write_stage_file(

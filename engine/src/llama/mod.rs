@@ -6,6 +6,8 @@
 mod context;
 mod log;
 mod model;
+#[cfg(target_os = "linux")]
+mod pages;
 mod quant;
 mod sampler;
 mod vocab;
@@ -61,6 +63,14 @@ pub(crate) fn trim() {
     unsafe {
         malloc_trim(0)
     };
+}
+
+/// Asks for a model's weights to lie in huge pages, where there are such.
+pub(crate) fn use_huge_pages(model: &Model) {
+    #[cfg(target_os = "linux")]
+    pages::use_huge_pages(model);
+    #[cfg(not(target_os = "linux"))]
+    let _ = model;
 }
 
 /// A description of a backend device: name, what it is, free and total bytes.
