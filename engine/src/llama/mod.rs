@@ -10,12 +10,14 @@ mod model;
 mod pages;
 mod quant;
 mod sampler;
+mod tap;
 mod vocab;
 
-pub(crate) use context::{Context, ContextOptions, LAYERS_MAX, Output, Rows, ThreadPool};
+pub(crate) use context::{Context, ContextOptions, Output, Rows, ThreadPool};
 pub(crate) use model::{FileModel, Model};
 pub(crate) use quant::{dequantize_row, quantize_file, quantize_rows};
 pub(crate) use sampler::{Chain, Link};
+pub(crate) use tap::LAYERS_MAX;
 pub(crate) use vocab::VocabModel;
 
 use std::ffi::CStr;
