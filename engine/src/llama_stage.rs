@@ -17,7 +17,7 @@ use crate::blueprint::Blueprint;
 use crate::embedding::Embedding;
 use crate::llama::{self, Context, ContextOptions, Model, Output, ThreadPool};
 use crate::load::{LoadError, load_group};
-use crate::memory::{Need, WORK_FREE};
+use crate::memory::{Need, WORK_FREE, positions_left};
 use crate::source::TensorSource;
 use crate::stage::{EngineError, Input, Slot, Stage, StageShape, StageStats, Step, Want};
 use crate::stage::{all_finite, check_end, check_layers, check_step};
@@ -202,16 +202,11 @@ impl LlamaStage {
     fn count(&mut self) {
         let open = self.open_need();
         let layers = self.parts(&self.shape.layers);
-        // Another session over every layer: its buffers, and its positions.
-        let (one, two) = (self.need(&layers, 1), self.need(&layers, 2));
-        let with_one = Need {
-            work: open.work.saturating_add(one.work),
-            ..open
-        };
-        let free = self.options.kv_bytes_max.saturating_sub(with_one.counted());
+        let (none, one) = (self.need(&layers, 0), self.need(&layers, 1));
+        let budget = self.options.kv_bytes_max;
         self.stats.sessions = self.sessions.len() as u32;
         self.stats.kv_bytes = open.bytes();
-        self.stats.free_cells = free / (two - one).kv.max(1);
+        self.stats.free_cells = positions_left(budget, open, none, one);
     }
 
     /// Frees idle contexts until `more` fits the budget.

@@ -24,9 +24,9 @@ const POSITION_BYTES: u64 = 250;
 /// Bytes of contexts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Need {
-    /// What grows with positions.
+    /// Keys and values.
     pub kv: u64,
-    /// Working buffers.
+    /// Working buffers and tables.
     pub work: u64,
 }
 
@@ -39,6 +39,17 @@ impl Need {
     pub(crate) fn bytes(self) -> u64 {
         self.kv.saturating_add(self.work)
     }
+}
+
+/// Positions that one more session may have beside `open` within `budget`, when
+/// `none` is what it takes without any and `one` with one. Both what counts
+/// always and what counts beyond [`WORK_FREE`] must fit.
+pub(crate) fn positions_left(budget: u64, open: Need, none: Need, one: Need) -> u64 {
+    let position = one - none;
+    let taken = (open + none).bytes();
+    let all = budget.saturating_add(WORK_FREE).saturating_sub(taken);
+    let kv = budget.saturating_sub(open.kv);
+    (all / position.bytes().max(1)).min(kv / position.kv.max(1))
 }
 
 impl Add for Need {
@@ -83,8 +94,9 @@ impl Blueprint {
             row += 2 * u64::from(self.n_vocab());
         }
         Need {
-            kv: cells.saturating_add(tables).saturating_mul(class.into()),
+            kv: cells.saturating_mul(class.into()),
             work: CONTEXT_BYTES
+                + tables * u64::from(class)
                 + n_layer * NODES_BYTES * (2 + used)
                 + u64::from(PREFILL_CHUNK) * row * 4,
         }
@@ -100,5 +112,40 @@ impl Blueprint {
             .map(|group| self.context_need(group, class))
             .sum();
         need.counted()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_left_are_those_that_fit() {
+        const MB: u64 = 1 << 20;
+        let none = Need {
+            kv: 0,
+            work: 3 * MB,
+        };
+        let one = Need {
+            kv: 1024,
+            work: 3 * MB + 250,
+        };
+        for (budget, sessions) in [(MB, 0), (40 * MB, 3), (40 * MB, 9), (MB, 6)] {
+            let each = Need {
+                kv: MB / 4,
+                work: 3 * MB,
+            };
+            let open: Need = (0..sessions).map(|_| each).sum();
+            let left = positions_left(budget, open, none, one);
+            let with = |n: u64| {
+                let need = Need {
+                    kv: 1024 * n,
+                    work: 3 * MB + 250 * n,
+                };
+                (open + need).counted() <= budget
+            };
+            assert!(left == 0 || with(left), "{budget} {sessions}: {left}");
+            assert!(!with(left + 1), "{budget} {sessions}: {left}");
+        }
     }
 }
