@@ -23,6 +23,7 @@ pub struct Failure {
     remedy: Option<String>,
     code: u8,
     quiet: bool,
+    told_in_json: bool,
 }
 
 impl Failure {
@@ -33,6 +34,7 @@ impl Failure {
             remedy: None,
             code: FAILURE,
             quiet: false,
+            told_in_json: false,
         }
     }
 
@@ -72,6 +74,12 @@ impl Failure {
         self.quiet
     }
 
+    /// What `--json` printed says it already: that stays the only object.
+    pub fn told_in_json(mut self) -> Self {
+        self.told_in_json = true;
+        self
+    }
+
     /// Adds the next thing to try.
     pub fn try_this(mut self, remedy: impl Into<String>) -> Self {
         self.remedy = Some(remedy.into());
@@ -87,8 +95,22 @@ impl std::fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// Says how the command ended and gives the code for it.
-pub fn report(result: anyhow::Result<()>) -> ExitCode {
+/// What `--json` prints of a failure.
+#[derive(serde::Serialize)]
+struct Report<'a> {
+    error: ErrorReport<'a>,
+}
+
+#[derive(serde::Serialize)]
+struct ErrorReport<'a> {
+    message: &'a str,
+    #[serde(rename = "try", skip_serializing_if = "Option::is_none")]
+    remedy: Option<&'a str>,
+    exit_code: u8,
+}
+
+/// Says how the command ended, to people and with `json` to programs too, and gives the code for it.
+pub fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
     let Err(error) = result else {
         return ExitCode::SUCCESS;
     };
@@ -96,12 +118,24 @@ pub fn report(result: anyhow::Result<()>) -> ExitCode {
         .chain()
         .find_map(|cause| cause.downcast_ref::<Failure>());
     let code = failure.map_or(FAILURE, |failure| failure.code);
-    if !failure.is_some_and(Failure::is_quiet) {
-        let mut err = anstream::stderr();
-        let _ = writeln!(err, "{} {}", paint(BAD, "error:"), one_line(&error));
-        if let Some(remedy) = failure.and_then(|failure| failure.remedy.as_deref()) {
-            let _ = writeln!(err, "  {} {remedy}", paint(HINT, "try:"));
-        }
+    if failure.is_some_and(Failure::is_quiet) {
+        return ExitCode::from(code);
+    }
+    let message = one_line(&error);
+    let remedy = failure.and_then(|failure| failure.remedy.as_deref());
+    let mut err = anstream::stderr();
+    let _ = writeln!(err, "{} {message}", paint(BAD, "error:"));
+    if let Some(remedy) = remedy {
+        let _ = writeln!(err, "  {} {remedy}", paint(HINT, "try:"));
+    }
+    if json && !failure.is_some_and(|failure| failure.told_in_json) {
+        let error = ErrorReport {
+            message: &message,
+            remedy,
+            exit_code: code,
+        };
+        // Whoever does not read it has the exit code.
+        let _ = crate::terminal::say_json(&Report { error });
     }
     ExitCode::from(code)
 }

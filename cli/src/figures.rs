@@ -87,6 +87,12 @@ pub fn plural(n: usize, word: &str) -> String {
     }
 }
 
+/// Things one after another: `0..4, 6..8`.
+pub fn list(things: &[impl ToString]) -> String {
+    let texts: Vec<String> = things.iter().map(ToString::to_string).collect();
+    texts.join(", ")
+}
+
 /// Text from a file or a peer, fit for a terminal: control characters replaced, length bounded.
 pub fn printable(text: &str, chars_max: usize) -> String {
     let mut clean: String = text

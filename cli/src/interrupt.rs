@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use crate::failure::{Failure, INTERRUPTED};
+
 /// Saying goodbye to every hop may take this long; whoever pressed Ctrl-C is waiting.
 pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -36,7 +38,7 @@ impl Interrupt {
             };
             while signals.next().await {
                 if theirs.flag.swap(true, Ordering::SeqCst) {
-                    std::process::exit(i32::from(crate::failure::INTERRUPTED));
+                    std::process::exit(i32::from(INTERRUPTED));
                 }
                 theirs.notify.notify_waiters();
             }
@@ -49,9 +51,31 @@ impl Interrupt {
         self.heard.flag.load(Ordering::SeqCst)
     }
 
+    /// Ends the process if it came: for long work that holds nothing anywhere else.
+    pub fn end_if_set(&self) {
+        if self.is_set() {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+    }
+
     /// Takes it back, when it meant only what was going on (an answer in a chat).
     pub fn clear(&self) {
         self.heard.flag.store(false, Ordering::SeqCst);
+    }
+
+    /// What `work` gives, unless it comes first.
+    ///
+    /// # Errors
+    /// Those of `work`, or that it came.
+    pub async fn or_end<T>(
+        &self,
+        work: impl Future<Output = anyhow::Result<T>>,
+    ) -> anyhow::Result<T> {
+        tokio::select! {
+            biased;
+            () = self.wait() => Err(Failure::interrupted().into()),
+            done = work => done,
+        }
     }
 
     /// Waits for it.

@@ -4,10 +4,13 @@
 use std::path::{Path, PathBuf};
 
 use gguf::Header;
-use shard_registry::{AliasName, GgufFiles, Imported, Resolved, Store, UnknownModel};
+use shard_registry::{
+    AliasName, GgufFiles, ImportError, Imported, Progress, Resolved, Store, UnknownModel,
+};
 use swarm_proto::ModelId;
 
 use crate::failure::Failure;
+use crate::interrupt::Interrupt;
 use crate::{figures, terminal};
 
 /// The name of the model that comes with the program.
@@ -57,14 +60,24 @@ pub fn unknown(text: &str, mut known: Vec<String>) -> Failure {
 
 /// Imports a file in place with a progress bar.
 pub fn import(store: &Store, path: &Path, name: Option<&AliasName>) -> anyhow::Result<Imported> {
+    with_bar("hashing", path, |progress| {
+        store.import(path, name, progress)
+    })
+}
+
+fn with_bar<T>(
+    verb: &str,
+    path: &Path,
+    work: impl FnOnce(&mut dyn FnMut(Progress)) -> Result<T, ImportError>,
+) -> anyhow::Result<T> {
     let what = path.file_name().unwrap_or_default().to_string_lossy();
-    let bar = terminal::bar_of_bytes(0, &format!("hashing {}", figures::printable(&what, 32)));
-    let imported = store.import(path, name, &mut |progress| {
+    let bar = terminal::bar_of_bytes(0, &format!("{verb} {}", figures::printable(&what, 32)));
+    let done = work(&mut |progress| {
         bar.set_length(progress.total);
         bar.set_position(progress.done);
     });
     bar.finish_and_clear();
-    Ok(imported?)
+    Ok(done?)
 }
 
 /// The header of a model in one file or several, without importing it.
@@ -78,11 +91,48 @@ pub fn header_of_file(path: &Path) -> anyhow::Result<Header> {
     })
 }
 
-/// The file to hand to llama.cpp for the whole model: the first of its files.
-pub fn first_file(home: &Path, text: &str) -> anyhow::Result<PathBuf> {
+/// A whole model in a file, or several of which this is the first.
+pub struct WholeFile {
+    /// The file.
+    pub path: PathBuf,
+    /// What it was imported as, where a name or an id led to it.
+    pub id: Option<ModelId>,
+}
+
+impl WholeFile {
+    /// Reads and hashes all of it, with a bar: it is what was imported, or an error.
+    pub fn verify(&self, interrupt: &Interrupt) -> anyhow::Result<()> {
+        let Some(id) = self.id else {
+            return Ok(());
+        };
+        let found = with_bar("checking", &self.path, |progress| {
+            shard_registry::identify(&self.path, &mut |at| {
+                interrupt.end_if_set();
+                progress(at);
+            })
+        })?;
+        if found == id {
+            return Ok(());
+        }
+        let path = self.path.display();
+        let failure = Failure::new(format!(
+            "{path} has changed since it was imported: it was model {}, it is {} now",
+            id.short(),
+            found.short()
+        ));
+        Err(failure
+            .try_this(format!(
+                "restore it, or take it as it is: `shoal import {path}`"
+            ))
+            .into())
+    }
+}
+
+/// The file to hand to llama.cpp for the whole model.
+pub fn whole_file(home: &Path, text: &str) -> anyhow::Result<WholeFile> {
     let store = store(home)?;
     let id = match resolve(home, &store, text)? {
-        Resolved::File(path) => return Ok(path),
+        Resolved::File(path) => return Ok(WholeFile { path, id: None }),
         Resolved::Model(id) => id,
     };
     let (models, _) = store.models();
@@ -91,15 +141,31 @@ pub fn first_file(home: &Path, text: &str) -> anyhow::Result<PathBuf> {
         .find(|model| model.id == id)
         .map(|model| model.files)
         .unwrap_or_default();
-    files.into_iter().next().ok_or_else(|| {
+    if let Some(gone) = missing(&files).next() {
+        let failure = Failure::new(format!(
+            "the weights of `{}` are not where they were: {} is gone",
+            figures::printable(text, 80),
+            gone.display()
+        ));
+        return Err(failure.try_this(BRING_BACK).into());
+    }
+    let path = files.into_iter().next().ok_or_else(|| {
         Failure::new(format!(
             "only the description of `{}` is here, not its weights",
             figures::printable(text, 80)
         ))
         .try_this("`shoal import FILE.gguf`, or leave --local out to ask the swarm")
-        .into()
-    })
+    })?;
+    Ok(WholeFile { path, id: Some(id) })
 }
+
+/// Of a model's files those that are not there any more.
+pub fn missing(files: &[PathBuf]) -> impl Iterator<Item = &PathBuf> {
+    files.iter().filter(|path| !path.is_file())
+}
+
+/// What to do about files that are gone.
+pub const BRING_BACK: &str = "put the file back, or `shoal import` it where it is now";
 
 /// Compute threads for a whole model in this process when nobody says.
 pub fn threads_for(file: &Path) -> u32 {

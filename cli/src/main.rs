@@ -15,6 +15,7 @@ mod local_models;
 mod model_facts;
 mod prompt;
 mod run_report;
+mod session_args;
 mod source;
 mod swarm;
 mod swarm_report;
@@ -24,7 +25,7 @@ mod tokens;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use commands::{
     bench, chat, completions, doctor, import, inspect, invite, join, models, node, run, status,
@@ -67,7 +68,23 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    failure::report(match Cli::parse().command {
+    let matches = Cli::command().get_matches();
+    let command = match Cli::from_arg_matches(&matches) {
+        Ok(cli) => cli.command,
+        Err(error) => error.exit(),
+    };
+    failure::report(run(command), wants_json(&matches))
+}
+
+/// Whether the command, at whatever depth, was given `--json`.
+fn wants_json(matches: &ArgMatches) -> bool {
+    let json = matches.try_get_one::<bool>("json");
+    let below = matches.subcommand().map(|(_, below)| below);
+    json.is_ok_and(|json| json == Some(&true)) || below.is_some_and(wants_json)
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Run(args) => run::main(args),
         Command::Chat(args) => chat::main(args),
         Command::Status(args) => status::main(args),
@@ -80,5 +97,5 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::main(args),
         Command::Bench(args) => bench::main(args),
         Command::Completions(args) => completions::main(args),
-    })
+    }
 }

@@ -43,6 +43,30 @@ pub struct Hop {
     pub layers: String,
 }
 
+/// A route that broke while the answer ran, and was replaced.
+#[derive(Clone, Debug, Serialize)]
+pub struct Recovery {
+    /// Tokens of prompt and answer when it broke.
+    pub pos: u32,
+    /// What was lost.
+    pub lost: String,
+    /// Hops of the new route that were not on the old one.
+    pub replaced: usize,
+    /// From the failure to the new route.
+    pub took_ms: f64,
+}
+
+impl From<&node::Recovery> for Recovery {
+    fn from(recovery: &node::Recovery) -> Self {
+        Self {
+            pos: recovery.pos,
+            lost: figures::printable(&recovery.lost, 300),
+            replaced: recovery.replaced,
+            took_ms: (recovery.took.as_secs_f64() * 1e6).round() / 1e3,
+        }
+    }
+}
+
 /// Everything `--json` prints.
 #[derive(Debug, Serialize)]
 pub struct RunReport {
@@ -73,6 +97,8 @@ pub struct RunReport {
     pub route: Vec<Hop>,
     /// How many there were.
     pub hops: usize,
+    /// Hops that were lost while it ran; `route` is the last one.
+    pub recoveries: Vec<Recovery>,
     /// Who could read the prompt.
     pub privacy: Privacy,
     /// The same as a fact.
@@ -96,6 +122,22 @@ pub struct Timings {
     pub decode_ms: f64,
     /// The whole command.
     pub total_ms: f64,
+}
+
+/// What people are told of losses, after the answer; nothing where there were none.
+pub fn recoveries_line(recoveries: &[Recovery]) -> Option<String> {
+    let longest = recoveries.iter().map(|r| r.took_ms).fold(0.0, f64::max);
+    match recoveries {
+        [] => None,
+        [one] => Some(format!(
+            "a hop was lost on the way ({}); the answer went on after {longest:.0} ms",
+            one.lost
+        )),
+        many => Some(format!(
+            "the route was lost {} times on the way; the answer went on each time, after {longest:.0} ms at most",
+            many.len()
+        )),
+    }
 }
 
 /// `…Ab3dEf 0..3 → …Zz91kQ 3..8 · open: these peers can read the prompt · wire f32`.

@@ -3,7 +3,7 @@
 //! above does not know the difference.
 
 use engine::{Candidates, WholeModel};
-use node::{ClientError, ClientSession};
+use node::{ClientError, Recovery, Session};
 use swarm_proto::{Form, Want, WantRows};
 
 use crate::interrupt::{CLOSE_TIMEOUT, Interrupt};
@@ -19,7 +19,7 @@ pub struct Source {
 }
 
 enum Kind {
-    Swarm(Box<ClientSession>),
+    Swarm(Box<Session>),
     Local(Box<WholeModel>, Vec<f32>),
 }
 
@@ -42,7 +42,7 @@ pub enum SourceError {
 
 impl Source {
     /// Over the swarm.
-    pub fn swarm(session: ClientSession, top: u16) -> Self {
+    pub fn swarm(session: Session, top: u16) -> Self {
         Self {
             kind: Kind::Swarm(Box::new(session)),
             held: Vec::new(),
@@ -101,6 +101,14 @@ impl Source {
         }
     }
 
+    /// Losses of hops that were got over.
+    pub fn recoveries(&self) -> &[Recovery] {
+        match &self.kind {
+            Kind::Swarm(session) => session.recoveries(),
+            Kind::Local(..) => &[],
+        }
+    }
+
     /// Forgets the tokens from `len` on.
     pub fn truncate(&mut self, len: usize) -> Result<(), SourceError> {
         self.held.truncate(len);
@@ -141,7 +149,7 @@ impl Source {
 }
 
 async fn over_swarm(
-    session: &mut ClientSession,
+    session: &mut Session,
     tokens: &[u32],
     top: u16,
 ) -> Result<Candidates, SourceError> {

@@ -6,10 +6,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use engine::Vocab;
 use node::config::{Settings, SwarmArgs};
-use node::telemetry::{self, Telemetry, TelemetryConfig, TelemetryError};
-use node::{Access, Client, ClientSession, Identity, NetConfig, Privacy, SessionSpec};
+use node::telemetry::{self, Telemetry, TelemetryConfig};
+use node::{
+    Access, Client, Event, Identity, KnownPeers, NetConfig, OpenError, Privacy, Session,
+    SessionSpec,
+};
 use shard_registry::{Manifest, Resolved};
-use swarm_proto::{Dtype, ModelId};
+use swarm_proto::{Dtype, LayerRange, ModelId};
 use tracing::Instrument;
 
 use crate::choose_model::choose;
@@ -49,39 +52,41 @@ impl Swarm {
 
     /// Connects, asks for the adverts and leaves: for commands that only look.
     pub fn report(&self) -> anyhow::Result<SwarmReport> {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()?;
-        runtime.block_on(async {
-            let member = self.join(false).await?;
+        let swarm = self.clone();
+        node::runtime::run(async move {
+            let member = swarm.join(false).await?;
             let report = member.report();
             member.leave().await;
             Ok(report)
-        })
+        })?
     }
 
-    /// Connects and waits, a bounded time, for the first adverts.
+    /// Sets logging up for this process, connects and waits, a bounded time, for the first adverts.
     pub async fn join(&self, trusted: bool) -> anyhow::Result<Member> {
         let settings = self.settings(trusted)?;
-        if settings.peers.is_empty() && !settings.mdns {
+        let telemetry = telemetry::init(&TelemetryConfig {
+            filter: Some(settings.log.clone().unwrap_or_else(|| LOG_DEFAULT.into())),
+            json: settings.log_json,
+            otlp: settings.otlp.clone(),
+            service: "shoal",
+        })?;
+        Self::connect(settings, telemetry).await
+    }
+
+    /// Connects without logging: a measurement joins several swarms of its own making.
+    pub async fn join_quietly(&self) -> anyhow::Result<Member> {
+        Self::connect(self.settings(false)?, Telemetry::default()).await
+    }
+
+    async fn connect(settings: Settings, telemetry: Telemetry) -> anyhow::Result<Member> {
+        let known = KnownPeers::new(&settings.home, &settings.swarm);
+        if settings.peers.is_empty() && !settings.mdns && known.addrs().is_empty() {
             return Err(Failure::new(
                 "no peer is known: mDNS is off, and there is neither a ticket nor --peer",
             )
             .try_this("`shoal join TICKET`, or --peer /ip4/HOST/tcp/PORT")
             .into());
         }
-        let telemetry = telemetry::init(&TelemetryConfig {
-            filter: Some(settings.log.clone().unwrap_or_else(|| LOG_DEFAULT.into())),
-            json: settings.log_json,
-            otlp: settings.otlp.clone(),
-            service: "shoal",
-        });
-        let telemetry = match telemetry {
-            // A measurement joins two swarms: the first one's logging serves both.
-            Err(TelemetryError::Twice) => Telemetry::default(),
-            other => other?,
-        };
         let (identity, lock) = client_identity(&settings.home)?;
         let config = NetConfig {
             key: settings.key,
@@ -97,10 +102,11 @@ impl Swarm {
             }
         };
         let wheel = terminal::wheel(format!("looking for swarm {}", settings.swarm));
-        let client = Client::connect(config, privacy).await?;
+        let client = Client::connect(config, privacy, Some(&known)).await?;
         drop(wheel);
         let member = Member {
             client,
+            known,
             settings,
             trace: tracing::info_span!("client"),
             telemetry,
@@ -123,6 +129,8 @@ pub struct Member {
     pub client: Client,
     /// The settings it was made with.
     pub settings: Settings,
+    /// Peers met before, and from now on.
+    known: KnownPeers,
     /// The root of the trace that the hops continue.
     trace: tracing::Span,
     telemetry: Telemetry,
@@ -166,6 +174,16 @@ pub struct SwarmModel {
     pub n_ctx_max: u32,
 }
 
+/// A route that was lost and found again is told of when the answer is complete; a wait at once.
+fn announce(event: Event<'_>) {
+    if let Event::Waiting { why, left } = event {
+        terminal::warn(format!(
+            "{why}; waiting up to {} s for peers that bring this back, then the answer goes on (Ctrl-C to stop)",
+            left.as_secs()
+        ));
+    }
+}
+
 impl Member {
     /// The privacy level this client keeps.
     pub fn privacy(&self) -> crate::run_report::Privacy {
@@ -184,8 +202,11 @@ impl Member {
         )
     }
 
-    /// Leaves the swarm, within a deadline.
+    /// Leaves the swarm, within a deadline, and remembers who was there.
     pub async fn leave(self) {
+        if let Err(error) = self.known.remember(self.client.net()) {
+            tracing::debug!(%error, "peers are not remembered");
+        }
         drop(self.trace);
         let telemetry = self.telemetry;
         // Exporting the last spans blocks.
@@ -225,21 +246,32 @@ impl Member {
         })
     }
 
-    /// Opens a session with it.
+    /// Opens a session with it; where everybody is busy, waits up to `patience` for a place.
     pub async fn open(
         &self,
         model: &SwarmModel,
         n_ctx: u32,
         dtype: Dtype,
-    ) -> anyhow::Result<ClientSession> {
+        patience: Duration,
+    ) -> anyhow::Result<Session> {
         let spec = SessionSpec {
             dtype,
             ..SessionSpec::new(model.id, &model.manifest, n_ctx)
         };
         let wheel = terminal::wheel(format!("opening a route for {}", model.name));
-        let opened = self.client.open(&spec).instrument(self.trace.clone()).await;
+        let busy = |layers: &[LayerRange]| {
+            wheel.note(format!(
+                "every holder of layers {} is busy; waiting up to {} s (Ctrl-C to stop)",
+                figures::list(layers),
+                patience.as_secs()
+            ));
+        };
+        let opened = self.client.open_waiting(&spec, patience, busy);
+        let opened = opened.instrument(self.trace.clone()).await;
         drop(wheel);
-        opened.map_err(|error| no_session(error, model))
+        let mut session = opened.map_err(|error| no_session(error, model))?;
+        session.on_event(Box::new(announce));
+        Ok(session)
     }
 
     /// What this machine's own store knows the name as, or the file: the user's word comes first, if
@@ -269,25 +301,38 @@ impl Member {
         Ok((manifest, metadata))
     }
 
+    /// Why there is nobody to ask: who answered and is of no use says most.
     fn nobody(&self) -> Failure {
         let swarm = &self.settings.swarm;
-        if self.settings.peers.is_empty() {
-            return Failure::new(format!(
-                "no peer of swarm {swarm} was found on the local network"
-            ))
-            .try_this(
-                "`shoal node --model demo` here, `shoal join TICKET`, or --peer /ip4/HOST/tcp/PORT",
-            );
+        let given = &self.settings.peers;
+        let nobody = if given.is_empty() {
+            format!("no peer of swarm {swarm} was found on the local network")
+        } else {
+            let addrs: Vec<String> = given
+                .iter()
+                .take(4)
+                .map(|addr| figures::printable(addr, 160))
+                .collect();
+            format!("nobody of swarm {swarm} answered at {}", addrs.join(", "))
+        };
+        let strangers = self.client.net().strangers();
+        let Some(stranger) = strangers.first() else {
+            let remedy = if given.is_empty() {
+                "`shoal node --model demo` here, `shoal join TICKET`, or --peer /ip4/HOST/tcp/PORT"
+            } else {
+                "see that the node runs and that its swarm and key are the same; `shoal doctor` looks at this machine"
+            };
+            return Failure::new(nobody).try_this(remedy);
+        };
+        let failure = Failure::new(format!("{nobody}: {stranger}"));
+        match stranger {
+            OpenError::OtherSwarm { theirs, .. } => {
+                failure.try_this(format!("--swarm {theirs}, or an address of {swarm}"))
+            }
+            _ => failure.try_this(
+                "the same version on both; `shoal --version` and `shoal-node --version` say which",
+            ),
         }
-        let addrs: Vec<String> = self
-            .settings
-            .peers
-            .iter()
-            .take(4)
-            .map(|addr| figures::printable(addr, 160))
-            .collect();
-        Failure::new(format!("nobody of swarm {swarm} answered at {}", addrs.join(", ")))
-            .try_this("see that the node runs and that its swarm, key and version are the same; `shoal doctor` looks at this machine")
     }
 }
 
@@ -310,6 +355,9 @@ fn no_session(error: node::ClientError, model: &SwarmModel) -> anyhow::Error {
     let remedy = match &error {
         node::ClientError::NoRoute(none) => none.missing.first().map(|gap| {
             format!("start a node: `shoal-node --model {name} --layers {gap}`; `shoal status` shows who holds what")
+        }),
+        node::ClientError::Busy { layers, .. } => layers.first().map(|full| {
+            format!("a longer --wait, or another node: `shoal-node --model {name} --layers {full}`")
         }),
         node::ClientError::Untrusted { .. } => Some("list them with --allow PEER, or use --privacy open".into()),
         _ => Some("`shoal status` shows who is there; try again, routes avoid peers that failed".into()),

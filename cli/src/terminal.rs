@@ -127,6 +127,13 @@ pub fn wheel(what: impl Into<String>) -> Wheel {
 /// A [`wheel`] that is wiped when it goes out of scope, on every path.
 pub struct Wheel(ProgressBar);
 
+impl Wheel {
+    /// A dim line above the wheel.
+    pub fn note(&self, text: impl std::fmt::Display) {
+        self.0.suspend(|| note(text));
+    }
+}
+
 impl Drop for Wheel {
     fn drop(&mut self) {
         self.0.finish_and_clear();

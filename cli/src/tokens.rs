@@ -43,9 +43,14 @@ pub fn of_chat(vocab: &Vocab, template: &str, messages: &[Message]) -> anyhow::R
 /// Nothing follows nothing.
 pub fn not_empty(tokens: Vec<u32>) -> anyhow::Result<Vec<u32>> {
     if tokens.is_empty() {
-        return Err(Failure::usage("the prompt is empty")
+        return Err(nothing_asked()
             .try_this("`shoal run \"Once upon a time\"`")
             .into());
     }
     Ok(tokens)
+}
+
+/// What is said of an empty prompt.
+pub fn nothing_asked() -> Failure {
+    Failure::usage("the prompt is empty")
 }

@@ -352,3 +352,140 @@ fn a_reader_that_leaves_is_no_error() {
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     assert!(!stderr(&output).contains("error"), "{}", stderr(&output));
 }
+
+/// A copy of the demo model in `dir`, imported as `mine`.
+fn import_copy(home: &Path, dir: &Path) -> std::path::PathBuf {
+    let path = dir.join("mine.gguf");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo.gguf");
+    std::fs::copy(demo, &path).unwrap();
+    let args = ["import", path.to_str().unwrap(), "--name", "mine"];
+    let output = shoal(home, &args).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    path
+}
+
+#[test]
+fn a_local_model_that_changed_since_its_import_is_refused() {
+    let (home, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = import_copy(home.path(), dir.path());
+    let ask = |model: &str, more: &[&str]| {
+        let args = ["run", "--local", model, "--raw", "-n", "2", "--temp", "0"];
+        let output = shoal(home.path(), &args)
+            .args(more)
+            .arg("Once")
+            .output()
+            .unwrap();
+        (output.status.code(), stderr(&output))
+    };
+    let (code, said) = ask("mine", &[]);
+    assert_eq!(code, Some(0), "{said}");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let last_weight = bytes.len() - 64;
+    bytes[last_weight] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let (code, said) = ask("mine", &[]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(
+        said.contains("has changed since it was imported") && said.contains("shoal import"),
+        "{said}"
+    );
+    assert_eq!(ask("mine", &["--no-verify"]).0, Some(0));
+    // A file that is named as such is the user's own word.
+    assert_eq!(ask(path.to_str().unwrap(), &[]).0, Some(0));
+}
+
+#[test]
+fn a_model_whose_file_is_gone_is_marked() {
+    let (home, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = import_copy(home.path(), dir.path());
+    let models = |more: &[&str]| {
+        let args = [&["models", "--offline"], more].concat();
+        stdout(&shoal(home.path(), &args).output().unwrap())
+    };
+    assert!(!models(&[]).contains("missing"));
+    std::fs::remove_file(&path).unwrap();
+    let said = models(&[]);
+    let gone = format!(
+        "file missing: {}",
+        path.canonicalize().unwrap_or(path.clone()).display()
+    );
+    assert!(
+        said.contains("file missing: ") && said.contains("mine.gguf"),
+        "{gone}: {said}"
+    );
+    assert!(said.contains("shoal import"), "{said}");
+    let report: serde_json::Value = serde_json::from_str(&models(&["--json"])).unwrap();
+    let missing = report["local"][0]["missing"].as_array().unwrap();
+    assert_eq!(missing.len(), 1, "{report}");
+    let output = shoal(home.path(), &["run", "--local", "mine", "x"])
+        .output()
+        .unwrap();
+    let error = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(
+        error.contains("mine.gguf is gone") && error.contains("try:"),
+        "{error}"
+    );
+}
+
+#[test]
+fn an_empty_prompt_is_refused_unless_it_is_raw() {
+    let home = tempfile::tempdir().unwrap();
+    for prompt in [&[""][..], &[" \n"], &["-"], &[]] {
+        let args = [&["run", "--local", "demo"], prompt].concat();
+        let output = shoal(home.path(), &args).output().unwrap();
+        let error = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{prompt:?}: {error}");
+        assert!(error.contains("the prompt is empty"), "{prompt:?}: {error}");
+    }
+    let raw = [
+        "run", "--local", "demo", "--raw", "-n", "4", "--temp", "0", "",
+    ];
+    let output = shoal(home.path(), &raw).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
+#[test]
+fn a_failure_is_json_where_json_was_asked_for() {
+    let home = tempfile::tempdir().unwrap();
+    for (args, code) in [
+        (&["run", "--local", "nosuch", "--json", "x"][..], 1),
+        (&["run", "--local", "demo", "--json", ""], 2),
+        (&["run", "--mdns", "off", "--json", "x"], 1),
+        (&["status", "--mdns", "off", "--json"], 1),
+        (&["inspect", "nosuch", "--json"], 1),
+    ] {
+        let output = shoal(home.path(), args).output().unwrap();
+        assert_eq!(
+            output.status.code(),
+            Some(code),
+            "{args:?}: {}",
+            stderr(&output)
+        );
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("{args:?}: {error}: {}", stdout(&output)));
+        let error = &report["error"];
+        assert_eq!(error["exit_code"], code, "{report}");
+        let message = error["message"].as_str().unwrap();
+        assert!(stderr(&output).contains(message), "{report}");
+        assert!(error["try"].is_string(), "{report}");
+    }
+    let plain = shoal(home.path(), &["run", "--local", "nosuch", "x"])
+        .output()
+        .unwrap();
+    assert!(plain.stdout.is_empty());
+}
+
+#[test]
+fn variables_for_flags_take_the_usual_words() {
+    let home = tempfile::tempdir().unwrap();
+    let code = |name: &str, word: &str| {
+        let mut command = shoal(home.path(), &["status", "--mdns", "off"]);
+        command.env(name, word).output().unwrap().status.code()
+    };
+    // 1: it was understood, and there is nobody to ask. 2: it was not understood.
+    for word in ["1", "0", "true", "false", "yes", "no", "on", "off"] {
+        assert_eq!(code("SHOAL_LOG_JSON", word), Some(1), "{word}");
+    }
+    assert_eq!(code("SHOAL_LOG_JSON", "maybe"), Some(2));
+}

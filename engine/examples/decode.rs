@@ -20,7 +20,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use engine::{
     Blueprint, Done, FileSource, Job, LlamaStage, LoadOptions, PREFILL_CHUNK, RandomShape,
-    RandomWeights, Rows, Slot, Step, Want, WholeModel, Worker, random_model,
+    RandomWeights, Reply, Rows, Slot, Step, Want, WholeModel, Worker, random_model,
 };
 
 struct Options {
@@ -188,7 +188,8 @@ fn best(row: &[f32]) -> u32 {
 
 fn open(worker: &Worker, n_ctx: u32, n_layer: u32) -> Result<Slot, Box<dyn Error>> {
     let (tx, rx) = channel();
-    worker.open(n_ctx, 0..n_layer, Box::new(move |slot| drop(tx.send(slot))))?;
+    let reply: Reply<Slot> = Box::new(move |slot| drop(tx.send(slot)));
+    worker.open(n_ctx, 0..n_layer, reply)?;
     Ok(rx.recv()??)
 }
 

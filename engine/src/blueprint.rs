@@ -1,12 +1,15 @@
-//! What a model is made of, from its header alone, and what each layer's stage
-//! file holds.
+//! What a model is made of, from its header alone.
 //!
 //! Everything llama.cpp would assert on (and abort the process) is checked
 //! here, before it sees anything.
 
+mod stage_file;
+
 use std::collections::BTreeMap;
 
-use gguf::{Array, GgufError, Header, TensorInfo, TensorType, Value};
+use gguf::{Array, GgufError, Header, TensorInfo, Value};
+
+pub(crate) use stage_file::{Fill, StageFile};
 
 use crate::arch::{
     self, Arch, EmbeddingScale, HEAD_TENSORS, PER_LAYER_KEYS, SHARED_TENSORS, Window,
@@ -79,7 +82,8 @@ pub struct Blueprint {
     n_layer: u32,
     n_embd: u32,
     n_vocab: u32,
-    n_ff: u32,
+    n_ff: u64,
+    n_expert_used: u32,
     n_ctx_train: u32,
     n_ctx_orig: u32,
     rope_by_context: bool,
@@ -96,24 +100,6 @@ pub struct Blueprint {
     embedding: TensorInfo,
     head: Vec<TensorInfo>,
     tied: bool,
-}
-
-/// Where a tensor of a stage file comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Fill {
-    /// The model's tensor of this name.
-    Source(String),
-    /// f32 ones.
-    Ones,
-    /// Zero bytes: never read, a hole in the file.
-    Hole,
-}
-
-/// A stage file: its header, and where each of its tensors comes from.
-#[derive(Clone, Debug)]
-pub(crate) struct StageFile {
-    pub header: Header,
-    pub fills: Vec<Fill>,
 }
 
 impl Blueprint {
@@ -144,7 +130,7 @@ impl Blueprint {
             .unwrap_or(n_ctx_train)
             .clamp(1, CTX_MAX);
         keys.refuse_what_is_not_decoding()?;
-        keys.check_experts()?;
+        let n_expert_used = keys.check_experts()?;
         keys.check_rope_scaling()?;
         let kv_cell_bytes = keys.attention(n_layer, n_embd)?;
         let tensors = Tensors::sort(header, n_layer, n_embd)?;
@@ -158,7 +144,8 @@ impl Blueprint {
             n_layer,
             n_embd,
             n_vocab,
-            n_ff: keys.widest_feed_forward(n_layer)?,
+            n_ff: keys.feed_forward(n_layer, n_expert_used)?,
+            n_expert_used,
             n_ctx_train,
             n_ctx_orig,
             rope_by_context: tensors.shared.iter().any(long),
@@ -239,103 +226,30 @@ impl Blueprint {
         &self.embedding
     }
 
-    /// Width of the widest feed-forward part.
-    pub(crate) fn n_ff(&self) -> u32 {
+    /// Floats of a row inside the widest feed-forward part, in all the experts
+    /// it meets.
+    pub(crate) fn n_ff(&self) -> u64 {
         self.n_ff
+    }
+
+    /// Experts that a row meets; 0 without experts.
+    pub(crate) fn n_expert_used(&self) -> u32 {
+        self.n_expert_used
+    }
+
+    /// Whether layers may have windows: llama.cpp then keeps two tables of cells.
+    pub(crate) fn has_windows(&self) -> bool {
+        self.local.is_some()
     }
 
     /// What embeddings are multiplied by before layer 0; 1 is nothing.
     pub(crate) fn embedding_scale(&self) -> f32 {
         self.embedding_scale
     }
-
-    /// The file of a stage of layer `i` alone; the last one's has the head.
-    pub(crate) fn stage_file(&self, i: u32) -> Result<StageFile, UnsupportedModel> {
-        let last = i + 1 == self.n_layer;
-        let mut tensors = Vec::new();
-        let mut fills = Vec::new();
-        let mut push = |name: &str, dims: &[u64], ty, fill| {
-            tensors.push(TensorInfo {
-                name: name.into(),
-                dims: dims.into(),
-                ty,
-                offset: 0,
-            });
-            fills.push(fill);
-        };
-        let n_embd = u64::from(self.n_embd);
-        let rows = if last { u64::from(self.n_vocab) } else { 1 };
-        push(EMBEDDING, &[n_embd, rows], hole_type(n_embd), Fill::Hole);
-        if last {
-            for tensor in &self.head {
-                push(
-                    &tensor.name,
-                    &tensor.dims,
-                    tensor.ty,
-                    Fill::Source(tensor.name.clone()),
-                );
-            }
-            if self.tied {
-                let fill = Fill::Source(EMBEDDING.into());
-                push(OUTPUT, &self.embedding.dims, self.embedding.ty, fill);
-            }
-        } else {
-            push("output_norm.weight", &[n_embd], TensorType::F32, Fill::Ones);
-            push(OUTPUT, &[n_embd, 1], TensorType::F32, Fill::Hole);
-        }
-        for tensor in &self.shared {
-            push(
-                &tensor.name,
-                &tensor.dims,
-                tensor.ty,
-                Fill::Source(tensor.name.clone()),
-            );
-        }
-        for tensor in self.layers.get(i as usize).map_or(&[][..], Vec::as_slice) {
-            let name = tensor.name.splitn(3, '.').nth(2).unwrap_or_default();
-            let fill = Fill::Source(tensor.name.clone());
-            push(&format!("blk.0.{name}"), &tensor.dims, tensor.ty, fill);
-        }
-        let header = Header::new(
-            gguf::ALIGNMENT_DEFAULT,
-            self.stage_kv(i, rows as u32),
-            tensors,
-        )?;
-        Ok(StageFile { header, fills })
-    }
-
-    fn stage_kv(&self, i: u32, n_vocab: u32) -> Vec<(String, Value)> {
-        let mut kv = self.kv.clone();
-        for (key, array) in &self.arrays {
-            kv.extend(array.get(i as usize).map(|value| (key.clone(), value)));
-        }
-        let name = self.arch.name;
-        kv.push((format!("{name}.block_count"), Value::U32(1)));
-        kv.push((format!("{name}.vocab_size"), Value::U32(n_vocab)));
-        let Some(local) = &self.local else { return kv };
-        let window = format!("{name}.attention.sliding_window");
-        if local.get(i as usize) == Some(&true) {
-            // A pattern of two begins with a local layer.
-            kv.push((format!("{window}_pattern"), Value::U32(2)));
-            return kv;
-        }
-        // llama.cpp asserts that a model with windows has a local layer: one
-        // that looks at everything has no window.
-        kv.retain(|(key, _)| *key != window);
-        kv
-    }
 }
 
 fn sum(tensors: &[TensorInfo]) -> u64 {
     tensors.iter().map(|t| t.n_bytes().unwrap_or(0)).sum()
-}
-
-/// The smallest type whose rows `n_embd` divides into.
-fn hole_type(n_embd: u64) -> TensorType {
-    [TensorType::Q1_0, TensorType::Q2_0, TensorType::Q4_0]
-        .into_iter()
-        .find(|ty| n_embd.is_multiple_of(ty.block_len()))
-        .unwrap_or(TensorType::F16)
 }
 
 fn bad_tensor(name: &str, why: impl Into<String>) -> UnsupportedModel {
@@ -471,14 +385,27 @@ impl Keys<'_> {
         }
     }
 
-    fn widest_feed_forward(&self, n_layer: u32) -> Result<u32, UnsupportedModel> {
-        let key = "feed_forward_length";
+    fn feed_forward(&self, n_layer: u32, n_expert_used: u32) -> Result<u64, UnsupportedModel> {
+        let plain = self.widest("feed_forward_length", n_layer)?;
+        if n_expert_used == 0 {
+            return Ok(plain);
+        }
+        let expert = match self.widest("expert_feed_forward_length", n_layer)? {
+            0 => plain,
+            expert => expert,
+        };
+        let shared = self.widest("expert_shared_feed_forward_length", n_layer)?;
+        Ok(plain.max(expert * u64::from(n_expert_used) + shared))
+    }
+
+    /// The largest of one value per layer; 0 where there is none.
+    fn widest(&self, key: &str, n_layer: u32) -> Result<u64, UnsupportedModel> {
         let widths = self.per_layer(key, n_layer)?.unwrap_or_default();
         match widths.iter().max() {
             Some(&width) if width > DIM_MAX => {
                 Err(self.bad(key, format!("{width}, at most {DIM_MAX}")))
             }
-            width => Ok(width.copied().unwrap_or(0)),
+            width => Ok(width.copied().unwrap_or(0).into()),
         }
     }
 
@@ -499,7 +426,8 @@ impl Keys<'_> {
         Ok(())
     }
 
-    fn check_experts(&self) -> Result<(), UnsupportedModel> {
+    /// Checks what is said of experts; gives how many of them a row meets.
+    fn check_experts(&self) -> Result<u32, UnsupportedModel> {
         let n_expert = self.optional("expert_count")?.unwrap_or(0);
         if n_expert > EXPERTS_MAX {
             return Err(self.bad("expert_count", format!("{n_expert}, at most {EXPERTS_MAX}")));
@@ -513,7 +441,7 @@ impl Keys<'_> {
                 return Err(self.bad(key, "groups of experts are not supported"));
             }
         }
-        Ok(())
+        Ok(used)
     }
 
     fn check_rope_scaling(&self) -> Result<(), UnsupportedModel> {

@@ -10,9 +10,12 @@ mod arch;
 mod blueprint;
 mod chain;
 mod chat;
+mod embedding;
 #[allow(unsafe_code)]
 mod llama;
 mod llama_stage;
+mod load;
+mod memory;
 mod random_model;
 mod sampler;
 mod source;
@@ -25,7 +28,8 @@ mod worker;
 pub use blueprint::{Blueprint, UnsupportedModel};
 pub use chain::ChainStage;
 pub use chat::{ChatError, Message, render_chat};
-pub use llama_stage::{LlamaStage, LoadError, LoadOptions};
+pub use llama_stage::{LlamaStage, LoadOptions};
+pub use load::LoadError;
 pub use random_model::{
     QuantType, RandomModelError, RandomShape, RandomWeights, quantize, random_model,
 };
@@ -35,7 +39,7 @@ pub use stage::{EngineError, Fault, Input, Slot, Stage, StageShape, StageStats, 
 pub use system::{Device, SystemInfo, numerics_class, physical_cores, system_info, threads_for};
 pub use vocab::{Detokenizer, TEXT_BYTES_MAX, Vocab, VocabError};
 pub use whole::WholeModel;
-pub use worker::{Busy, Done, Job, Reply, Rows, Worker};
+pub use worker::{Busy, Done, Job, Reply, Rows, SlotWaiter, Worker};
 
 /// Most rows in one step. Below 64, where flash attention begins to tile, so
 /// that replaying a prompt on its chunks gives the same bits.

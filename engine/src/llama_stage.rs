@@ -1,33 +1,26 @@
-//! The llama.cpp stage: one model per layer, one context per layer and session.
+//! The llama.cpp stage: a model per group of layers, a context per group and session.
 //!
 //! ```text
-//! ids ─▶ embedding (ours) ─▶ layer a ─▶ layer a+1 ─▶ … ─▶ layer b-1 [─▶ head]
-//!                             └ model, and per session a context with its KV
+//! ids ─▶ embedding (ours) ─▶ layers a..c ─▶ c..e ─▶ … ─▶ ..b [─▶ head]
+//!                             └ a model, and per session a context with its KV
 //! ```
 //!
-//! Layers on their own let a session enter and leave at any of them, and a node
-//! gain and lose them one by one. Contexts come in size classes and are kept
-//! for the next session.
+//! A session enters and leaves a group at any of its layers. Contexts come in
+//! size classes and are kept for the next session.
 
 use std::collections::BTreeMap;
-use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::sync::Arc;
 
-use gguf::TensorType;
-
 use crate::PREFILL_CHUNK;
-use crate::blueprint::{Blueprint, Fill, StageFile, UnsupportedModel};
-use crate::llama::{self, Context, ContextOptions, FileModel, Model, Output, ThreadPool};
+use crate::blueprint::Blueprint;
+use crate::embedding::Embedding;
+use crate::llama::{self, Context, ContextOptions, Model, Output, ThreadPool};
+use crate::load::{LoadError, load_group};
+use crate::memory::{Need, WORK_FREE, positions_left};
 use crate::source::TensorSource;
 use crate::stage::{EngineError, Input, Slot, Stage, StageShape, StageStats, Step, Want};
-use crate::stage::{check_end, check_layers, check_step};
-
-/// Bytes beyond KV that contexts without a session may hold: a whole idle node is
-/// promised to stay within 64 MB of its tensors and KV.
-const IDLE_BYTES_MAX: u64 = 16 << 20;
-/// Bytes of a context of the smallest model beyond KV: graphs and tables.
-const CONTEXT_BYTES: u64 = 1_300_000;
+use crate::stage::{all_finite, check_end, check_layers, check_step};
 
 /// How to load a stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,7 +30,8 @@ pub struct LoadOptions {
     pub n_threads: u32,
     /// Longest context of a session; `None`: what the model was trained on.
     pub n_ctx_max: Option<u32>,
-    /// Bytes of KV that sessions may hold together, kept contexts included.
+    /// Bytes that sessions may hold together, kept contexts included: KV, and
+    /// working buffers beyond the first 16 MB.
     pub kv_bytes_max: u64,
 }
 
@@ -51,99 +45,49 @@ impl Default for LoadOptions {
     }
 }
 
-/// Why a stage was not loaded.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// Layers the model does not have.
-    #[error("layers {}..{} asked for, the model has {n_layer}", asked.start, asked.end)]
-    Layers {
-        /// What was asked for.
-        asked: Range<u32>,
-        /// What there is.
-        n_layer: u32,
-    },
-    /// A tensor could not be read.
-    #[error("reading tensor `{name}`: {source}")]
-    Tensor {
-        /// Which.
-        name: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A tensor has another length than its shape says.
-    #[error("tensor `{name}` has {len} bytes, its shape takes {expected}")]
-    TensorLength {
-        /// Which.
-        name: String,
-        /// Bytes read.
-        len: u64,
-        /// Bytes expected.
-        expected: u64,
-    },
-    /// The private file a layer is loaded from could not be written.
-    #[error("writing the stage file of layer {layer}: {source}")]
-    StageFile {
-        /// Which layer.
-        layer: u32,
-        /// Why: usually no room in the temporary directory (`TMPDIR`).
-        source: std::io::Error,
-    },
-    /// The layer's header does not come together.
-    #[error(transparent)]
-    Model(#[from] UnsupportedModel),
-    /// llama.cpp refused it.
-    #[error("llama.cpp refused layer {layer}: {why}")]
-    Backend {
-        /// Which layer.
-        layer: u32,
-        /// What it logged.
-        why: String,
-    },
-}
-
 /// Layers of a model in llama.cpp.
 pub struct LlamaStage {
     shape: StageShape,
     blueprint: Blueprint,
     options: LoadOptions,
     embedding: Option<Embedding>,
-    layers: Vec<Layer>,
-    threads: Option<Arc<ThreadPool>>,
+    groups: Vec<Group>,
+    threads: Arc<ThreadPool>,
     sessions: BTreeMap<Slot, Session>,
     next_slot: u64,
-    /// Hidden rows between layers: written by one, read by the next.
+    /// Hidden rows between groups: written by one, read by the next.
     between: Vec<f32>,
-    steps: u64,
-    rows: u64,
+    /// Kept up to date: asked for after every step.
+    stats: StageStats,
 }
 
-/// One layer's model and the contexts that no session uses just now.
-struct Layer {
-    index: u32,
+/// Layers in one model, and the contexts that no session uses just now.
+struct Group {
+    layers: Range<u32>,
     model: Model,
-    idle: BTreeMap<u32, Vec<Context>>,
+    idle: BTreeMap<Kind, Vec<Context>>,
 }
 
-/// The embedding as the file has it, looked up row by row.
-struct Embedding {
-    ty: TensorType,
-    row_bytes: usize,
-    n_embd: usize,
-    scale: f32,
-    bytes: Vec<u8>,
-    scratch: Vec<u64>,
+/// What makes a context fit a session.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Kind {
+    class: u32,
+    /// First layer and the one behind the last.
+    layers: (u32, u32),
 }
 
 struct Session {
     n_ctx: u32,
-    class: u32,
     layers: Range<u32>,
-    kv_bytes: u64,
+    need: Need,
     parts: Vec<Part>,
 }
 
-/// A session in one layer.
+/// A session in one group.
 struct Part {
+    /// Which of the stage's.
+    group: usize,
+    kind: Kind,
     context: Context,
     /// Positions held.
     end: u32,
@@ -154,7 +98,7 @@ impl LlamaStage {
     ///
     /// # Errors
     /// Tensors that cannot be read or that llama.cpp refuses, and no room for
-    /// the largest layer in the temporary directory.
+    /// a group of layers in the temporary directory.
     pub fn load(
         blueprint: &Blueprint,
         layers: Range<u32>,
@@ -170,19 +114,27 @@ impl LlamaStage {
             });
         }
         llama::start();
+        let options = LoadOptions {
+            n_threads: options.n_threads.clamp(1, 512),
+            ..options.clone()
+        };
+        let threads = ThreadPool::new(options.n_threads).map_err(|why| LoadError::Backend {
+            layers: layers.clone(),
+            why,
+        })?;
         let embedding = match layers.start {
             0 => Some(Embedding::load(blueprint, source)?),
             _ => None,
         };
-        let mut loaded = Vec::with_capacity(layers.len());
-        for index in layers.clone() {
-            let model = load_layer(blueprint, index, source)?;
-            loaded.push(Layer {
-                index,
+        let mut groups = Vec::new();
+        for layers in blueprint.groups(&layers) {
+            let model = load_group(blueprint, &layers, source)?;
+            layers.clone().for_each(&mut *progress);
+            groups.push(Group {
+                layers,
                 model,
                 idle: BTreeMap::new(),
             });
-            progress(index);
         }
         let shape = StageShape {
             n_embd: blueprint.n_embd(),
@@ -191,67 +143,83 @@ impl LlamaStage {
             layers,
             n_ctx_max: options.n_ctx_max.unwrap_or(blueprint.n_ctx_train()).max(1),
         };
-        let options = LoadOptions {
-            n_threads: options.n_threads.clamp(1, 512),
-            ..options.clone()
+        llama::trim();
+        let tensors: u64 = groups.iter().map(|group| group.model.bytes()).sum();
+        let stats = StageStats {
+            kv_bytes_max: options.kv_bytes_max,
+            tensor_bytes: tensors + embedding.as_ref().map_or(0, Embedding::bytes),
+            ..StageStats::default()
         };
-        Ok(LlamaStage {
+        let mut stage = LlamaStage {
             shape,
             blueprint: blueprint.clone(),
-            threads: ThreadPool::new(options.n_threads),
             options,
             embedding,
-            layers: loaded,
+            groups,
+            threads,
             sessions: BTreeMap::new(),
             next_slot: 0,
             between: Vec::new(),
-            steps: 0,
-            rows: 0,
-        })
+            stats,
+        };
+        stage.count();
+        Ok(stage)
     }
 
-    /// Bytes of a session's KV: the class's positions in each of its layers.
-    fn session_bytes(&self, class: u32, layers: &Range<u32>) -> u64 {
-        let cell: u64 = layers
-            .clone()
-            .map(|i| self.blueprint.kv_cell_bytes(i))
-            .sum();
-        cell.saturating_mul(class.into())
+    /// The groups that `layers` touch, with what is asked of each.
+    fn parts(&self, layers: &Range<u32>) -> Vec<(usize, Range<u32>)> {
+        let within = |group: &Group| {
+            let start = layers.start.max(group.layers.start);
+            start..layers.end.min(group.layers.end)
+        };
+        let groups = self.groups.iter().enumerate();
+        groups
+            .map(|(at, group)| (at, within(group)))
+            .filter(|(_, part)| !part.is_empty())
+            .collect()
     }
 
-    fn used_bytes(&self) -> u64 {
-        self.sessions.values().map(|session| session.kv_bytes).sum()
-    }
-
-    fn idle_bytes(&self) -> u64 {
-        self.layers
+    /// What a context of each of these parts takes.
+    fn need(&self, parts: &[(usize, Range<u32>)], class: u32) -> Need {
+        parts
             .iter()
-            .map(|layer| layer.idle_bytes(&self.blueprint))
+            .map(|(at, _)| self.groups[*at].need(&self.blueprint, class))
             .sum()
     }
 
-    /// About what a context takes beyond KV: measured at two sizes, where it
-    /// follows the rows of a chunk through the feed-forward part.
-    fn context_bytes(&self) -> u64 {
-        let row = 4 * u64::from(self.blueprint.n_ff()) + 6 * u64::from(self.shape.n_embd);
-        CONTEXT_BYTES + u64::from(PREFILL_CHUNK) * row * 4
+    fn open_need(&self) -> Need {
+        self.sessions.values().map(|session| session.need).sum()
     }
 
-    fn idle_contexts(&self) -> u64 {
-        self.layers.iter().map(Layer::idle_len).sum()
+    fn idle_need(&self) -> Need {
+        self.groups
+            .iter()
+            .map(|group| group.idle_need(&self.blueprint))
+            .sum()
     }
 
-    /// Frees idle contexts until `needed` more bytes fit the budget.
-    fn make_room(&mut self, needed: u64) {
+    /// Brings the counters of memory up to date.
+    fn count(&mut self) {
+        let open = self.open_need();
+        let layers = self.parts(&self.shape.layers);
+        let (none, one) = (self.need(&layers, 0), self.need(&layers, 1));
+        let budget = self.options.kv_bytes_max;
+        self.stats.sessions = self.sessions.len() as u32;
+        self.stats.kv_bytes = open.bytes();
+        self.stats.free_cells = positions_left(budget, open, none, one);
+    }
+
+    /// Frees idle contexts until `more` fits the budget.
+    fn make_room(&mut self, more: Need) {
         let room = |stage: &Self| {
-            let taken = stage.used_bytes() + stage.idle_bytes();
-            taken.saturating_add(needed) <= stage.options.kv_bytes_max
-                && stage.idle_contexts() * stage.context_bytes() <= IDLE_BYTES_MAX
+            let idle = stage.idle_need();
+            (stage.open_need() + idle + more).counted() <= stage.options.kv_bytes_max
+                && idle.work <= WORK_FREE
         };
         let mut freed = false;
         while !room(self) {
-            let fullest = self.layers.iter_mut().max_by_key(|layer| layer.idle_len());
-            if !fullest.is_some_and(Layer::drop_one) {
+            let fullest = self.groups.iter_mut().max_by_key(|group| group.idle_len());
+            if !fullest.is_some_and(Group::drop_one) {
                 break;
             }
             freed = true;
@@ -261,75 +229,69 @@ impl LlamaStage {
         }
     }
 
-    fn part(&mut self, index: u32, class: u32) -> Result<Part, EngineError> {
-        let first = self.shape.layers.start;
-        let Some(layer) = self.layers.get_mut((index - first) as usize) else {
-            return Err(EngineError::Backend(format!("layer {index} is not loaded")));
+    fn part(&self, group: usize, kind: Kind, kept: Option<Context>) -> Result<Part, EngineError> {
+        let context = match kept {
+            Some(mut context) => context.truncate(0).map(|()| context),
+            None => self.context(&self.groups[group], kind),
         };
-        if let Some(mut context) = layer.take(class) {
-            context.truncate(0).map_err(EngineError::Backend)?;
-            return Ok(Part { context, end: 0 });
-        }
-        let options = ContextOptions {
-            n_ctx: class,
-            n_batch: PREFILL_CHUNK,
-            n_threads: self.options.n_threads,
-            tap: index + 1 < self.shape.n_layer,
-        };
-        Context::new(&layer.model, &options, self.threads.as_ref())
-            .map(|context| Part { context, end: 0 })
-            .map_err(EngineError::Backend)
+        Ok(Part {
+            group,
+            kind,
+            context: context.map_err(EngineError::Backend)?,
+            end: 0,
+        })
     }
 
-    fn run_in(
+    fn context(&self, group: &Group, kind: Kind) -> Result<Context, String> {
+        let (start, end) = kind.layers;
+        let first = group.layers.start;
+        let head = end == self.shape.n_layer;
+        let options = ContextOptions {
+            n_ctx: kind.class,
+            n_batch: PREFILL_CHUNK,
+            n_threads: self.options.n_threads,
+            enter: start - first,
+            leave: (!head).then(|| end - 1 - first),
+        };
+        Context::new(&group.model, &options, &self.threads)
+    }
+}
+
+impl Session {
+    fn run(
         &mut self,
-        session: &mut Session,
+        shape: &StageShape,
+        embedding: Option<&mut Embedding>,
+        between: &mut Vec<f32>,
         step: &Step,
         input: &Input<'_>,
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError> {
-        check_step(&self.shape, &session.layers, session.n_ctx, step, input)?;
-        let first = session.layers.start;
-        let at = |layer: u32| (layer - first) as usize;
-        for layer in step.layers.clone() {
-            check_end(step, layer, session.parts[at(layer)].end)?;
+        check_step(shape, &self.layers, self.n_ctx, step, input)?;
+        for part in &self.parts {
+            check_end(step, part.kind.layers.0, part.end)?;
         }
-        let hidden = &mut self.between;
-        hidden.clear();
-        match *input {
-            Input::Hidden(rows) => hidden.extend_from_slice(rows),
-            Input::Tokens(tokens) => match &mut self.embedding {
-                Some(embedding) => embedding.look_up(tokens, hidden)?,
-                None => return Err(EngineError::Backend("no embedding loaded".into())),
-            },
-        }
-        for layer in step.layers.clone() {
-            let part = &mut session.parts[at(layer)];
-            let last = layer + 1 == self.shape.n_layer;
-            let output = match step.want {
-                _ if !last => Output::All,
-                Want::None => Output::None,
-                Want::Last => Output::Last,
-                Want::All => Output::All,
-            };
-            part.run(hidden, step, output, out)?;
-            // The next layer reads as many floats as it was given rows for.
-            if !last && out.len() != hidden.len() {
-                let (got, wanted) = (out.len(), hidden.len());
-                let why = format!("layer {layer} gave {got} values, {wanted} are due");
-                return Err(EngineError::Backend(why));
+        let mut rows = match *input {
+            Input::Hidden(rows) => Some(rows),
+            Input::Tokens(tokens) => {
+                let none = || EngineError::Backend("no embedding loaded".into());
+                between.clear();
+                embedding.ok_or_else(none)?.look_up(tokens, between)?;
+                None
             }
-            if layer + 1 < step.layers.end {
-                std::mem::swap(hidden, out);
+        };
+        let last = self.parts.len() - 1;
+        for (at, part) in self.parts.iter_mut().enumerate() {
+            part.run(rows.take().unwrap_or(between), step, out)?;
+            if at < last {
+                std::mem::swap(between, out);
             }
         }
-        // Broken weights show here rather than at the next hop.
-        if step.layers.end < self.shape.n_layer && !out.iter().all(|value| value.is_finite()) {
-            let layers = &step.layers;
-            let why = format!(
-                "layers {}..{} gave values not finite",
-                layers.start, layers.end
-            );
+        // Broken weights show here rather than at the next hop. What enters is
+        // checked where it comes from the wire, and not again.
+        if step.layers.end < shape.n_layer && !all_finite(out) {
+            let Range { start, end } = step.layers;
+            let why = format!("layers {start}..{end} gave values not finite");
             return Err(EngineError::Backend(why));
         }
         Ok(())
@@ -337,13 +299,7 @@ impl LlamaStage {
 }
 
 impl Part {
-    fn run(
-        &mut self,
-        hidden: &[f32],
-        step: &Step,
-        output: Output,
-        out: &mut Vec<f32>,
-    ) -> Result<(), EngineError> {
+    fn run(&mut self, hidden: &[f32], step: &Step, out: &mut Vec<f32>) -> Result<(), EngineError> {
         if step.pos0 < self.end {
             self.context
                 .truncate(step.pos0)
@@ -351,6 +307,11 @@ impl Part {
         }
         self.end = step.pos0;
         let rows = llama::Rows::Hidden(hidden);
+        let output = match step.want {
+            Want::None => Output::None,
+            Want::Last => Output::Last,
+            Want::All => Output::All,
+        };
         self.context
             .run(&rows, step.n_rows as usize, step.pos0, output, out)
             .map_err(|why| self.repair(why))?;
@@ -367,145 +328,36 @@ impl Part {
     }
 }
 
-impl Layer {
-    fn take(&mut self, class: u32) -> Option<Context> {
-        let idle = self.idle.get_mut(&class)?;
-        let context = idle.pop();
-        if idle.is_empty() {
-            self.idle.remove(&class);
+impl Group {
+    fn need(&self, blueprint: &Blueprint, class: u32) -> Need {
+        blueprint.context_need(&self.layers, class)
+    }
+
+    fn idle_len(&self) -> usize {
+        self.idle.values().map(Vec::len).sum()
+    }
+
+    fn idle_need(&self, blueprint: &Blueprint) -> Need {
+        let kinds = self.idle.iter();
+        kinds
+            .flat_map(|(kind, idle)| idle.iter().map(|_| self.need(blueprint, kind.class)))
+            .sum()
+    }
+
+    fn take(&mut self, kind: Kind) -> Option<Context> {
+        let of_kind = self.idle.get_mut(&kind)?;
+        let context = of_kind.pop();
+        if of_kind.is_empty() {
+            self.idle.remove(&kind);
         }
         context
     }
 
-    fn idle_len(&self) -> u64 {
-        self.idle.values().map(|idle| idle.len() as u64).sum()
-    }
-
     /// Drops an idle context; whether there was one.
     fn drop_one(&mut self) -> bool {
-        let Some(class) = self.idle.keys().next().copied() else {
-            return false;
-        };
-        self.take(class).is_some()
+        let kind = self.idle.keys().next().copied();
+        kind.is_some_and(|kind| self.take(kind).is_some())
     }
-
-    fn idle_bytes(&self, blueprint: &Blueprint) -> u64 {
-        let cells: u64 = self
-            .idle
-            .iter()
-            .map(|(&class, n)| u64::from(class) * n.len() as u64)
-            .sum();
-        cells * blueprint.kv_cell_bytes(self.index)
-    }
-}
-
-impl Embedding {
-    fn load(blueprint: &Blueprint, source: &dyn TensorSource) -> Result<Embedding, LoadError> {
-        let tensor = blueprint.embedding();
-        let mut bytes = Vec::new();
-        read_tensor(
-            source,
-            &tensor.name,
-            blueprint.embedding_bytes(),
-            &mut bytes,
-        )?;
-        bytes.shrink_to_fit();
-        let n_embd = blueprint.n_embd() as usize;
-        Ok(Embedding {
-            ty: tensor.ty,
-            row_bytes: bytes.len() / (blueprint.n_vocab() as usize).max(1),
-            n_embd,
-            scale: blueprint.embedding_scale(),
-            bytes,
-            scratch: Vec::new(),
-        })
-    }
-
-    /// Appends the rows of `tokens`, which are within the vocabulary.
-    fn look_up(&mut self, tokens: &[u32], out: &mut Vec<f32>) -> Result<(), EngineError> {
-        let begin = out.len();
-        out.resize(begin + tokens.len() * self.n_embd, 0.0);
-        for (row, &token) in out[begin..].chunks_exact_mut(self.n_embd).zip(tokens) {
-            let at = token as usize * self.row_bytes;
-            let bytes = self.bytes.get(at..at + self.row_bytes).unwrap_or_default();
-            llama::dequantize_row(self.ty, bytes, &mut self.scratch, row)
-                .map_err(EngineError::Backend)?;
-            if self.scale != 1.0 {
-                row.iter_mut().for_each(|value| *value *= self.scale);
-            }
-        }
-        Ok(())
-    }
-}
-
-fn read_tensor(
-    source: &dyn TensorSource,
-    name: &str,
-    expected: u64,
-    bytes: &mut Vec<u8>,
-) -> Result<(), LoadError> {
-    source
-        .read(name, bytes)
-        .map_err(|source| LoadError::Tensor {
-            name: name.into(),
-            source,
-        })?;
-    let len = bytes.len() as u64;
-    if len != expected {
-        return Err(LoadError::TensorLength {
-            name: name.into(),
-            len,
-            expected,
-        });
-    }
-    Ok(())
-}
-
-/// Writes the layer's file, unlinked from the start, and loads it.
-fn load_layer(
-    blueprint: &Blueprint,
-    layer: u32,
-    source: &dyn TensorSource,
-) -> Result<Model, LoadError> {
-    let stage_file = blueprint.stage_file(layer)?;
-    let broken = |source| LoadError::StageFile { layer, source };
-    let mut file = tempfile::tempfile().map_err(broken)?;
-    write_stage_file(&stage_file, layer, source, &mut file)?;
-    file.seek(SeekFrom::Start(0)).map_err(broken)?;
-    FileModel::from_file(file, false).map_err(|why| LoadError::Backend { layer, why })
-}
-
-fn write_stage_file(
-    stage_file: &StageFile,
-    layer: u32,
-    source: &dyn TensorSource,
-    file: &mut std::fs::File,
-) -> Result<(), LoadError> {
-    let broken = |source| LoadError::StageFile { layer, source };
-    let header = &stage_file.header;
-    let mut bytes = Vec::new();
-    {
-        let mut writer = BufWriter::new(&mut *file);
-        header.write(&mut writer).map_err(UnsupportedModel::from)?;
-        writer.flush().map_err(broken)?;
-    }
-    let mut end = header.data_offset;
-    for (tensor, fill) in header.tensors.iter().zip(&stage_file.fills) {
-        let n_bytes = tensor.n_bytes().map_err(UnsupportedModel::from)?;
-        match fill {
-            Fill::Hole => bytes.clear(),
-            Fill::Ones => {
-                bytes.clear();
-                (0..n_bytes / 4).for_each(|_| bytes.extend(1f32.to_le_bytes()));
-            }
-            Fill::Source(name) => read_tensor(source, name, n_bytes, &mut bytes)?,
-        }
-        file.seek(SeekFrom::Start(header.data_offset + tensor.offset))
-            .map_err(broken)?;
-        file.write_all(&bytes).map_err(broken)?;
-        end = header.data_offset + tensor.offset + n_bytes;
-    }
-    file.set_len(end + header.padding(end)).map_err(broken)
 }
 
 impl Stage for LlamaStage {
@@ -522,48 +374,46 @@ impl Stage for LlamaStage {
             });
         }
         let class = self.blueprint.context_class(n_ctx);
-        let needed = self.session_bytes(class, &layers);
-        let used = self.used_bytes();
-        if used.saturating_add(needed) > self.options.kv_bytes_max {
+        let parts = self.parts(&layers);
+        let (open, need) = (self.open_need(), self.need(&parts, class));
+        if (open + need).counted() > self.options.kv_bytes_max {
+            let largest = self.sessions.values().map(|s| s.need.bytes()).max();
             return Err(EngineError::Full {
-                needed,
-                used,
+                needed: need.bytes(),
+                used: open.bytes(),
                 budget: self.options.kv_bytes_max,
                 sessions: self.sessions.len() as u32,
-                largest: self
-                    .sessions
-                    .values()
-                    .map(|s| s.kv_bytes)
-                    .max()
-                    .unwrap_or(0),
+                largest: largest.unwrap_or(0),
             });
         }
-        let mut parts = Vec::with_capacity(layers.len());
-        let idle: u64 = layers
-            .clone()
-            .filter(|i| {
-                self.layers[(i - self.shape.layers.start) as usize]
-                    .idle
-                    .contains_key(&class)
+        let kinds: Vec<(usize, Kind)> = parts
+            .into_iter()
+            .map(|(group, part)| {
+                let layers = (part.start, part.end);
+                (group, Kind { class, layers })
             })
-            .map(|i| self.blueprint.kv_cell_bytes(i) * u64::from(class))
-            .sum();
-        self.make_room(needed.saturating_sub(idle));
-        for index in layers.clone() {
-            parts.push(self.part(index, class)?);
-        }
+            .collect();
+        // Those first, so that making room does not free them.
+        let kept: Vec<Option<Context>> = kinds
+            .iter()
+            .map(|(group, kind)| self.groups[*group].take(*kind))
+            .collect();
+        self.make_room(need);
+        let parts = kinds
+            .into_iter()
+            .zip(kept)
+            .map(|((group, kind), kept)| self.part(group, kind, kept))
+            .collect::<Result<_, _>>()?;
         let slot = Slot(self.next_slot);
         self.next_slot += 1;
-        self.sessions.insert(
-            slot,
-            Session {
-                n_ctx,
-                class,
-                layers,
-                kv_bytes: needed,
-                parts,
-            },
-        );
+        let session = Session {
+            n_ctx,
+            layers,
+            need,
+            parts,
+        };
+        self.sessions.insert(slot, session);
+        self.count();
         Ok(slot)
     }
 
@@ -571,17 +421,12 @@ impl Stage for LlamaStage {
         let Some(session) = self.sessions.remove(&slot) else {
             return;
         };
-        let first = self.shape.layers.start;
-        for (index, part) in session.layers.zip(session.parts) {
-            if let Some(layer) = self.layers.get_mut((index - first) as usize) {
-                layer
-                    .idle
-                    .entry(session.class)
-                    .or_default()
-                    .push(part.context);
-            }
+        for part in session.parts {
+            let idle = &mut self.groups[part.group].idle;
+            idle.entry(part.kind).or_default().push(part.context);
         }
-        self.make_room(0);
+        self.make_room(Need::default());
+        self.count();
     }
 
     fn run(
@@ -591,16 +436,14 @@ impl Stage for LlamaStage {
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError> {
         out.clear();
-        let mut session = self
-            .sessions
-            .remove(&step.slot)
-            .ok_or(EngineError::BadSlot(step.slot))?;
-        let result = self.run_in(&mut session, step, input, out);
-        self.sessions.insert(step.slot, session);
+        let session = self.sessions.get_mut(&step.slot);
+        let session = session.ok_or(EngineError::BadSlot(step.slot))?;
+        let (embedding, between) = (self.embedding.as_mut(), &mut self.between);
+        let result = session.run(&self.shape, embedding, between, step, input, out);
         match &result {
             Ok(()) => {
-                self.steps += 1;
-                self.rows += u64::from(step.n_rows);
+                self.stats.steps += 1;
+                self.stats.rows += u64::from(step.n_rows);
             }
             Err(_) => out.clear(),
         }
@@ -608,17 +451,6 @@ impl Stage for LlamaStage {
     }
 
     fn stats(&self) -> StageStats {
-        let used = self.used_bytes();
-        let cell = self.session_bytes(1, &self.shape.layers).max(1);
-        let tensors: u64 = self.layers.iter().map(|layer| layer.model.bytes()).sum();
-        StageStats {
-            sessions: self.sessions.len() as u32,
-            kv_bytes: used,
-            kv_bytes_max: self.options.kv_bytes_max,
-            free_cells: self.options.kv_bytes_max.saturating_sub(used) / cell,
-            tensor_bytes: tensors + self.embedding.as_ref().map_or(0, |e| e.bytes.len() as u64),
-            steps: self.steps,
-            rows: self.rows,
-        }
+        self.stats.clone()
     }
 }

@@ -44,9 +44,9 @@ pub struct StageShape {
 pub struct StageStats {
     /// Open sessions.
     pub sessions: u32,
-    /// Bytes of KV that open sessions hold.
+    /// Bytes that open sessions hold: KV and working buffers.
     pub kv_bytes: u64,
-    /// Bytes of KV that sessions may hold together.
+    /// Bytes that sessions may hold together.
     pub kv_bytes_max: u64,
     /// Positions that still fit when a session uses every layer held here.
     pub free_cells: u64,
@@ -63,7 +63,7 @@ pub struct StageStats {
 pub struct Step {
     /// Which session.
     pub slot: Slot,
-    /// Layers to run, within those the session was opened for.
+    /// Layers to run: those the session was opened for.
     pub layers: Range<u32>,
     /// Position of the first row. At most the session's end; what lies behind
     /// it is dropped first.
@@ -102,7 +102,8 @@ impl Want {
 pub enum Input<'a> {
     /// Token ids, one a row: only where layer 0 begins.
     Tokens(&'a [u32]),
-    /// Hidden rows, `n_rows × n_embd`, row after row: only beyond layer 0.
+    /// Hidden rows, `n_rows × n_embd`, row after row: only beyond layer 0. The
+    /// caller has seen that they are finite, where they came from the wire.
     Hidden(&'a [f32]),
 }
 
@@ -120,8 +121,8 @@ pub trait Stage: Send {
     /// Gives a session's KV back. An unknown slot is no error.
     fn close(&mut self, slot: Slot);
 
-    /// Runs a step: `out` is cleared and filled with hidden rows
-    /// (`n_rows × n_embd`) or, when the last layer ran, logits rows
+    /// Runs a step: `out` is cleared and filled with hidden rows, which are finite
+    /// (`n_rows × n_embd`), or, when the last layer ran, logits rows
     /// ([`Want::rows`] `× n_vocab`).
     ///
     /// # Errors
@@ -150,7 +151,7 @@ pub enum Fault {
 /// Why a stage did not do as asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
-    /// Layers outside those held, or outside those opened.
+    /// Layers outside those held, or others than those opened.
     #[error("layers {}..{} asked for, {}..{} are held", asked.start, asked.end, held.start, held.end)]
     LayersNotHeld {
         /// What the caller wants.
@@ -238,12 +239,6 @@ pub enum EngineError {
         /// Size of the vocabulary.
         n_vocab: u32,
     },
-    /// NaN or infinity in a hidden row.
-    #[error("row {row} holds a value that is not finite")]
-    NotFinite {
-        /// Index of the row in the step.
-        row: u32,
-    },
     /// llama.cpp did not do it.
     #[error("engine: {0}")]
     Backend(String),
@@ -284,7 +279,12 @@ pub(crate) fn check_step(
     step: &Step,
     input: &Input<'_>,
 ) -> Result<(), EngineError> {
-    check_layers(&step.layers, opened)?;
+    if step.layers != *opened {
+        return Err(EngineError::LayersNotHeld {
+            asked: step.layers.clone(),
+            held: opened.clone(),
+        });
+    }
     if step.n_rows == 0 || step.n_rows > PREFILL_CHUNK {
         return Err(EngineError::RowCount {
             n_rows: step.n_rows,
@@ -323,14 +323,7 @@ fn check_input(shape: &StageShape, step: &Step, input: &Input<'_>) -> Result<(),
             }
         }
         Input::Hidden(rows) if step.layers.start > 0 => {
-            let n_embd = shape.n_embd as usize;
-            length("hidden rows", rows.len(), n_rows * n_embd)?;
-            match rows.iter().position(|value| !value.is_finite()) {
-                Some(at) => Err(EngineError::NotFinite {
-                    row: (at / n_embd) as u32,
-                }),
-                None => Ok(()),
-            }
+            length("hidden rows", rows.len(), n_rows * shape.n_embd as usize)
         }
         _ => Err(EngineError::InputKind {
             layer: step.layers.start,
@@ -341,6 +334,11 @@ fn check_input(shape: &StageShape, step: &Step, input: &Input<'_>) -> Result<(),
             },
         }),
     }
+}
+
+/// Without a branch a value, so that it becomes vector code: it runs on every step.
+pub(crate) fn all_finite(rows: &[f32]) -> bool {
+    rows.iter().fold(true, |all, value| all & value.is_finite())
 }
 
 /// Whether the step begins within what layer `layer` of the session holds.

@@ -39,11 +39,12 @@ impl WholeModel {
             n_ctx: n_ctx_class,
             n_batch: PREFILL_CHUNK,
             n_threads,
-            tap: false,
+            enter: 0,
+            leave: None,
         };
-        let threads = ThreadPool::new(n_threads);
-        let context =
-            Context::new(&model, &options, threads.as_ref()).map_err(EngineError::Backend)?;
+        let context = ThreadPool::new(n_threads)
+            .and_then(|threads| Context::new(&model, &options, &threads))
+            .map_err(EngineError::Backend)?;
         let n_vocab = context.n_vocab();
         Ok(WholeModel {
             context,

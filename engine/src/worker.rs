@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! submit ─▶ queue (bounded, refuses visibly) ─▶ thread: stage.run ─▶ reply
+//! close  ─▶ the slot's steps leave the queue, its KV is freed next
 //! ```
 //!
 //! The interface is messages only: nothing the stage owns leaves the thread.
@@ -22,8 +23,31 @@ const OVERTAKEN_MAX: u32 = 4;
 /// Row buffers kept for reuse: the depth of a short pipeline.
 const SPARE_MAX: usize = 8;
 
-/// Called once, on the worker's thread: it must not block.
+/// Called once, on the worker's thread or on that which closes the slot: it
+/// must not block.
 pub type Reply<T> = Box<dyn FnOnce(Result<T, EngineError>) + Send>;
+
+/// Who asked for a slot.
+pub trait SlotWaiter: Send {
+    /// Whether anybody still waits. Asked just before the stage opens: contexts
+    /// that nobody will use are not built.
+    fn waits(&self) -> bool;
+
+    /// Takes the slot, on the worker's thread: it must not block. Not called
+    /// when nobody waited.
+    fn take(self: Box<Self>, result: Result<Slot, EngineError>);
+}
+
+/// Waits whatever happens.
+impl SlotWaiter for Reply<Slot> {
+    fn waits(&self) -> bool {
+        true
+    }
+
+    fn take(self: Box<Self>, result: Result<Slot, EngineError>) {
+        self(result);
+    }
+}
 
 /// Rows that a job brings along.
 #[derive(Clone, Debug, PartialEq)]
@@ -72,6 +96,7 @@ pub struct Worker {
 
 struct Handle {
     shared: Arc<Shared>,
+    thread: std::thread::JoinHandle<()>,
 }
 
 struct Shared {
@@ -93,7 +118,7 @@ enum Item {
     Open {
         n_ctx: u32,
         layers: Range<u32>,
-        reply: Reply<Slot>,
+        waiter: Box<dyn SlotWaiter>,
     },
     Close(Slot),
     Run {
@@ -119,7 +144,7 @@ impl Worker {
             wake: Condvar::new(),
         });
         let ours = Arc::clone(&shared);
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("stage".into())
             .spawn(move || {
                 Thread {
@@ -130,7 +155,7 @@ impl Worker {
                 .run()
             })?;
         Ok(Worker {
-            handle: Arc::new(Handle { shared }),
+            handle: Arc::new(Handle { shared, thread }),
         })
     }
 
@@ -147,6 +172,11 @@ impl Worker {
     /// Opens and steps that wait.
     pub fn queued(&self) -> usize {
         self.shared().lock().items.len()
+    }
+
+    /// Whether the thread runs. Once it has panicked it takes no more work, and never will.
+    pub fn is_alive(&self) -> bool {
+        !self.handle.thread.is_finished()
     }
 
     /// Queues a step. The reply is called in any case once this returns `Ok`.
@@ -166,21 +196,32 @@ impl Worker {
     ///
     /// # Errors
     /// [`Busy`] when the queue is full.
-    pub fn open(&self, n_ctx: u32, layers: Range<u32>, reply: Reply<Slot>) -> Result<(), Busy> {
+    pub fn open(
+        &self,
+        n_ctx: u32,
+        layers: Range<u32>,
+        waiter: impl SlotWaiter + 'static,
+    ) -> Result<(), Busy> {
         self.shared().push(Item::Open {
             n_ctx,
             layers,
-            reply,
+            waiter: Box::new(waiter),
         })
     }
 
-    /// Queues [`Stage::close`]: never refused, so that KV is never lost. Steps
-    /// of the slot that still wait run first.
+    /// Closes a slot as soon as the step that runs now is over: never refused,
+    /// so that KV is never lost. Steps of the slot that still wait do not run;
+    /// their replies get [`EngineError::BadSlot`].
     pub fn close(&self, slot: Slot) {
         let mut queue = self.shared().lock();
-        if !queue.dead {
-            queue.items.push_back(Item::Close(slot));
-            self.shared().wake.notify_one();
+        if queue.dead {
+            return;
+        }
+        let dropped = queue.close(slot);
+        drop(queue);
+        self.shared().wake.notify_one();
+        for job in dropped {
+            (job.reply)(Err(EngineError::BadSlot(slot)));
         }
     }
 
@@ -238,6 +279,20 @@ impl Shared {
 }
 
 impl Queue {
+    /// Puts the closing first, where it keeps nobody waiting for long and may
+    /// make room for an opening; gives back the slot's steps.
+    fn close(&mut self, slot: Slot) -> Vec<Job> {
+        let mut dropped = Vec::new();
+        for item in std::mem::take(&mut self.items) {
+            match item {
+                Item::Run { job, .. } if job.step.slot == slot => dropped.push(job),
+                other => self.items.push_back(other),
+            }
+        }
+        self.items.push_front(Item::Close(slot));
+        dropped
+    }
+
     /// The first item, or a single row that may overtake it.
     fn take(&mut self) -> Option<Item> {
         let at = self.first_decode().unwrap_or(0);
@@ -284,7 +339,7 @@ impl Item {
 
     fn stopped(self) {
         match self {
-            Item::Open { reply, .. } => reply(Err(EngineError::Stopped)),
+            Item::Open { waiter, .. } => waiter.take(Err(EngineError::Stopped)),
             Item::Close(_) => {}
             Item::Run { job, .. } => (job.reply)(Err(EngineError::Stopped)),
         }
@@ -311,13 +366,14 @@ impl Thread {
     /// used again.
     fn handle(&mut self, item: Item) -> Result<(), ()> {
         match item {
+            Item::Open { waiter, .. } if !waiter.waits() => Ok(()),
             Item::Open {
                 n_ctx,
                 layers,
-                reply,
+                waiter,
             } => {
                 let opened = self.guarded(|stage| stage.open(n_ctx, layers));
-                self.finish(opened, reply)
+                self.finish(opened, Box::new(|slot| waiter.take(slot)))
             }
             Item::Close(slot) => {
                 let closed = self.guarded(|stage| {
@@ -520,6 +576,59 @@ mod tests {
     }
 
     #[test]
+    fn closing_drops_the_steps_that_wait() {
+        let (open_gate, gate) = channel();
+        let inner = chain();
+        let worker = Worker::spawn(Box::new(Gate { inner, gate }), 8).unwrap();
+        let (a, b) = (open(&worker), open(&worker));
+        let (order, seen) = channel();
+        let note = |what: &'static str| -> Reply<Done> {
+            let order = order.clone();
+            Box::new(move |result| {
+                let _ = order.send((what, result.map(|done| done.rows.len())));
+            })
+        };
+        worker.submit(job(a, 0, &[1], note("a0"))).unwrap();
+        while worker.queued() > 0 {
+            std::thread::yield_now(); // until the thread is inside the first step
+        }
+        worker.submit(job(a, 1, &[1; 8], note("a1"))).unwrap();
+        worker.submit(job(b, 0, &[1], note("b0"))).unwrap();
+        worker.submit(job(a, 9, &[1], note("a9"))).unwrap();
+        worker.close(a);
+        let closed = Err(EngineError::BadSlot(a));
+        assert_eq!(seen.recv().unwrap(), ("a1", closed.clone()));
+        assert_eq!(seen.recv().unwrap(), ("a9", closed));
+        // Two passes: for the step that ran already and for that of the other slot.
+        (0..2).for_each(|_| open_gate.send(()).unwrap());
+        assert_eq!(seen.recv().unwrap(), ("a0", Ok(50)));
+        assert_eq!(seen.recv().unwrap(), ("b0", Ok(50)));
+        let stats = worker.stats();
+        assert_eq!((stats.sessions, stats.steps), (1, 2));
+    }
+
+    /// Somebody who left before the stage had time.
+    struct Gone;
+
+    impl SlotWaiter for Gone {
+        fn waits(&self) -> bool {
+            false
+        }
+        fn take(self: Box<Self>, result: Result<Slot, EngineError>) {
+            panic!("nobody waits for {result:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_opened_for_somebody_who_left() {
+        let worker = Worker::spawn(Box::new(chain()), 4).unwrap();
+        worker.open(64, 0..3, Gone).unwrap();
+        // The next slot is the first.
+        assert_eq!(open(&worker), Slot(0));
+        assert_eq!(worker.stats().sessions, 1);
+    }
+
+    #[test]
     fn opening_and_closing_are_not_overtaken_for_ever() {
         let slot = |n| Slot(n);
         let row = |n| {
@@ -533,10 +642,11 @@ mod tests {
         let mut queue = Queue::default();
         queue.items.push_back(Item::Close(slot(9)));
         queue.items.push_back(row(1));
+        let nobody: Reply<Slot> = Box::new(|_| ());
         queue.items.push_back(Item::Open {
             n_ctx: 64,
             layers: 0..3,
-            reply: Box::new(|_| ()),
+            waiter: Box::new(nobody),
         });
         // Single rows keep coming; what was there first still has its turn.
         let mut taken = Vec::new();
@@ -571,5 +681,8 @@ mod tests {
         let (tx, rx) = reply();
         worker.submit(job(slot, 0, &[1], tx)).unwrap();
         assert_eq!(rx.recv().unwrap(), Err(EngineError::Stopped));
+        while worker.is_alive() {
+            std::thread::yield_now();
+        }
     }
 }

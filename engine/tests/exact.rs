@@ -64,6 +64,13 @@ fn sizes_that_are_no_multiples_of_32() {
 }
 
 #[test]
+fn more_layers_than_share_a_model() {
+    let mut shape = tiny("llama");
+    shape.n_layer = 10;
+    Model::random("llama", &shape, SEED).check_cuts(8);
+}
+
+#[test]
 fn the_demo_model_in_every_quantisation() {
     let Some(path) = demo() else {
         eprintln!("models/demo.gguf is not there: not checked");

@@ -17,12 +17,18 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
             encoded(&Up::Opened {
                 n_embd: 64,
                 n_vocab: 300,
+                held: 70,
             }),
             encoded(&Up::Ack {
                 epoch: Epoch(1),
                 pos_end: 7000,
             }),
+            encoded(&Up::Working),
             encoded(&Up::Failed(failure())),
+            encoded(&Up::Lost {
+                epoch: Epoch(1),
+                failure: failure(),
+            }),
         ],
         "attach" => vec![encoded(&Attach {
             session: SessionId([3; 16]),
@@ -82,7 +88,8 @@ fn open() -> Open {
     };
     Open {
         session: SessionId([3; 16]),
-        epoch: Epoch(0),
+        epoch: Epoch(2),
+        resume: 77,
         client: Peer([9; 32]),
         model: ModelId(Hash([7; 32])),
         n_ctx: 4096,

@@ -54,8 +54,8 @@ def parse():
     a = argparse.ArgumentParser(description=__doc__)
     a.add_argument("--corpus", type=Path, required=True, help="folder with train.jsonl.xz and val.jsonl.xz")
     a.add_argument("--out", type=Path, required=True, help="folder for tokenizer and checkpoints")
-    a.add_argument("--minutes", type=float, default=100)
-    a.add_argument("--decay-minutes", type=float, default=80)
+    a.add_argument("--minutes", type=float, default=95)
+    a.add_argument("--decay-minutes", type=float, default=78)
     a.add_argument("--warmup-steps", type=int, default=60)
     a.add_argument("--half-from", type=float, default=0.3, help="windows of half the context from this share on")
     a.add_argument("--long-from", type=float, default=0.75, help="windows of the full context")
@@ -127,7 +127,8 @@ def main():
             model=model.state_dict(), ema=ema, adam=adam.state_dict(), muon=muon.state, step=step,
             tokens=tokens, clock=clock, rng=windows.rng.bit_generator.state,
             left=windows.left, epochs=windows.epochs, config=cfg.to_dict()))
-        row = dict(step=step, tokens=tokens, minutes=round(clock / 60, 2), epochs=windows.epochs, train=round(sum(recent) / max(1, len(recent)), 4),
+        row = dict(step=step, tokens=tokens, minutes=round(clock / 60, 2), epochs=windows.epochs,
+                   train=round(sum(recent) / max(1, len(recent)), 4),
                    val=round(val_loss(model, val, cfg.context), 4), length=length, lr=round(level, 4))
         if final:
             row["final"] = True

@@ -1,26 +1,31 @@
 //! A client of the swarm: connects, learns who holds what, plans a route, opens sessions. It needs
 //! no weights; manifests and tokenizers come by hash from whoever holds them.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use shard_registry::{
     Manifest, Snapshot,
-    route::{Query, plan},
+    route::{Query, plan, spread},
 };
-use swarm_proto::{Dtype, Hop, LayerRange, ModelId, Peer};
+use swarm_proto::{Advert, Dtype, Hop, LayerRange, ModelId, Peer};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
+    known_peers::KnownPeers,
     net::{FetchError, Net, NetConfig, NetError},
-    session::{ClientError, ClientSession, Deadlines, Kind, Opener},
+    recovery::Session,
+    session::{ClientError, Deadlines, Kind, Opener},
 };
 
 /// How long connecting waits for a first peer's adverts.
 const SYNC_DEADLINE: Duration = Duration::from_secs(10);
 /// Gossip may still be on its way when a first plan finds a gap: planning waits this long for it.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Costs are drawn from 1 to this much more, so that clients with the same view spread.
+/// How much dearer a peer's compute may be drawn, so that clients with the same view spread.
 const JITTER: f32 = 0.3;
+
+/// More than every layer of any model takes for the longest context.
+const FREE_CELLS_IDLE: u64 = 1 << 48;
 
 /// Whom the hidden states may pass, from which a prompt can be reconstructed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -84,12 +89,21 @@ pub struct Client {
 }
 
 impl Client {
-    /// Starts a network of its own and waits, a bounded time, for a first peer's adverts.
+    /// Starts a network of its own and waits, a bounded time, for a first peer's adverts. Where the peers
+    /// of the configuration do not answer, or it names none, those of `known` are dialled.
     ///
     /// # Errors
     /// The network does not start. That nobody is there shows when something is asked for.
-    pub async fn connect(config: NetConfig, privacy: Privacy) -> Result<Self, NetError> {
+    pub async fn connect(
+        config: NetConfig,
+        privacy: Privacy,
+        known: Option<&KnownPeers>,
+    ) -> Result<Self, NetError> {
+        let given = !config.bootstrap.is_empty();
         let net = Net::start(config).await?;
+        if let Some(known) = known {
+            known.fall_back(&net, given).await;
+        }
         net.synced(SYNC_DEADLINE).await;
         Ok(Self::over(net, privacy))
     }
@@ -98,7 +112,7 @@ impl Client {
     pub fn over(net: Net, privacy: Privacy) -> Self {
         let opener = Opener {
             me: net.me(),
-            dialer: std::sync::Arc::new(net.clone()),
+            dialer: Arc::new(net.clone()),
             deadlines: Deadlines::default(),
         };
         Self {
@@ -155,11 +169,27 @@ impl Client {
             .map_err(model_error)
     }
 
-    /// Opens a session along the cheapest route, or along another when a peer of it fails.
+    /// Opens a session along the cheapest route, or along another when a peer of it fails, then and
+    /// later.
     ///
     /// # Errors
-    /// No route (the error says which layers are missing), or every route tried failed.
-    pub async fn open(&self, spec: &SessionSpec) -> Result<ClientSession, ClientError> {
+    /// No route (the error says which layers are missing), nobody with room, or every route tried
+    /// failed.
+    pub async fn open(&self, spec: &SessionSpec) -> Result<Session, ClientError> {
+        self.open_waiting(spec, Duration::ZERO, |_| {}).await
+    }
+
+    /// The same, and where the peers that could do it are full, waits up to `patience` for room;
+    /// `busy` hears once of which layers, when the waiting begins.
+    ///
+    /// # Errors
+    /// As [`Client::open`].
+    pub async fn open_waiting(
+        &self,
+        spec: &SessionSpec,
+        patience: Duration,
+        busy: impl FnOnce(&[LayerRange]),
+    ) -> Result<Session, ClientError> {
         self.wait_for_route(spec).await;
         let seed = rand::random();
         let kind = Kind {
@@ -168,12 +198,16 @@ impl Client {
             dtype: spec.dtype,
             n_vocab: spec.n_vocab,
         };
-        self.opener
-            .open(kind, |avoid| self.plan(spec, avoid, seed))
-            .await
+        let opened = self
+            .opener
+            .open_waiting(kind, patience, |avoid| self.plan(spec, avoid, seed), busy)
+            .await?;
+        let opener = self.opener.clone();
+        Ok(Session::new(self.clone(), opener, spec.clone(), opened))
     }
 
-    /// The route that [`Client::open`] would take now, without the peers to avoid.
+    /// The route that [`Client::open`] would take now, without the peers to avoid. Where the adverts
+    /// leave none with room, one as if all had: adverts are some seconds old, and hops say it themselves.
     ///
     /// # Errors
     /// There is none.
@@ -183,7 +217,16 @@ impl Client {
         avoid: &[Peer],
         seed: u64,
     ) -> Result<Vec<Hop>, ClientError> {
-        let snapshot = self.adverts();
+        self.plan_in(&self.adverts(), spec, avoid, seed)
+    }
+
+    pub(crate) fn plan_in(
+        &self,
+        snapshot: &Snapshot,
+        spec: &SessionSpec,
+        avoid: &[Peer],
+        seed: u64,
+    ) -> Result<Vec<Hop>, ClientError> {
         let micros = |d: Duration| u32::try_from(d.as_micros()).unwrap_or(u32::MAX);
         let rtts: Vec<(Peer, u32)> = self
             .net
@@ -205,10 +248,14 @@ impl Client {
             seed,
             ..Query::new(spec.model, spec.n_layer)
         };
-        match plan(&snapshot, &query) {
+        let planned = match spread(snapshot, &query) {
+            Err(none) if !none.full.is_empty() => spread(&idle(snapshot), &query),
+            planned => planned,
+        };
+        match planned {
             Ok(route) => Ok(route.hops),
             Err(none) => Err(self
-                .untrusted(&snapshot, &query)
+                .untrusted(snapshot, &query)
                 .unwrap_or(ClientError::NoRoute(none))),
         }
     }
@@ -224,7 +271,7 @@ impl Client {
         };
         let missing = plan(snapshot, query).err()?.missing;
         plan(snapshot, &all).ok()?;
-        let holds = |a: &swarm_proto::Advert| -> Vec<LayerRange> {
+        let holds = |a: &Advert| -> Vec<LayerRange> {
             let of_model = a.models.iter().filter(|m| m.model == query.model);
             of_model.flat_map(|m| m.live.iter().copied()).collect()
         };
@@ -254,6 +301,18 @@ impl Client {
     pub async fn shutdown(&self) {
         self.net.shutdown().await;
     }
+}
+
+/// The same peers, with room for any session.
+fn idle(snapshot: &Snapshot) -> Snapshot {
+    let idle = |advert: &Arc<Advert>| {
+        let mut advert = Advert::clone(advert);
+        for model in &mut advert.models {
+            model.free_cells = FREE_CELLS_IDLE;
+        }
+        Arc::new(advert)
+    };
+    Snapshot::new(snapshot.adverts.iter().map(idle).collect())
 }
 
 fn model_error(e: impl std::fmt::Display) -> ClientError {

@@ -11,7 +11,7 @@ use std::{
 use etcetera::{AppStrategy, AppStrategyArgs, choose_app_strategy};
 use swarm_proto::{Peer, SwarmId, Ticket};
 
-use crate::net::Access;
+use crate::{identity::open_to_others, net::Access};
 
 /// The swarm of those who name none.
 const DEFAULT_SWARM: &str = "shoal";
@@ -20,14 +20,18 @@ const TICKET_FILE: &str = "ticket";
 /// A config file or ticket longer than this is not one.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 
-/// On or off, for flags that have a default of their own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Toggle {
-    /// Yes.
-    On,
-    /// No.
-    Off,
+/// Words for yes and no, in variables, in the config file and where a flag takes one.
+///
+/// # Errors
+/// Says what is expected.
+pub fn parse_bool(text: &str) -> Result<bool, String> {
+    match text.trim().to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err(format!(
+            "{text:?} is neither on nor off (1, true, yes; 0, false, no)"
+        )),
+    }
 }
 
 /// Flags that say which swarm, as whom, and whom to trust.
@@ -84,11 +88,11 @@ pub struct SwarmArgs {
         long,
         value_name = "on|off",
         env = "SHOAL_MDNS",
-        hide_possible_values = true,
+        value_parser = parse_bool,
         help_heading = "Swarm",
         global = true
     )]
-    pub mdns: Option<Toggle>,
+    pub mdns: Option<bool>,
     /// Talk to this peer id and the others listed, to nobody else, in either direction.
     #[arg(
         long,
@@ -100,7 +104,7 @@ pub struct SwarmArgs {
     )]
     pub allow: Vec<Peer>,
     /// Dial only listed peers: those of --allow, or else those that --peer names by id.
-    #[arg(long, env = "SHOAL_TRUSTED", help_heading = "Swarm", global = true)]
+    #[arg(long, env = "SHOAL_TRUSTED", value_parser = parse_bool, help_heading = "Swarm", global = true)]
     pub trusted: bool,
     /// Export traces to this OpenTelemetry collector, for example http://127.0.0.1:4317.
     #[arg(
@@ -121,7 +125,7 @@ pub struct SwarmArgs {
     )]
     pub log: Option<String>,
     /// Log as JSON lines.
-    #[arg(long, env = "SHOAL_LOG_JSON", help_heading = "Logging", global = true)]
+    #[arg(long, env = "SHOAL_LOG_JSON", value_parser = parse_bool, help_heading = "Logging", global = true)]
     pub log_json: bool,
 }
 
@@ -134,7 +138,8 @@ pub struct FileConfig {
     pub swarm: Option<String>,
     pub key_file: Option<PathBuf>,
     pub peer: Vec<String>,
-    pub mdns: Option<Toggle>,
+    #[serde(deserialize_with = "on_or_off")]
+    pub mdns: Option<bool>,
     pub allow: Vec<String>,
     pub trusted: bool,
     pub otlp: Option<String>,
@@ -209,6 +214,14 @@ pub enum ConfigError {
         /// Which.
         path: PathBuf,
     },
+    /// Others may read the key.
+    #[error("key file {path} is readable by others (mode {mode:o}); run: chmod 600 {path}")]
+    KeyMode {
+        /// Which.
+        path: PathBuf,
+        /// Its mode bits.
+        mode: u32,
+    },
     /// The ticket in the home is none.
     #[error("{path}: {reason}; join again with shoal join TICKET, or remove the file")]
     Ticket {
@@ -282,7 +295,7 @@ impl SwarmArgs {
             },
             key: key.or(ticket.and_then(|ticket| ticket.key)),
             peers,
-            mdns: self.mdns.or(file.mdns) != Some(Toggle::Off),
+            mdns: self.mdns.or(file.mdns).unwrap_or(true),
             access,
             otlp: self.otlp.clone().or_else(|| file.otlp.clone()),
             log: self.log.clone().or_else(|| file.log.clone()),
@@ -360,6 +373,21 @@ pub fn load_ticket(home: &Path) -> Result<Option<Ticket>, ConfigError> {
         path,
         reason: e.to_string(),
     })
+}
+
+fn on_or_off<'de, D: serde::Deserializer<'de>>(value: D) -> Result<Option<bool>, D::Error> {
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum Value {
+        Bool(bool),
+        Word(String),
+    }
+    match serde::Deserialize::deserialize(value)? {
+        Value::Bool(on) => Ok(Some(on)),
+        Value::Word(word) => parse_bool(&word)
+            .map(Some)
+            .map_err(serde::de::Error::custom),
+    }
 }
 
 /// A count of bytes as people write it: `4G`, `512M`, `1.5GiB`, `1000000`; multiples of 1024.
@@ -462,6 +490,16 @@ fn read_text(path: &Path) -> Result<String, ConfigError> {
 
 fn read_key(path: &Path) -> Result<[u8; 32], ConfigError> {
     let text = read_text(path)?;
+    let io = |source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    if let Some(mode) = open_to_others(&fs::metadata(path).map_err(io)?) {
+        return Err(ConfigError::KeyMode {
+            path: path.to_owned(),
+            mode,
+        });
+    }
     // Also what other libp2p programs write: two header lines, then the digits.
     let digits = text
         .lines()
@@ -555,6 +593,52 @@ mod tests {
         let wrong = home("swarm = \"No Such\"\n");
         let error = resolve(&["--home", wrong.path().to_str().expect("utf-8")]).expect_err("wrong");
         assert!(error.to_string().contains("swarm = \"No Such\""), "{error}");
+    }
+
+    #[test]
+    fn yes_and_no_have_many_words() {
+        for (word, on) in [("1", true), ("true", true), ("YES", true), ("on", true)]
+            .into_iter()
+            .chain([
+                ("0", false),
+                ("false", false),
+                ("No", false),
+                ("off", false),
+            ])
+        {
+            assert_eq!(parse_bool(word), Ok(on), "{word}");
+        }
+        for wrong in ["", "2", "maybe", "onn"] {
+            assert!(parse_bool(wrong).is_err(), "{wrong}");
+        }
+        for (config, on) in [("mdns = false", false), ("mdns = \"1\"", true), ("", true)] {
+            let home = home(config);
+            let dir = home.path().to_str().expect("utf-8");
+            assert_eq!(
+                resolve(&["--home", dir]).expect("resolves").mdns,
+                on,
+                "{config}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_key_file_open_to_others_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let home = home("");
+        let dir = home.path().to_str().expect("utf-8");
+        let path = home.path().join("swarm.key");
+        fs::write(&path, "ab".repeat(32)).expect("write");
+        let resolved = |mode| {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("chmod");
+            resolve(&["--home", dir, "--key-file", path.to_str().expect("utf-8")])
+        };
+        for mode in [0o644, 0o640, 0o602] {
+            let error = resolved(mode).expect_err("open to others").to_string();
+            assert!(error.contains("chmod 600"), "{error}");
+        }
+        assert_eq!(resolved(0o600).expect("resolves").key, Some([0xab; 32]));
+        assert!(resolved(0o400).is_ok());
     }
 
     #[test]

@@ -12,8 +12,6 @@ use crate::{
 
 /// Both transports on every interface, ports by the system.
 const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1"];
-/// Threads of the async side: it moves bytes, the stage worker has its own thread.
-const ASYNC_THREADS_MAX: usize = 4;
 
 /// Flags of a serving node.
 #[derive(Debug, Clone, clap::Args)]
@@ -79,6 +77,11 @@ pub enum DaemonError {
     /// The node did not start.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// The stage worker's thread panicked.
+    #[error(
+        "the stage worker died, as the log says: start this node again; if it comes back, report it"
+    )]
+    Died,
     /// The system refused threads or signals.
     #[error("the system refuses to run this: {0}")]
     System(#[from] std::io::Error),
@@ -101,23 +104,16 @@ impl DaemonError {
     }
 }
 
-/// Runs a node until SIGINT or SIGTERM; a second signal does not wait for the goodbye.
+/// Runs a node until SIGINT or SIGTERM, or until it cannot serve any more; a second signal does not
+/// wait for the goodbye.
 ///
 /// # Errors
-/// See [`DaemonError`].
-pub fn run(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError> {
-    let threads = std::thread::available_parallelism().map_or(2, usize::from);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(threads.min(ASYNC_THREADS_MAX))
-        .enable_all()
-        .build()?;
-    let done = runtime.block_on(serve(args, ready));
-    // A worker in the middle of a step is not waited for.
-    runtime.shutdown_background();
-    done
+/// See [`DaemonError`]: an end that nobody asked for is one, so that a supervisor starts the node again.
+pub fn run(args: Args, ready: impl FnOnce(&Ready) + Send + 'static) -> Result<(), DaemonError> {
+    crate::runtime::run(serve(args, ready))?
 }
 
-async fn serve(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError> {
+async fn serve(args: Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError> {
     let settings = args.swarm.resolve()?;
     let telemetry = telemetry::init(&TelemetryConfig {
         filter: settings.log.clone(),
@@ -125,7 +121,7 @@ async fn serve(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonErro
         otlp: settings.otlp.clone(),
         service: "shoal-node",
     })?;
-    let config = node_config(args, settings)?;
+    let config = node_config(&args, settings)?;
     let mut signals = Signals::new()?;
     let node = tokio::select! {
         node = SwarmNode::start(config) => node?,
@@ -143,7 +139,10 @@ async fn serve(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonErro
     };
     tracing::info!(peer = %facts.peer, layers = %facts.layers, addrs = ?facts.addrs, "serving");
     ready(&facts);
-    signals.next().await;
+    let ended = tokio::select! {
+        () = signals.next() => Ok(()),
+        () = node.died() => Err(DaemonError::Died),
+    };
     tracing::info!(
         sessions = node.sessions(),
         "stopping: withdrawing, letting sessions end"
@@ -154,7 +153,7 @@ async fn serve(args: &Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonErro
     }
     // Exporting the last spans blocks.
     let _ = tokio::task::spawn_blocking(|| telemetry.shutdown()).await;
-    Ok(())
+    ended
 }
 
 fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonError> {
@@ -231,5 +230,16 @@ impl Signals {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_user_said_wrong_is_a_usage_error() {
+        assert_eq!(DaemonError::Died.exit_code(), ExitCode::FAILURE);
+        assert_eq!(DaemonError::NoModel.exit_code(), ExitCode::from(2));
     }
 }

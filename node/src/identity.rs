@@ -86,8 +86,7 @@ impl Identity {
             source,
         };
         let file = fs::File::open(path).map_err(io)?;
-        let mode = file.metadata().map_err(io)?.permissions().mode() & 0o777;
-        if mode & 0o077 != 0 {
+        if let Some(mode) = open_to_others(&file.metadata().map_err(io)?) {
             return Err(IdentityError::Mode {
                 path: path.to_owned(),
                 mode,
@@ -161,6 +160,12 @@ impl std::fmt::Debug for Identity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("Identity").field(&self.peer).finish()
     }
+}
+
+/// The mode bits of a secret's file where others than its owner may read or write it.
+pub(crate) fn open_to_others(meta: &fs::Metadata) -> Option<u32> {
+    let mode = meta.permissions().mode() & 0o777;
+    (mode & 0o077 != 0).then_some(mode)
 }
 
 /// libp2p's name of a peer, or `None` where the bytes are not a point of the curve.

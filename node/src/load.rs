@@ -198,7 +198,7 @@ pub fn plan_fixed(
     let plan = plan(blueprint, layers, memory);
     if longest_context(blueprint, &plan) == 0 {
         let tensors = tensor_bytes(blueprint, &plan.layers);
-        let kv = session_bytes(blueprint, &plan.layers, 1);
+        let kv = blueprint.session_bytes(&plan.layers, 1);
         return Err(LoadError::LayersMemory {
             asked: plan.layers,
             given: Bytes(memory),
@@ -211,22 +211,13 @@ pub fn plan_fixed(
 /// The longest context that one session over all layers of a plan has KV for; 0 where it has none.
 /// More would be promised to clients and then refused.
 fn longest_context(blueprint: &Blueprint, plan: &Plan) -> u32 {
-    let fits = |n_ctx: &u32| session_bytes(blueprint, &plan.layers, *n_ctx) <= plan.kv_bytes_max;
+    let fits = |n_ctx: &u32| blueprint.session_bytes(&plan.layers, *n_ctx) <= plan.kv_bytes_max;
     let whole = blueprint.n_ctx_train();
     let shorter = (0..u32::BITS).rev().map(|bit| 1 << bit);
     std::iter::once(whole)
         .chain(shorter.filter(|n_ctx| *n_ctx < whole))
         .find(fits)
         .unwrap_or(0)
-}
-
-/// Bytes of KV that a session over these layers takes.
-fn session_bytes(blueprint: &Blueprint, layers: &Range<u32>, n_ctx: u32) -> u64 {
-    let cell = layers
-        .clone()
-        .map(|i| blueprint.kv_cell_bytes(i))
-        .fold(0, u64::saturating_add);
-    cell.saturating_mul(blueprint.context_class(n_ctx).into())
 }
 
 /// Bytes of the tensors of these layers, with the embedding and the head where they belong to them.
@@ -417,13 +408,38 @@ fn available_memory() -> Option<u64> {
         .checked_mul(1024)
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(target_os = "macos")]
 fn available_memory() -> Option<u64> {
-    let asked = std::process::Command::new("sysctl")
-        .args(["-n", "hw.memsize"])
+    let asked = std::process::Command::new("/usr/bin/vm_stat")
         .output()
         .ok()?;
-    String::from_utf8(asked.stdout).ok()?.trim().parse().ok()
+    vm_stat_available(std::str::from_utf8(&asked.stdout).ok()?)
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "macos")))]
+fn available_memory() -> Option<u64> {
+    None
+}
+
+/// Bytes that macOS gives without writing anything out: pages that are free, read ahead on a guess, or
+/// not used for a while.
+#[cfg(any(target_os = "macos", test))]
+fn vm_stat_available(text: &str) -> Option<u64> {
+    let (head, pages) = text.split_once('\n')?;
+    let page: u64 = head
+        .split_once("page size of ")?
+        .1
+        .split(' ')
+        .next()?
+        .parse()
+        .ok()?;
+    let count = |name: &str| {
+        let line = pages.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().trim_end_matches('.').parse::<u64>().ok()
+    };
+    let free = count("Pages free:")? + count("Pages speculative:")?;
+    free.checked_add(count("Pages inactive:")?)?
+        .checked_mul(page)
 }
 
 #[cfg(test)]
@@ -457,5 +473,29 @@ mod tests {
         assert_eq!(Bytes(1).to_string(), "1 KiB");
         assert_eq!(Bytes(5 << 20).to_string(), "5 MiB");
         assert_eq!(Bytes(20 << 30).to_string(), "20 GiB");
+    }
+
+    #[test]
+    fn the_free_memory_of_a_mac_is_read_from_vm_stat() {
+        let text = "Mach Virtual Memory Statistics: (page size of 16384 bytes)\n\
+            Pages free:                                5000.\n\
+            Pages active:                            300000.\n\
+            Pages inactive:                          290000.\n\
+            Pages speculative:                         5000.\n\
+            Pages throttled:                              0.\n\
+            Pages wired down:                        150000.\n";
+        assert_eq!(vm_stat_available(text), Some(300_000 * 16384));
+        assert_eq!(vm_stat_available("something else\n"), None);
+    }
+
+    #[test]
+    fn planners_reckon_with_the_contexts_that_the_engine_makes() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(&home.path().join("store")).unwrap();
+        let demo = find(&store, home.path(), demo::NAME).unwrap();
+        for n_ctx in [1, 255, 256, 257, 600, 1024, 4097] {
+            let made = u64::from(demo.blueprint.context_class(n_ctx));
+            assert_eq!(swarm_proto::advert::session_positions(n_ctx), made);
+        }
     }
 }

@@ -17,10 +17,12 @@ use engine::Worker;
 use shard_registry::{Store, StoreError};
 use swarm_proto::{LayerRange, ModelAdvert, ModelId, Peer, ShardId};
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Settings,
     identity::{Identity, IdentityError},
+    known_peers::KnownPeers,
     load::{self, Found, LoadError, Plan},
     measure::{Speed, Timed},
     net::{Announcement, Net, NetConfig, NetError, Proto, Shelf},
@@ -35,6 +37,8 @@ const SETTLE: Duration = Duration::from_millis(700);
 const ROUNDS: u32 = 4;
 /// How often figures in the advert are refreshed.
 const REFRESH: Duration = Duration::from_secs(10);
+/// How often the stage worker is looked after: sessions fail on a dead one, and others still plan with it.
+const WATCH: Duration = Duration::from_secs(1);
 /// How long sessions may go on after the node was told to stop; with their own goodbye and the
 /// network's it stays below five seconds.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -100,6 +104,8 @@ pub struct SwarmNode {
     model: ModelId,
     layers: Range<u32>,
     tasks: Vec<JoinHandle<()>>,
+    /// The stage worker died.
+    died: CancellationToken,
     /// Held while the node runs; the system lets go of it when the process dies.
     _home: File,
 }
@@ -138,7 +144,15 @@ impl SwarmNode {
     ) -> Result<Self, StartError> {
         let mut tasks = Vec::new();
         tasks.extend(net.serve_fetch(Arc::new(StoreShelf(store.clone()))));
-        let plan = choose_layers(config, &found, &net).await?;
+        let settings = &config.settings;
+        let known = KnownPeers::new(&settings.home, &settings.swarm);
+        let given = !settings.peers.is_empty();
+        let alone = !given && !settings.mdns && known.addrs().is_empty();
+        tokio::spawn({
+            let (known, net) = (known.clone(), net.clone());
+            async move { known.fall_back(&net, given).await }
+        });
+        let plan = choose_layers(config, &found, &net, alone).await?;
         tracing::info!(model = %found.name, id = %found.id.short(), layers = ?plan.layers, "loading");
         let speed = Speed::default();
         let limits = SessionLimits::default();
@@ -163,6 +177,7 @@ impl SwarmNode {
                 async move { sessions.run(down, answers).await },
             ));
         }
+        let model = found.id;
         let figures = Figures {
             found,
             layers: plan.layers.clone(),
@@ -170,15 +185,29 @@ impl SwarmNode {
             speed,
             threads,
         };
-        net.publish(figures.announcement()).await;
-        let model = figures.found.id;
-        tasks.push(tokio::spawn(keep_announcing(net.clone(), figures)));
+        net.publish(figures.announcement(&net)).await;
+        let died = CancellationToken::new();
+        tasks.push(tokio::spawn({
+            let (net, sessions, died) = (net.clone(), sessions.clone(), died.clone());
+            async move {
+                keep_announcing(&net, figures).await;
+                sessions.withdraw(&model);
+                net.withdraw().await;
+                tracing::error!(
+                    "the stage worker died: the model is withdrawn and this node serves nothing any more; \
+                     start it again, and report the panic above if it comes back"
+                );
+                died.cancel();
+            }
+        }));
+        tasks.push(tokio::spawn(known.keep(net.clone())));
         Ok(Self {
             net,
             sessions,
             model,
             layers: plan.layers,
             tasks,
+            died,
             _home: lock,
         })
     }
@@ -206,6 +235,12 @@ impl SwarmNode {
     /// Sessions that are open.
     pub fn sessions(&self) -> usize {
         self.sessions.count()
+    }
+
+    /// Waits until the stage worker has died, which it should not: the model is withdrawn by then, and
+    /// only a new process can serve again.
+    pub async fn died(&self) {
+        self.died.cancelled().await;
     }
 
     /// Withdraws the advert, refuses new sessions, lets running ones end, closes the network:
@@ -262,13 +297,18 @@ fn net_config(config: &NodeConfig, identity: Identity) -> NetConfig {
     }
 }
 
-async fn choose_layers(config: &NodeConfig, found: &Found, net: &Net) -> Result<Plan, StartError> {
+/// `alone`: nobody to hear from is known.
+async fn choose_layers(
+    config: &NodeConfig,
+    found: &Found,
+    net: &Net,
+    alone: bool,
+) -> Result<Plan, StartError> {
     let memory = config.memory.unwrap_or_else(load::default_memory);
     if let Some(layers) = config.layers.clone() {
         return Ok(load::plan_fixed(&found.blueprint, layers, memory)?);
     }
     let windows = load::windows(&found.blueprint, memory)?;
-    let alone = config.settings.peers.is_empty() && !config.settings.mdns;
     if let [only] = &windows[..] {
         return Ok(load::plan(&found.blueprint, only.clone(), memory));
     }
@@ -333,7 +373,7 @@ struct Figures {
 }
 
 impl Figures {
-    fn announcement(&self) -> Announcement {
+    fn announcement(&self, net: &Net) -> Announcement {
         let stats = self.worker.stats();
         let mut announcement = intention(&self.found, self.layers.clone());
         for model in &mut announcement.models {
@@ -343,16 +383,25 @@ impl Figures {
             model.free_cells = stats.free_cells.saturating_mul(self.layers.len() as u64);
             model.numerics = engine::numerics_class(self.threads);
         }
+        announcement.uplink_bytes_s = net.uplink();
         announcement.queue = u16::try_from(self.worker.queued()).unwrap_or(u16::MAX);
         announcement
     }
 }
 
-async fn keep_announcing(net: Net, figures: Figures) {
-    let mut ticks = tokio::time::interval(REFRESH);
+/// Keeps the figures of the advert fresh for as long as the stage worker lives.
+async fn keep_announcing(net: &Net, figures: Figures) {
+    let mut refresh = tokio::time::interval(REFRESH);
+    let mut watch = tokio::time::interval(WATCH);
     loop {
-        ticks.tick().await;
-        net.publish(figures.announcement()).await;
+        tokio::select! {
+            _ = watch.tick() => {
+                if !figures.worker.is_alive() {
+                    return;
+                }
+            }
+            _ = refresh.tick() => net.publish(figures.announcement(net)).await,
+        }
     }
 }
 
@@ -376,5 +425,124 @@ impl Shelf for StoreShelf {
 
     fn shard(&self, id: &ShardId) -> std::io::Result<Option<Vec<u8>>> {
         Ok(self.0.metadata_shard(*id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::FileConfig,
+        net::Access,
+        session::{Deadlines, Kind, Opener},
+    };
+    use swarm_proto::{Dtype, FailureCode, Hop};
+
+    const DEADLINE: Duration = Duration::from_secs(60);
+
+    async fn node(home: &Path) -> SwarmNode {
+        let settings = Settings {
+            home: home.to_owned(),
+            swarm: "t".parse().unwrap(),
+            key: None,
+            peers: Vec::new(),
+            mdns: false,
+            access: Access::Open,
+            otlp: None,
+            log: None,
+            log_json: false,
+            file: FileConfig::default(),
+        };
+        let config = NodeConfig {
+            settings,
+            model: "demo".into(),
+            layers: Some(0..8),
+            memory: Some(256 << 20),
+            listen: vec!["/ip4/127.0.0.1/tcp/0".into()],
+            threads: Some(1),
+        };
+        SwarmNode::start(config).await.unwrap()
+    }
+
+    /// A network that knows the node, and waits for what its advert says.
+    async fn neighbour(node: &SwarmNode) -> Net {
+        let swarm = node.net().swarm().clone();
+        let config = NetConfig {
+            bootstrap: node.net().listen_addrs(),
+            ..NetConfig::client(Identity::generate(), swarm)
+        };
+        Net::start(config).await.unwrap()
+    }
+
+    async fn until(net: &Net, wanted: impl Fn(&[Arc<swarm_proto::Advert>]) -> bool) {
+        let mut changes = net.adverts().changes();
+        let seen = async {
+            while !wanted(&net.adverts().snapshot().adverts) {
+                changes.changed().await.unwrap();
+            }
+        };
+        tokio::time::timeout(DEADLINE, seen).await.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_node_whose_worker_died_withdraws_and_says_so() {
+        let home = tempfile::tempdir().unwrap();
+        let node = node(home.path()).await;
+        let near = neighbour(&node).await;
+        until(&near, |adverts| {
+            adverts.iter().any(|a| !a.models.is_empty())
+        })
+        .await;
+        let pending = tokio::time::timeout(2 * WATCH, node.died()).await;
+        assert!(pending.is_err(), "it lives");
+
+        let worker = node.sessions.served(&node.model).unwrap().worker;
+        let (n_vocab, model) = (worker.shape().n_vocab, node.model);
+        let panicking: engine::Reply<engine::Slot> = Box::new(|_| panic!("as the test wants"));
+        worker.open(16, 0..8, panicking).unwrap();
+        tokio::time::timeout(DEADLINE, node.died()).await.unwrap();
+        until(&near, <[_]>::is_empty).await;
+        let opener = Opener {
+            me: near.me(),
+            dialer: Arc::new(near.clone()),
+            deadlines: Deadlines::default(),
+        };
+        let kind = Kind {
+            model,
+            n_ctx: 16,
+            dtype: Dtype::F32,
+            n_vocab,
+        };
+        let hop = Hop {
+            peer: node.peer(),
+            addrs: node.net().listen_addrs(),
+            layers: LayerRange { start: 0, end: 8 },
+        };
+        let refused = opener.open_route(kind, &[hop]).await.map(drop);
+        let error = refused.unwrap_err();
+        let crate::ClientError::Hop { failure, .. } = &error else {
+            panic!("{error}")
+        };
+        assert_eq!(failure.code, FailureCode::UnknownModel, "{error}");
+        node.shutdown().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_advert_carries_the_uplink_once_it_is_measured() {
+        let home = tempfile::tempdir().unwrap();
+        let node = node(home.path()).await;
+        let near = neighbour(&node).await;
+        let uplink = |adverts: &[Arc<swarm_proto::Advert>]| {
+            let mut figures = adverts.iter().map(|advert| advert.uplink_bytes_s);
+            figures
+                .next()
+                .map(|figure| figure.map(|figure| figure.value))
+        };
+        until(&near, |adverts| uplink(adverts) == Some(None)).await;
+        let second = Duration::from_secs(1);
+        node.net()
+            .with_uplink(|uplink| uplink.sent(5_000_000, second, std::time::Instant::now()));
+        until(&near, |adverts| uplink(adverts) == Some(Some(5e6))).await;
+        node.shutdown().await;
     }
 }

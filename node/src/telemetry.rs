@@ -18,8 +18,9 @@ use tracing_subscriber::{
     EnvFilter, Layer, Registry, filter::LevelFilter, layer::SubscriberExt, util::SubscriberInitExt,
 };
 
-/// What is heard where nothing is asked for: our own words, and of libp2p only what is wrong.
-pub const DEFAULT_FILTER: &str = "info,libp2p=warn,libp2p_kad=error,multistream_select=warn,yamux=warn,quinn=warn,hickory_resolver=error,hickory_proto=error";
+/// What is heard where nothing is asked for: our own words, and of libraries only errors, since a
+/// stranger can cause their warnings as often as it likes; of yamux not even those, for the same reason.
+pub const DEFAULT_FILTER: &str = "info,libp2p=error,multistream_select=error,yamux=off,quinn=error,rustls=error,hickory_resolver=error,hickory_proto=error";
 
 /// How to log.
 #[derive(Debug, Clone, Default)]
@@ -211,6 +212,20 @@ mod tests {
             });
             span_from(Some(&TraceParent::new([0; 16], [0; 8], true)))
                 .in_scope(|| assert!(current_traceparent().is_some()));
+        });
+    }
+
+    #[test]
+    fn what_strangers_make_libraries_say_is_not_heard() {
+        let filter = EnvFilter::builder()
+            .parse(DEFAULT_FILTER)
+            .expect("a filter");
+        tracing::subscriber::with_default(Registry::default().with(filter), || {
+            assert!(tracing::enabled!(target: "node::net", tracing::Level::INFO));
+            assert!(tracing::enabled!(target: "libp2p_swarm", tracing::Level::ERROR));
+            assert!(!tracing::enabled!(target: "libp2p_gossipsub::protocol", tracing::Level::WARN));
+            assert!(!tracing::enabled!(target: "yamux::connection", tracing::Level::ERROR));
+            assert!(!tracing::enabled!(target: "rustls::conn", tracing::Level::WARN));
         });
     }
 }

@@ -1,5 +1,5 @@
 //! Adverts and fetching between networks in one process, over loopback.
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout)] // helpers of tests, a measurement
+#![allow(clippy::expect_used)] // helpers of tests
 
 use std::{collections::HashSet, io, sync::Arc, time::Duration};
 
@@ -150,6 +150,26 @@ async fn a_newcomer_gets_a_snapshot_as_it_connects() {
     assert!(knows(holder.me())(&client));
 }
 
+/// Peers that offer snapshots and give none do not use up the turn of one that does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn snapshots_that_fail_do_not_keep_the_next_peer_from_being_asked() {
+    let newcomer = start(config()).await;
+    let addr = &newcomer.listen_addrs()[0];
+    let mut bad = Vec::new();
+    for _ in 0..3 {
+        let net = start(config()).await;
+        let mut requests = net.accept(Proto::Fetch).expect("free");
+        net.dial(addr).await.expect("an address");
+        let asked = tokio::time::timeout(DEADLINE, requests.recv());
+        drop(asked.await.expect("it is asked"));
+        bad.push((net, requests));
+    }
+    let good = start(config()).await;
+    good.serve_fetch(Arc::new(())).expect("nobody else serves");
+    good.dial(addr).await.expect("an address");
+    assert!(newcomer.synced(DEADLINE).await, "the fourth is asked");
+}
+
 struct One {
     manifest: Vec<u8>,
     shard: Vec<u8>,
@@ -190,6 +210,7 @@ async fn a_shard_is_fetched_by_its_hash_and_other_bytes_are_refused() {
         shard: shard.clone(),
     })
     .await;
+    assert_eq!(holder.uplink(), None, "nothing was uploaded yet");
     assert_eq!(
         client
             .fetch_shard(&model(), &wanted)
@@ -197,6 +218,13 @@ async fn a_shard_is_fetched_by_its_hash_and_other_bytes_are_refused() {
             .expect("fetched"),
         shard
     );
+    let measured = async {
+        while holder.uplink().is_none() {
+            tokio::task::yield_now().await;
+        }
+    };
+    let measured = tokio::time::timeout(DEADLINE, measured).await;
+    measured.expect("the uplink is measured by it");
     let lied = client.fetch_shard(&model(), &ShardId(Hash([9; 32]))).await;
     assert!(
         matches!(&lied, Err(FetchError::Hash { peer, .. }) if *peer == holder.me()),
@@ -220,6 +248,33 @@ async fn a_shard_is_fetched_by_its_hash_and_other_bytes_are_refused() {
         matches!(nobody, Err(FetchError::NoHolder { .. })),
         "{nobody:?}"
     );
+}
+
+/// Silent requests are given up after ten seconds; until then they hold places, but only their own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_asks_slowly_and_often_keeps_nobody_waiting() {
+    let shard = b"for everybody".to_vec();
+    let wanted = ShardId::of(&shard);
+    let (holder, client) = holder_and_client(One {
+        manifest: Vec::new(),
+        shard: shard.clone(),
+    })
+    .await;
+    let greedy = start(NetConfig {
+        listen: Vec::new(),
+        ..config()
+    })
+    .await;
+    let addrs = holder.listen_addrs();
+    let mut silent = Vec::new();
+    for _ in 0..40 {
+        let stream = greedy.open(holder.me(), &addrs, Proto::Fetch, DEADLINE);
+        silent.push(stream.await.expect("opens"));
+    }
+    let model = model();
+    let fetched = client.fetch_shard(&model, &wanted);
+    let fetched = tokio::time::timeout(Duration::from_secs(8), fetched).await;
+    assert_eq!(fetched.expect("not kept waiting").expect("served"), shard);
 }
 
 /// Whatever a client writes, the server answers by closing, and goes on.

@@ -51,7 +51,7 @@ async fn client(node: &SwarmNode) -> Client {
         bootstrap: node.net().listen_addrs(),
         ..config
     };
-    Client::connect(config, Privacy::Open)
+    Client::connect(config, Privacy::Open, None)
         .await
         .expect("client starts")
 }

@@ -1,5 +1,5 @@
 //! How long planning takes, as JSON: 1000 peers, 80 layers, spans and neighbours as in a real swarm,
-//! and the worst case, in which every peer holds every layer.
+//! the worst case, in which every peer holds every layer, and peers with room for a few layers only.
 //!
 //! cargo run --release -p shard-registry --example plan_bench
 
@@ -31,7 +31,11 @@ impl Draw {
     }
 }
 
-fn swarm(n_peers: u64, span_max: u64, n_rtts: u64) -> Snapshot {
+/// Positions of the session that is planned for.
+const N_CTX: u32 = 4096;
+
+/// Peers with room for `room` layers of a session each.
+fn swarm(n_peers: u64, span_max: u64, n_rtts: u64, room: u64) -> Snapshot {
     let mut draw = Draw(1);
     let peer = |n: u64| {
         Peer(
@@ -66,8 +70,8 @@ fn swarm(n_peers: u64, span_max: u64, n_rtts: u64) -> Snapshot {
                     value: 500.0 + draw.below(5000) as f32,
                     age_s: 0,
                 }),
-                n_ctx_max: 4096,
-                free_cells: 1 << 20,
+                n_ctx_max: N_CTX,
+                free_cells: room * u64::from(N_CTX),
                 n_embd: 8192,
                 numerics: 0,
             }],
@@ -89,6 +93,7 @@ fn swarm(n_peers: u64, span_max: u64, n_rtts: u64) -> Snapshot {
 fn measure(name: &str, swarm: &Snapshot) -> std::io::Result<()> {
     let query = Query {
         jitter: 0.3,
+        n_ctx: N_CTX,
         ..Query::new(MODEL, N_LAYER)
     };
     let mut times: Vec<Duration> = Vec::new();
@@ -116,10 +121,12 @@ fn measure(name: &str, swarm: &Snapshot) -> std::io::Result<()> {
 }
 
 fn main() -> std::io::Result<()> {
-    measure("spans of 4 to 20, 16 neighbours", &swarm(1000, 20, 16))?;
-    measure("spans of 4 to 20, 64 neighbours", &swarm(1000, 20, 64))?;
+    let all = u64::from(N_LAYER);
+    measure("spans of 4 to 20, 16 neighbours", &swarm(1000, 20, 16, 20))?;
+    measure("spans of 4 to 20, 64 neighbours", &swarm(1000, 20, 64, 20))?;
     measure(
         "every peer holds all, 64 neighbours",
-        &swarm(1000, u64::from(N_LAYER), 64),
-    )
+        &swarm(1000, all, 64, all),
+    )?;
+    measure("every peer holds all, room for 3", &swarm(1000, all, 64, 3))
 }

@@ -121,37 +121,13 @@ impl Store {
         alias: Option<&AliasName>,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Imported, ImportError> {
-        let files = GgufFiles::open(path)?;
-        let model = |source| ImportError::Model {
-            path: path.to_owned(),
-            source,
-        };
-        let (mut manifest, metadata) =
-            Manifest::unhashed(files.kv.clone(), files.tensors.clone()).map_err(model)?;
-        hash_shards(&files, &mut manifest, &metadata, progress)?;
-        for (file, mark) in &files.files {
-            let now = FileMark::of(&mark.path, file);
-            if now.map_err(|source| at(mark, source))? != *mark {
-                let path = mark.path.clone();
-                return Err(ImportError::Changed { path });
-            }
-        }
-        let bytes = manifest.encode().map_err(model)?;
-        let id = Manifest::id_of(&bytes);
-        let sources = Sources {
-            version: 1,
-            files: files.files.iter().map(|(_, mark)| mark.clone()).collect(),
-            tensors: files
-                .tensors
-                .iter()
-                .zip(&files.file_of)
-                .map(|(tensor, &file)| TensorSource {
-                    file,
-                    offset: tensor.offset,
-                })
-                .collect(),
-        };
-        self.put_model(id, &bytes, &metadata, Some(&sources))?;
+        let Hashed {
+            id,
+            manifest,
+            metadata,
+            sources,
+        } = hash(path, progress)?;
+        self.put_model(id, &manifest, &metadata, Some(&sources))?;
         let alias = alias.cloned().unwrap_or_else(|| AliasName::for_file(path));
         let replaced = self.alias(&alias).filter(|old| *old != id);
         self.set_alias(&alias, id)?;
@@ -189,6 +165,62 @@ fn at(mark: &FileMark, source: io::Error) -> ImportError {
         path: mark.path.clone(),
         source,
     }
+}
+
+/// A model as its files are now.
+struct Hashed {
+    id: ModelId,
+    /// Encoded.
+    manifest: Vec<u8>,
+    metadata: Vec<u8>,
+    sources: Sources,
+}
+
+/// The id of the model in the GGUF at `path`, as it is now: every byte is read and hashed, nothing is
+/// stored. What [`Store::import`] would call it.
+///
+/// # Errors
+/// As [`Store::import`], without the store.
+pub fn identify(path: &Path, progress: &mut dyn FnMut(Progress)) -> Result<ModelId, ImportError> {
+    Ok(hash(path, progress)?.id)
+}
+
+fn hash(path: &Path, progress: &mut dyn FnMut(Progress)) -> Result<Hashed, ImportError> {
+    let files = GgufFiles::open(path)?;
+    let model = |source| ImportError::Model {
+        path: path.to_owned(),
+        source,
+    };
+    let (mut manifest, metadata) =
+        Manifest::unhashed(files.kv.clone(), files.tensors.clone()).map_err(model)?;
+    hash_shards(&files, &mut manifest, &metadata, progress)?;
+    for (file, mark) in &files.files {
+        let now = FileMark::of(&mark.path, file);
+        if now.map_err(|source| at(mark, source))? != *mark {
+            let path = mark.path.clone();
+            return Err(ImportError::Changed { path });
+        }
+    }
+    let manifest = manifest.encode().map_err(model)?;
+    let sources = Sources {
+        version: 1,
+        files: files.files.iter().map(|(_, mark)| mark.clone()).collect(),
+        tensors: files
+            .tensors
+            .iter()
+            .zip(&files.file_of)
+            .map(|(tensor, &file)| TensorSource {
+                file,
+                offset: tensor.offset,
+            })
+            .collect(),
+    };
+    Ok(Hashed {
+        id: Manifest::id_of(&manifest),
+        manifest,
+        metadata,
+        sources,
+    })
 }
 
 fn hash_shards(

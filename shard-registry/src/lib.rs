@@ -20,7 +20,7 @@ mod store;
 
 pub use adverts::{AdvertTable, Coverage, Outcome, Refusal, Snapshot};
 pub use files::GgufFiles;
-pub use import::{ImportError, Imported, Progress};
+pub use import::{ImportError, Imported, Progress, identify};
 pub use layout::{Piece, ShardKind};
 pub use manifest::{MANIFEST_BYTES_MAX, Manifest, ManifestError, ShardEntry, Tensor};
 pub use reader::{ReadError, ShardReader};

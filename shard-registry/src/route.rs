@@ -12,11 +12,17 @@
 //! the cheaper of going on and being handed the rows. Round trips between most pairs are unknown and
 //! estimated as a sum of one term for each side, so that one sorted list of givers serves all takers
 //! and only known pairs are looked at one by one. A peer may appear more than once in a route.
+//!
+//! No peer gets more layers than it has room for, as long as a route like that is found; where none is
+//! (adverts are some seconds old) the hops themselves say whether they are full.
 
 use std::{collections::HashMap, fmt::Write as _, time::Duration};
 
 use swarm_proto::{Advert, Hop, LayerRange, ModelAdvert, ModelId, Peer, session};
 
+mod search;
+
+use self::search::search;
 use crate::adverts::Snapshot;
 
 /// What a hop costs beyond compute and wire (waking up, copying): the budget of the session code.
@@ -29,6 +35,10 @@ const UPLINK_UNKNOWN: f64 = 2.5e6;
 const LAYER_TOKENS_UNKNOWN: f64 = 200.0;
 /// Compute counts for more than its measured time: a machine under load is slower than idle.
 const COMPUTE_WEIGHT: f64 = 1.5;
+/// What a hop must save to be worth it, as a share of the cheapest route's time.
+const HOP_SHARE: f64 = 0.03;
+/// Draws of the jitter that may each ask for more hops before the cheapest route is taken.
+const DRAWS_MAX: u64 = 8;
 /// Holders of a layer that are looked at: the best by themselves. Where a layer has no more than that
 /// the route is the cheapest there is.
 const HOLDERS_MAX: usize = 32;
@@ -54,11 +64,13 @@ pub struct Query<'a> {
     pub allow: Option<&'a [Peer]>,
     /// Round trips measured from here, in µs.
     pub rtts: &'a [(Peer, u32)],
-    /// Makes each peer dearer by a factor of 1 to `1 + jitter`, so that clients with the same view
-    /// do not all choose the same route. 0: none.
+    /// Makes each peer's compute dearer by a factor of 1 to `1 + jitter`, so that clients with the same
+    /// view do not all choose the same route. 0: none. Alone it buys hops too: see [`spread`].
     pub jitter: f32,
     /// What the jitter is drawn from.
     pub seed: u64,
+    /// What a hop costs beyond its known price.
+    pub hop_extra: Duration,
 }
 
 impl<'a> Query<'a> {
@@ -75,6 +87,7 @@ impl<'a> Query<'a> {
             rtts: &[],
             jitter: 0.0,
             seed: 0,
+            hop_extra: Duration::ZERO,
         }
     }
 }
@@ -131,7 +144,7 @@ impl NoRoute {
     }
 }
 
-/// Plans the cheapest route.
+/// Plans the cheapest route whose peers have room for their layers; where none is found, the cheapest.
 ///
 /// # Errors
 /// Some layer has no usable holder; says which.
@@ -141,29 +154,50 @@ pub fn plan(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
     if !missing.is_empty() || query.n_layer == 0 {
         return Err(explain(snapshot, query, missing));
     }
-    let steps = search(&table, query);
-    let mut hops: Vec<(usize, LayerRange)> = Vec::new();
-    for (layer, &peer) in (0u16..).zip(&steps.peers) {
-        match hops.last_mut() {
-            Some((last, layers)) if *last == peer && !steps.entered[usize::from(layer)] => {
-                layers.end = layer + 1;
-            }
-            _ => hops.push((
-                peer,
-                LayerRange {
-                    start: layer,
-                    end: layer + 1,
-                },
-            )),
+    let found = search(&table, query, |peer| peer.room)
+        .or_else(|| search(&table, query, |_| usize::MAX))
+        .ok_or_else(|| explain(snapshot, query, missing))?;
+    let hops = found.hops.into_iter();
+    Ok(Route {
+        hops: hops.map(|(peer, layers)| table.hop(peer, layers)).collect(),
+        estimate: Duration::from_nanos(found.ns),
+    })
+}
+
+/// Plans one of the routes that are about as cheap as the cheapest, drawn from the query's jitter and
+/// seed. It has no more hops than the cheapest, and that one has a hop more only where it saves a few
+/// percent: what is estimated finer than that is noise, and a hop is one more peer to fail.
+///
+/// # Errors
+/// As [`plan`].
+pub fn spread(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
+    let calm = Query {
+        jitter: 0.0,
+        ..query.clone()
+    };
+    let least = plan(snapshot, &calm)?.estimate;
+    let hop_extra = query.hop_extra + least.mul_f64(HOP_SHARE);
+    let priced = |route: Route| Route {
+        estimate: estimate(snapshot, &calm, &route.hops).unwrap_or(route.estimate),
+        ..route
+    };
+    let best = Query {
+        hop_extra,
+        ..calm.clone()
+    };
+    let best = plan(snapshot, &best)?;
+    for draw in 0..DRAWS_MAX {
+        let drawn = Query {
+            hop_extra,
+            seed: query.seed.wrapping_add(draw),
+            ..query.clone()
+        };
+        let route = plan(snapshot, &drawn)?;
+        if route.hops.len() <= best.hops.len() {
+            return Ok(priced(route));
         }
     }
-    Ok(Route {
-        hops: hops
-            .into_iter()
-            .map(|(peer, layers)| table.hop(peer, layers))
-            .collect(),
-        estimate: Duration::from_nanos(steps.cost.ns),
-    })
+    Ok(priced(best))
 }
 
 /// What the planner would say that a given route costs; `None` when it uses a peer or layer that it
@@ -189,38 +223,12 @@ pub fn estimate(snapshot: &Snapshot, query: &Query, hops: &[Hop]) -> Option<Dura
     last.map(|i| Duration::from_nanos(ns + table.peers[i].exit_ns))
 }
 
-/// A cost, then the hops it takes: of two equal ones the shorter wins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Cost {
-    ns: u64,
-    hops: u16,
-}
-
-impl Cost {
-    const NONE: Cost = Cost {
-        ns: u64::MAX,
-        hops: u16::MAX,
-    };
-
-    fn plus(self, ns: u64) -> Cost {
-        Cost {
-            ns: self.ns.saturating_add(ns),
-            ..self
-        }
-    }
-
-    fn hop(self, ns: u64) -> Cost {
-        Cost {
-            ns: self.ns.saturating_add(ns),
-            hops: self.hops.saturating_add(1),
-        }
-    }
-}
-
 /// A peer as the planner sees it.
 struct Usable<'a> {
     advert: &'a Advert,
     live: Vec<LayerRange>,
+    /// Layers of this session that it has room for.
+    room: usize,
     /// One layer of one row.
     layer_ns: u64,
     /// Its share of a delay that was not measured.
@@ -255,8 +263,9 @@ impl<'a> Table<'a> {
             let Some(model) = claim(advert, query) else {
                 continue;
             };
-            if usable(advert, query) && has_room(model, query) {
-                peers.push(weigh(advert, model, query, &rtts));
+            let room = room(model, query);
+            if usable(advert, query) && room > 0 {
+                peers.push(weigh(advert, model, room, query, &rtts));
             }
         }
         let mut peers = shortlist(peers, query.n_layer);
@@ -326,7 +335,7 @@ fn shortlist<'a>(peers: Vec<Usable<'a>>, n_layer: u16) -> Vec<Usable<'a>> {
     let score = |peer: &Usable| {
         let n_live: u64 = peer.live.iter().map(|span| u64::from(span.len())).sum();
         let per_hop = peer.half_ns + peer.enter_ns + peer.send_ns;
-        peer.layer_ns + per_hop / n_live.max(1)
+        peer.layer_ns + per_hop / n_live.min(peer.room as u64).max(1)
     };
     let scores: Vec<u64> = peers.iter().map(score).collect();
     let mut keep = vec![false; peers.len()];
@@ -372,9 +381,12 @@ fn usable(advert: &Advert, query: &Query) -> bool {
         && query.allow.is_none_or(|allow| allow.contains(&advert.peer))
 }
 
-/// Room for at least one layer of the session; whether it has room for all is seen on opening.
-fn has_room(model: &ModelAdvert, query: &Query) -> bool {
-    query.n_ctx <= model.n_ctx_max && u64::from(query.n_ctx) <= model.free_cells || query.n_ctx == 0
+/// Layers of the session that a peer has room for; 0: not to be used.
+fn room(model: &ModelAdvert, query: &Query) -> usize {
+    if query.n_ctx == 0 {
+        return usize::MAX;
+    }
+    usize::try_from(model.room(query.n_ctx)).unwrap_or(usize::MAX)
 }
 
 fn half(rtt_us: u32) -> u64 {
@@ -389,6 +401,7 @@ fn ns(seconds: f64) -> u64 {
 fn weigh<'a>(
     advert: &'a Advert,
     model: &ModelAdvert,
+    room: usize,
     query: &Query,
     rtts: &HashMap<Peer, u32>,
 ) -> Usable<'a> {
@@ -414,12 +427,14 @@ fn weigh<'a>(
     let queued = layer_ns
         .saturating_mul(n_live)
         .saturating_mul(advert.queue.into());
+    let hop_extra = u64::try_from(query.hop_extra.as_nanos()).unwrap_or(u64::MAX);
     Usable {
         advert,
+        room,
         layer_ns,
         half_ns,
         send_ns: send(query.frame_bytes),
-        enter_ns: HOP_NS + queued.min(COST_MAX >> 16),
+        enter_ns: HOP_NS + hop_extra.min(COST_MAX >> 16) + queued.min(COST_MAX >> 16),
         exit_ns: half_ns + send(query.reply_bytes),
         known: Vec::new(),
         live,
@@ -437,109 +452,6 @@ fn draw(seed: u64, peer: &Peer) -> f64 {
         .first_chunk()
         .map_or(0, |word| u32::from_le_bytes(*word));
     f64::from(word) / f64::from(u32::MAX)
-}
-
-/// For each layer who computes it, and whether rows are handed over before it.
-struct Steps {
-    peers: Vec<usize>,
-    entered: Vec<bool>,
-    cost: Cost,
-}
-
-/// Where the rows of a state came from.
-#[derive(Clone, Copy)]
-enum From {
-    Client,
-    Same,
-    Peer(usize),
-}
-
-fn search(table: &Table, query: &Query) -> Steps {
-    let n = table.peers.len();
-    let n_layer = usize::from(query.n_layer);
-    let mut cost = vec![Cost::NONE; n];
-    let mut from = vec![From::Client; n * n_layer];
-    // One list of givers is enough for every taker when it is longer than what any taker skips.
-    let longest = table
-        .peers
-        .iter()
-        .map(|peer| peer.known.len())
-        .max()
-        .unwrap_or(0)
-        + 2;
-    let mut givers: Vec<(Cost, usize)> = Vec::new();
-    let mut skip = vec![usize::MAX; n];
-    for layer in 0..n_layer {
-        givers.clear();
-        if layer > 0 {
-            let before = table.holders[layer - 1].iter();
-            givers.extend(before.map(|&p| {
-                let peer = &table.peers[p];
-                (cost[p].plus(peer.send_ns + peer.half_ns), p)
-            }));
-            if givers.len() > longest {
-                givers.select_nth_unstable(longest);
-                givers.truncate(longest);
-            }
-            givers.sort_unstable();
-        }
-        let mut next = vec![Cost::NONE; n];
-        for &q in &table.holders[layer] {
-            let taker = &table.peers[q];
-            let (best, source) = if layer == 0 {
-                let ns = taker.half_ns + taker.enter_ns;
-                (Cost { ns, hops: 1 }, From::Client)
-            } else {
-                let mut best = (cost[q], From::Same);
-                let mut offer = |cost: Cost, p| {
-                    if cost < best.0 {
-                        best = (cost, From::Peer(p));
-                    }
-                };
-                skip[q] = q;
-                for &(p, delay) in &taker.known {
-                    skip[p] = q;
-                    let giver = table.peers[p].send_ns;
-                    offer(cost[p].hop(giver + delay + taker.enter_ns), p);
-                }
-                if let Some(&(giver, p)) = givers.iter().find(|(_, p)| skip[*p] != q) {
-                    offer(giver.hop(taker.half_ns + taker.enter_ns), p);
-                }
-                best
-            };
-            next[q] = best.plus(taker.layer_ns);
-            from[layer * n + q] = source;
-        }
-        cost = next;
-    }
-    walk_back(table, &cost, &from, n_layer)
-}
-
-fn walk_back(table: &Table, cost: &[Cost], from: &[From], n_layer: usize) -> Steps {
-    let n = table.peers.len();
-    let ends = table.holders[n_layer - 1].iter();
-    let end = ends
-        .map(|&p| (cost[p].plus(table.peers[p].exit_ns), p))
-        .min();
-    // The caller made sure that every layer has a holder.
-    let (total, mut peer) = end.unwrap_or((Cost::NONE, 0));
-    let mut steps = Steps {
-        peers: vec![0; n_layer],
-        entered: vec![false; n_layer],
-        cost: total,
-    };
-    for layer in (0..n_layer).rev() {
-        steps.peers[layer] = peer;
-        match from[layer * n + peer] {
-            From::Same => {}
-            From::Client => steps.entered[layer] = true,
-            From::Peer(p) => {
-                steps.entered[layer] = true;
-                peer = p;
-            }
-        }
-    }
-    steps
 }
 
 fn explain(snapshot: &Snapshot, query: &Query, missing: Vec<LayerRange>) -> NoRoute {
@@ -566,7 +478,7 @@ fn explain(snapshot: &Snapshot, query: &Query, missing: Vec<LayerRange>) -> NoRo
         |advert: &&std::sync::Arc<Advert>| claim(advert, query).is_some_and(|m| !m.live.is_empty());
     NoRoute {
         excluded: served(&|advert, _| !usable(advert, query)),
-        full: served(&|advert, model| usable(advert, query) && !has_room(model, query)),
+        full: served(&|advert, model| usable(advert, query) && room(model, query) == 0),
         n_peers: snapshot.adverts.iter().filter(holds).count(),
         missing,
     }

@@ -243,6 +243,29 @@ fn several_files_are_one_model() {
 
 /// After the import a file changes: named, with what to do; never used.
 #[test]
+fn a_file_is_identified_by_every_byte_of_it_and_nothing_is_stored() {
+    let (_temp, dir, store) = place();
+    let path = dir.join("m.gguf");
+    Model::dense(3).write(&path);
+    let before = shard_registry::identify(&path, &mut |_| {}).unwrap();
+    assert!(store.models().0.is_empty());
+    assert_eq!(import(&store, &path).id, before);
+    let good = fs::read(&path).unwrap();
+    // In the settings, in the tensor table, in the weights: padding aside there is nothing else.
+    let places = ["general.architecture", "blk.1."].map(|name| {
+        let found = good.windows(name.len()).position(|w| w == name.as_bytes());
+        found.unwrap() + name.len() - 2
+    });
+    for at in places.into_iter().chain([good.len() - 40]) {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        fs::write(&path, &bad).unwrap();
+        let now = shard_registry::identify(&path, &mut |_| {});
+        assert_ne!(now.ok(), Some(before), "byte {at}");
+    }
+}
+
+#[test]
 fn files_that_changed() {
     let (_temp, dir, store) = place();
     let model = Model::dense(2);

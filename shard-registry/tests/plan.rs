@@ -114,6 +114,55 @@ fn more_nodes_are_never_slower() {
 }
 
 #[test]
+fn jitter_spreads_clients_and_buys_no_hops() {
+    let near: Vec<_> = (1..=4).map(|n| (peer(n), 50)).collect();
+    let routes =
+        |swarm: &Snapshot, plan: fn(&Snapshot, &Query) -> Result<route::Route, route::NoRoute>| {
+            let routes = (0..200).map(|seed| {
+                let query = Query {
+                    rtts: &near,
+                    jitter: 0.3,
+                    seed: seed * 1000,
+                    ..Query::new(MODEL, 8)
+                };
+                let route = plan(swarm, &query).unwrap();
+                route.hops.iter().map(|hop| hop.peer.0[0]).collect()
+            });
+            routes.collect::<HashSet<Vec<u8>>>()
+        };
+    let mut whole = advert(peer(1), 8, span(0, 8), 1000.0);
+    whole.rtts = vec![(peer(2), 50), (peer(3), 50)];
+    let mut half = advert(peer(2), 8, span(0, 4), 1000.0);
+    half.rtts = vec![(peer(3), 50)];
+    let halves = [half, advert(peer(3), 8, span(4, 8), 1000.0)];
+    let swarm = snapshot(halves.into_iter().chain([whole.clone()]).collect());
+    assert!(
+        routes(&swarm, route::plan).len() > 1,
+        "jitter alone takes two hops where one does"
+    );
+    assert_eq!(routes(&swarm, route::spread), HashSet::from([vec![1]]));
+    // A little slower, and still one peer less to fail; much slower, and two are worth it.
+    for (speed, hops) in [(980.0, 1), (500.0, 2)] {
+        let mut slower = whole.clone();
+        slower.models[0].layer_tokens_s = Some(Measured {
+            value: speed,
+            age_s: 1,
+        });
+        let others = swarm.adverts.iter().map(|advert| Advert::clone(advert));
+        let others = others.filter(|advert| advert.peer != peer(1));
+        let swarm = snapshot(others.chain([slower]).collect());
+        let routes = routes(&swarm, route::spread);
+        assert!(
+            routes.iter().all(|route| route.len() == hops),
+            "{speed}: {routes:?}"
+        );
+    }
+    let twin = advert(peer(4), 8, span(0, 8), 1000.0);
+    let twins = routes(&snapshot(vec![whole, twin]), route::spread);
+    assert_eq!(twins, HashSet::from([vec![1], vec![4]]), "equals share");
+}
+
+#[test]
 fn queues_speeds_and_known_distances_count() {
     let first = |change: fn(&mut Advert)| {
         let mut changed = advert(peer(1), 4, span(0, 4), 1000.0);
@@ -147,6 +196,39 @@ fn queues_speeds_and_known_distances_count() {
     ]);
     let route = route::plan(&swarm, &Query::new(MODEL, 4)).unwrap();
     assert_eq!(route.hops[1].peer, peer(3));
+}
+
+#[test]
+fn a_peer_gets_no_more_layers_than_it_has_room_for() {
+    let with_room = |n: u8, speed: f32, layers: u64| {
+        let mut advert = advert(peer(n), 8, span(0, 8), speed);
+        advert.models[0].free_cells = layers * 1024;
+        advert
+    };
+    // A context of 600 takes 1,024 positions of each layer.
+    let query = Query {
+        n_ctx: 600,
+        ..Query::new(MODEL, 8)
+    };
+    let planned = |adverts: Vec<Advert>| route::plan(&snapshot(adverts), &query);
+    let fast = |layers| with_room(1, 4000.0, layers);
+    let slow = |layers| with_room(2, 400.0, layers);
+    let alone = |n: u8| vec![(n, "0..8".to_string())];
+    let route = planned(vec![fast(8), slow(8)]).unwrap();
+    assert_eq!(spans(&route.hops), alone(1));
+    let route = planned(vec![fast(5), slow(3)]).unwrap();
+    assert_eq!(route.hops.len(), 2, "both are needed: {:?}", route.hops);
+    for hop in &route.hops {
+        let room = if hop.peer == peer(1) { 5 } else { 3 };
+        assert_eq!(hop.layers.len(), room, "{:?}", route.hops);
+    }
+    let route = planned(vec![fast(0), slow(8)]).unwrap();
+    assert_eq!(spans(&route.hops), alone(2));
+    // The adverts may be old: who has some room is asked, who has none is not.
+    let route = planned(vec![fast(3), slow(3)]).unwrap();
+    assert_eq!(spans(&route.hops), alone(1));
+    let none = planned(vec![fast(0), slow(0)]).unwrap_err();
+    assert_eq!(none.full, [span(0, 8)]);
 }
 
 #[test]
@@ -210,25 +292,64 @@ prop_compose! {
     fn adverts(max: usize, n_layer: u16)(
         peers in prop::collection::vec(
             (0..n_layer, 1..=n_layer, 1f32..20_000.0, 1e5f32..1e9, 0u16..4,
-             prop::collection::vec((0u8..max as u8, 0u32..100_000), 0..4)),
+             prop::collection::vec((0u8..max as u8, 0u32..100_000), 0..4), 0u64..2600),
             1..=max,
         ),
     ) -> Vec<Advert> {
-        (0u8..).zip(peers).map(|(i, (start, len, speed, uplink, queue, rtts))| {
+        (0u8..).zip(peers).map(|(i, (start, len, speed, uplink, queue, rtts, cells))| {
             let live = span(start, (start + len).min(n_layer));
             let mut advert = advert(peer(i), n_layer, live, speed);
             advert.uplink_bytes_s = Some(Measured { value: uplink, age_s: 0 });
             advert.queue = queue;
+            advert.models[0].free_cells = cells;
             advert.rtts = rtts.into_iter().map(|(n, us)| (peer(n), us)).collect();
             advert
         }).collect()
     }
 }
 
-/// The cheapest of all ways to give each layer to a holder, tried one by one.
-fn brute_force(swarm: &Snapshot, query: &Query) -> Option<Duration> {
+/// Layers of the query's session that a peer has room for, by its advert.
+fn room(swarm: &Snapshot, query: &Query, peer: Peer) -> u64 {
+    let advert = swarm.adverts.iter().find(|a| a.peer == peer).unwrap();
+    match query.n_ctx {
+        0 => u64::MAX,
+        n_ctx => advert.models[0].room(n_ctx),
+    }
+}
+
+/// Whether no hop, and whether no peer, has more layers than there is room for.
+fn fits(swarm: &Snapshot, query: &Query, hops: &[Hop]) -> [bool; 2] {
+    let sum = |peer: Peer| -> u64 {
+        let of_peer = hops.iter().filter(|hop| hop.peer == peer);
+        of_peer.map(|hop| u64::from(hop.layers.len())).sum()
+    };
+    let room = |hop: &Hop| room(swarm, query, hop.peer);
+    [
+        hops.iter()
+            .all(|hop| u64::from(hop.layers.len()) <= room(hop)),
+        hops.iter().all(|hop| sum(hop.peer) <= room(hop)),
+    ]
+}
+
+/// What the cheapest of some ways through the layers costs.
+#[derive(Default)]
+struct Cheapest {
+    any: Option<Duration>,
+    /// Of those in which every hop has room.
+    hops_fit: Option<Duration>,
+    /// Of those in which every peer has room.
+    peers_fit: Option<Duration>,
+}
+
+/// All ways to give each layer to a holder, tried one by one.
+fn brute_force(swarm: &Snapshot, query: &Query) -> Cheapest {
     let holders = swarm.coverage(&MODEL, query.n_layer).holders;
-    let mut best = None;
+    let usable = |held: Vec<Peer>| -> Vec<Peer> {
+        let usable = |peer: &Peer| room(swarm, query, *peer) > 0;
+        held.into_iter().filter(usable).collect()
+    };
+    let holders: Vec<_> = holders.into_iter().map(usable).collect();
+    let mut best = Cheapest::default();
     let mut hops: Vec<Hop> = Vec::new();
     fn descend(
         layer: u16,
@@ -236,11 +357,21 @@ fn brute_force(swarm: &Snapshot, query: &Query) -> Option<Duration> {
         hops: &mut Vec<Hop>,
         swarm: &Snapshot,
         query: &Query,
-        best: &mut Option<Duration>,
+        best: &mut Cheapest,
     ) {
         if layer == query.n_layer {
             let cost = route::estimate(swarm, query, hops).unwrap();
-            *best = Some(best.map_or(cost, |best: Duration| best.min(cost)));
+            let [hops_fit, peers_fit] = fits(swarm, query, hops);
+            let of = [
+                (&mut best.any, true),
+                (&mut best.hops_fit, hops_fit),
+                (&mut best.peers_fit, peers_fit),
+            ];
+            for (least, counts) in of {
+                if counts && least.is_none_or(|least| cost < least) {
+                    *least = Some(cost);
+                }
+            }
             return;
         }
         for peer in &holders[usize::from(layer)] {
@@ -266,21 +397,33 @@ proptest! {
     fn as_good_as_trying_everything(
         adverts in adverts(5, 5),
         rtts in prop::collection::vec((0u8..5, 0u32..50_000), 0..5),
-        jitter in 0f32..0.5, seed: u64,
+        jitter in 0f32..0.5, seed: u64, n_ctx in prop::sample::select(vec![0, 1, 300]),
     ) {
         let swarm = snapshot(adverts);
         let rtts: Vec<_> = rtts.into_iter().map(|(n, us)| (peer(n), us)).collect();
-        let query = Query { rtts: &rtts, jitter, seed, ..Query::new(MODEL, 5) };
+        let query = Query { rtts: &rtts, jitter, seed, n_ctx, ..Query::new(MODEL, 5) };
         let best = brute_force(&swarm, &query);
         match route::plan(&swarm, &query) {
             Ok(route) => {
-                prop_assert_eq!(Some(route.estimate), best);
-                prop_assert_eq!(route::estimate(&swarm, &query, &route.hops), best);
-                prop_assert_eq!(route::plan(&swarm, &query).unwrap(), route);
+                let cost = Some(route.estimate);
+                prop_assert_eq!(route::estimate(&swarm, &query, &route.hops), cost);
+                prop_assert_eq!(&route::plan(&swarm, &query).unwrap(), &route);
+                let [_, fits] = fits(&swarm, &query, &route.hops);
+                if best.peers_fit == best.hops_fit {
+                    // Also where there is neither: then room does not count.
+                    prop_assert_eq!(cost, best.peers_fit.or(best.any));
+                    prop_assert_eq!(fits, best.peers_fit.is_some());
+                } else if fits {
+                    prop_assert!(cost >= best.peers_fit);
+                } else {
+                    prop_assert_eq!(cost, best.any);
+                }
             }
             Err(none) => {
-                prop_assert_eq!(best, None);
-                prop_assert_eq!(none.missing, swarm.coverage(&MODEL, 5).gaps());
+                prop_assert_eq!(best.any, None);
+                if n_ctx == 0 {
+                    prop_assert_eq!(none.missing, swarm.coverage(&MODEL, 5).gaps());
+                }
             }
         }
     }

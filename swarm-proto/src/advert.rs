@@ -30,6 +30,15 @@ pub const NAME_BYTES_MAX: usize = 64;
 /// Longest agent text.
 pub const AGENT_BYTES_MAX: usize = 64;
 
+/// The shortest context that a node makes. Contexts come in powers of two from here on, so that they
+/// can be used again.
+pub const SESSION_POSITIONS_MIN: u32 = 256;
+
+/// Positions that a session of `n_ctx` takes in the KV of each of its layers.
+pub fn session_positions(n_ctx: u32) -> u64 {
+    u64::from(n_ctx.max(SESSION_POSITIONS_MIN)).next_power_of_two()
+}
+
 /// Separates these signatures from any other use of the key.
 const DOMAIN: &[u8] = b"shoal advert 1\0";
 
@@ -84,7 +93,9 @@ pub struct ModelAdvert {
     pub layer_tokens_s: Option<Measured>,
     /// Largest context a session may ask for.
     pub n_ctx_max: u32,
-    /// Free KV cells (positions × layers).
+    /// Free KV in layer-positions: room for one position of one layer each. A session takes
+    /// [`session_positions`] of them for each layer that its route gives to the peer, see
+    /// [`ModelAdvert::room`].
     pub free_cells: u64,
     /// Numbers in a row.
     pub n_embd: u32,
@@ -140,6 +151,14 @@ impl ModelAdvert {
             }
         }
         Ok(())
+    }
+
+    /// Layers of a session of `n_ctx` positions that the peer has room for, by what it says is free.
+    pub fn room(&self, n_ctx: u32) -> u64 {
+        if n_ctx > self.n_ctx_max {
+            return 0;
+        }
+        self.free_cells / session_positions(n_ctx)
     }
 
     /// Whether every layer of `span` is live, in one piece or several that touch.
@@ -292,5 +311,35 @@ impl Peer {
     /// The peer of a secret key.
     pub fn of_secret(secret: &[u8; 32]) -> Peer {
         Peer(SigningKey::from_bytes(secret).verifying_key().to_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_whole_layers_of_the_context_that_a_node_would_make() {
+        let room = |n_ctx, free_cells| {
+            let model = ModelAdvert {
+                model: ModelId(crate::Hash([0; 32])),
+                name: String::new(),
+                n_layer: 8,
+                live: Vec::new(),
+                intended: Vec::new(),
+                layer_tokens_s: None,
+                n_ctx_max: 4096,
+                free_cells,
+                n_embd: 8,
+                numerics: 0,
+            };
+            model.room(n_ctx)
+        };
+        assert_eq!(room(1, 255), 0);
+        assert_eq!(room(1, 256), 1);
+        assert_eq!(room(257, 5 * 512 + 511), 5);
+        assert_eq!(room(4096, 8 * 4096), 8);
+        assert_eq!(room(4097, u64::MAX), 0, "longer than it allows");
+        assert_eq!(session_positions(u32::MAX), 1 << 32);
     }
 }

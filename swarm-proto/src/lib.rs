@@ -26,6 +26,7 @@ pub use fetch::{Fetch, Found, decode_snapshot, encode_snapshot};
 pub use frame::{FrameDecoder, FrameError, FrameLimits, decode_header, encode_frame};
 pub use hash::{Hash, HashError, ModelId, ShardId};
 pub use ids::{Peer, PeerError, SwarmId, SwarmIdError};
+pub use protocol::PROTOCOL_VERSION;
 pub use session::{
     Answer, Attach, Content, Down, Dtype, DtypeError, Epoch, Failure, FailureCode, Fault, Form,
     Hop, Logits, LogitsForm, Open, ROWS_MAX, Rows, SessionId, TraceParent, Up, Want, WantRows,

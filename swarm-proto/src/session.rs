@@ -5,6 +5,10 @@
 //! client ──Down──▶ hop 0 ──Down──▶ … ──Down──▶ tail ──Answer──▶ client
 //!        ◀──Up──         ◀──Up──       ◀──Up──      ◀──Attach──
 //! ```
+//!
+//! A session outlives its streams. When a hop is lost, those above say so and keep what they hold;
+//! the client opens the same session again in a higher epoch, along a route around the lost one.
+//! Hops that are on both routes keep their KV, and each link goes on where the lower side stands.
 
 use std::fmt;
 
@@ -22,10 +26,14 @@ pub const HOPS_MAX: usize = 128;
 pub const HOP_ADDRS_MAX: usize = 4;
 /// Longest address: a DNS name, a port, a transport and a peer id stay below.
 pub const ADDR_BYTES_MAX: usize = 128;
-/// Most rows of one frame: prefill chunks are far smaller.
-pub const ROWS_MAX: u16 = 512;
+/// Most rows of one frame: what an engine takes in one step, so that a hop buffers no frame that it
+/// would refuse.
+pub const ROWS_MAX: u16 = 32;
 /// Most logits of a `Top` row: samplers rarely look past some hundred.
 pub const TOP_MAX: u16 = 4096;
+/// Most bytes of whole rows of logits that one frame may ask for, where it asks for several: they wait
+/// at the tail until the client reads them. Eight rows of a vocabulary of 131,072.
+pub const LOGITS_BYTES_MAX: usize = 4 << 20;
 /// Longest text of a failure.
 pub const FAILURE_BYTES_MAX: usize = 512;
 /// Largest header of a session or answer stream once the session is open.
@@ -156,13 +164,16 @@ pub struct Hop {
     pub layers: LayerRange,
 }
 
-/// Opens a session on a hop, which opens the next hop in turn.
+/// Opens a session on a hop, which opens the next hop in turn; or, in a higher epoch, opens it again:
+/// a hop that holds the session for the same layers keeps what it holds before `resume`.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Open {
     /// The session.
     pub session: SessionId,
-    /// Its first epoch.
+    /// Frames of an older one are refused from now on.
     pub epoch: Epoch,
+    /// Positions from here on are sent again by the client; 0 when the session is opened first.
+    pub resume: u32,
     /// Who may attach to the tail.
     pub client: Peer,
     /// The model.
@@ -203,6 +214,12 @@ impl Open {
         }
         if self.n_ctx == 0 {
             return Err(wrong("a context of 0 positions"));
+        }
+        if self.resume > self.n_ctx {
+            let (resume, n_ctx) = (self.resume, self.n_ctx);
+            return Err(wrong(format!(
+                "a session of {n_ctx} positions resumed at {resume}"
+            )));
         }
         let mut next = 0;
         for (i, hop) in self.hops.iter().enumerate() {
@@ -270,6 +287,16 @@ impl Want {
         rows: WantRows::None,
         form: Form::Full,
     };
+
+    /// Rows that one frame with this wish may have, for a model of `n_vocab` tokens: as many as any
+    /// frame, but for whole rows of logits not more than [`LOGITS_BYTES_MAX`] holds, and one always.
+    pub fn rows_max(self, n_vocab: u32) -> u16 {
+        if self.rows != WantRows::All || self.form != Form::Full {
+            return ROWS_MAX;
+        }
+        let fit = LOGITS_BYTES_MAX / 4 / n_vocab.max(1) as usize;
+        u16::try_from(fit).unwrap_or(ROWS_MAX).clamp(1, ROWS_MAX)
+    }
 }
 
 /// Header of a frame of rows; the payload's length follows from it.
@@ -350,6 +377,8 @@ pub enum Up {
         n_embd: u32,
         /// Tokens in the vocabulary, as this hop and all below have it.
         n_vocab: u32,
+        /// Positions that this hop holds: its upstream goes on from here.
+        held: u32,
     },
     /// Rows before `pos_end` were computed and forwarded.
     Ack {
@@ -358,8 +387,18 @@ pub enum Up {
         /// One after the last position.
         pos_end: u32,
     },
-    /// The session is over.
+    /// The session is over: nothing is kept.
     Failed(Failure),
+    /// The route below is broken; what this hop and those above hold is kept for a while, so that
+    /// the session can be opened again.
+    Lost {
+        /// In this epoch.
+        epoch: Epoch,
+        /// What broke.
+        failure: Failure,
+    },
+    /// Nothing is ready yet, and this hop is at work on it.
+    Working,
 }
 
 impl Message for Up {
@@ -368,8 +407,8 @@ impl Message for Up {
 
     fn check(&self) -> Result<(), CheckError> {
         match self {
-            Up::Failed(failure) => failure.check(),
-            Up::Opened { .. } | Up::Ack { .. } => Ok(()),
+            Up::Lost { failure, .. } | Up::Failed(failure) => failure.check(),
+            Up::Opened { .. } | Up::Ack { .. } | Up::Working => Ok(()),
         }
     }
 }
@@ -497,6 +536,8 @@ pub enum FailureCode {
     ShuttingDown,
     /// The other side speaks another version.
     Version,
+    /// What would have to be sent again was not kept.
+    NotRetained,
 }
 
 /// Why a session is over.

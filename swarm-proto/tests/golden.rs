@@ -36,6 +36,7 @@ fn session_messages() {
     let open = Open {
         session: SESSION,
         epoch: Epoch(1),
+        resume: 7,
         client: Peer([0xcc; 32]),
         model: ModelId(Hash([0xab; 32])),
         n_ctx: 1024,
@@ -46,7 +47,7 @@ fn session_messages() {
     };
     let addr = "12 2f6970342f312e322e332e342f7463702f39";
     let expected = format!(
-        "00 {S} 01 {} {} fb0004 02 02 {} 01 {addr} 00 02 {} 01 {addr} 02 fb2c01 01 01 {} {} 01",
+        "00 {S} 01 07 {} {} fb0004 02 02 {} 01 {addr} 00 02 {} 01 {addr} 02 fb2c01 01 01 {} {} 01",
         "cc".repeat(32),
         "ab".repeat(32),
         "01".repeat(32),
@@ -79,12 +80,17 @@ fn session_messages() {
         ..rows
     };
     golden(&Down::Rows(tokens), &format!("01 {S} 00 00 02 00 00 01 fa"));
+}
+
+#[test]
+fn session_replies() {
     golden(
         &Up::Opened {
             n_embd: 64,
             n_vocab: 300,
+            held: 9,
         },
-        "00 40 fb2c01",
+        "00 40 fb2c01 09",
     );
     golden(
         &Up::Ack {
@@ -95,6 +101,14 @@ fn session_messages() {
     );
     let failure = Failure::new(3, Fault::Local, FailureCode::Version, "é");
     golden(&Up::Failed(failure.clone()), "02 03 01 09 02c3a9");
+    golden(
+        &Up::Lost {
+            epoch: Epoch(1),
+            failure: failure.clone(),
+        },
+        "03 01 03 01 09 02c3a9",
+    );
+    golden(&Up::Working, "04");
     golden(&Answer::Failed(failure), "02 03 01 09 02c3a9");
 }
 

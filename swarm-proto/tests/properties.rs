@@ -49,6 +49,7 @@ prop_compose! {
         Open {
             session: SessionId(session),
             epoch: Epoch(epoch),
+            resume: n_ctx - 1,
             client: Peer(model),
             model: ModelId(Hash(model)),
             n_ctx,
@@ -77,7 +78,7 @@ proptest! {
     }
 
     #[test]
-    fn rows(session: [u8; 16], epoch: u32, pos0 in 0..u32::MAX - 512, n_rows in 1..=ROWS_MAX,
+    fn rows(session: [u8; 16], epoch: u32, pos0 in 0..u32::MAX - u32::from(ROWS_MAX), n_rows in 1..=ROWS_MAX,
             content in content(), top in 0u16..4097, spent_us: u32) {
         let form = if top == 0 { Form::Full } else { Form::Top(top) };
         let want = Want { rows: WantRows::All, form };
@@ -87,7 +88,7 @@ proptest! {
 
     #[test]
     fn replies(a: u32, b: u32, at: u8, text in ".{0,100}", lse in -1e30f32..1e30, k in 0u16..4097) {
-        both_ways(&Up::Opened { n_embd: a, n_vocab: b });
+        both_ways(&Up::Opened { n_embd: a, n_vocab: b, held: a });
         both_ways(&Up::Ack { epoch: Epoch(a), pos_end: b });
         let failure = Failure::new(at, Fault::Caller, FailureCode::Engine, text);
         both_ways(&Answer::Failed(failure));

@@ -82,11 +82,8 @@ fn run(args: &Args, screen: &mut Screen) -> Result<Ended> {
             screen.lines(&scenario::farewell(args, swarm)?);
             return ended;
         }
-        let count = swarm.nodes().len();
-        if let Ok(Ended::Signalled(_)) = ended {
-            screen.lines(&format!("stopping {count} nodes"));
-        }
-        let killed = swarm.stop().await;
+        let stopping = format!("stopping {} nodes", swarm.nodes().len());
+        let killed = screen.wait_for(&stopping, swarm.stop()).await;
         if !killed.is_empty() {
             screen.error(&format!("did not end by themselves and were killed: {}", killed.join(", ")));
         }

@@ -3,7 +3,7 @@
 //! ```text
 //!   7 of 24 nodes serve · 8 of 8 layers held · 2.1 s
 //!    1 ███·····   2 ···███··   3 ·····███   4 ██······
-//!   layers held by  2 2 1 1 1 2 2 1
+//!   nodes that hold each layer  2 2 1 1 1 2 2 1
 //! ```
 
 use std::ops::Range;
@@ -49,7 +49,7 @@ impl Scene<'_> {
         );
         let mut lines = vec![head];
         lines.extend(self.rows(width));
-        lines.push(format!("  held by  {}", self.copies()));
+        lines.push(format!("  nodes that hold each layer  {}", self.copies()));
         lines
     }
 
@@ -93,7 +93,7 @@ impl Scene<'_> {
         let all: Vec<usize> = (0..self.n_layer).map(copies).collect();
         if self.n_layer > CELLS_MAX / 2 {
             return format!(
-                "{} to {} nodes a layer",
+                "{} to {}",
                 all.iter().min().unwrap_or(&0),
                 all.iter().max().unwrap_or(&0)
             );
@@ -127,7 +127,7 @@ mod tests {
             lines[1],
             "    1 ███·····    2 ··███···    3 ········    4 ········"
         );
-        assert_eq!(lines[2], "  held by  1 1 2 1 1 0 0 0");
+        assert_eq!(lines[2], "  nodes that hold each layer  1 1 2 1 1 0 0 0");
     }
 
     #[test]

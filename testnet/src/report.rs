@@ -25,6 +25,8 @@ pub struct Report {
     pub layers: Vec<String>,
     /// The route of the answer.
     pub route: Vec<Hop>,
+    /// Its nodes by number, as the picture counts them.
+    pub route_nodes: Vec<Option<usize>>,
     /// Its length.
     pub hops: usize,
     /// The prompt as given.
@@ -48,10 +50,12 @@ pub struct Report {
 impl Report {
     /// The lines that a person reads after the answer.
     pub fn lines(&self) -> Vec<String> {
-        let route: Vec<String> = self
-            .route
-            .iter()
-            .map(|hop| format!("{} ({})", short(&hop.peer), hop.layers))
+        let hops = self.route.iter().zip(&self.route_nodes);
+        let route: Vec<String> = hops
+            .map(|(hop, node)| match node {
+                Some(node) => format!("node {node} ({})", hop.layers),
+                None => format!("{} ({})", hop.peer, hop.layers),
+            })
             .collect();
         let mut lines = vec![
             format!(
@@ -62,7 +66,7 @@ impl Report {
             format!("  time to first     {:.0} ms", self.ttft_ms),
             format!("  speed             {:.1} tokens/s", self.tokens_per_s),
             format!(
-                "  start             {:.1} s for {} nodes",
+                "  start             {:.1} s until all {} nodes served",
                 self.start_s, self.nodes
             ),
         ];
@@ -87,12 +91,6 @@ pub fn seconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 100.0).round() / 100.0
 }
 
-/// The end of a peer id: its beginning is the same for all.
-fn short(peer: &str) -> String {
-    let skip = peer.chars().count().saturating_sub(6);
-    format!("…{}", peer.chars().skip(skip).collect::<String>())
-}
-
 fn spread(values: &[u64]) -> Option<(u64, u64, u64)> {
     let mut sorted = values.to_vec();
     sorted.sort_unstable();
@@ -115,10 +113,5 @@ mod tests {
     fn the_spread_of_memory() {
         assert_eq!(spread(&[3, 1, 2]), Some((1, 2, 3)));
         assert_eq!(spread(&[]), None);
-    }
-
-    #[test]
-    fn a_peer_is_shown_by_its_end() {
-        assert_eq!(short("12D3KooWabcdef"), "…abcdef");
     }
 }

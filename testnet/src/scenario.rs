@@ -5,13 +5,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use testnet::client::Ask;
+use testnet::client::{Answer, Ask, Hop};
 use testnet::facts::Facts;
 use testnet::picture::Scene;
 use testnet::plan::spans;
 use testnet::report::{Report, seconds};
 use testnet::screen::Screen;
-use testnet::swarm::{NodeSpec, StartPlan, Swarm, check_spans};
+use testnet::swarm::{Node, NodeSpec, StartPlan, Swarm, check_spans};
 
 use crate::Args;
 
@@ -35,20 +35,15 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
     let client = swarm.client("client");
     let facts = client.inspect(&model, BASE_TIMEOUT).await?;
     let limit = time_limit(facts.bytes);
-    screen.lines(&format!(
-        "{} nodes on this machine, swarm {}, model {} ({} layers, {:.1} MB), seed {}",
-        args.nodes,
-        swarm.id(),
-        args.model,
-        facts.n_layer,
-        facts.bytes as f64 / 1e6,
-        args.seed
-    ));
+    introduce(args, &facts, swarm, screen);
 
     let start = Instant::now();
     start_nodes(args, &model, &facts, swarm, screen, limit).await?;
     let client = swarm.client("client");
-    let layers = client.until_covered(facts.n_layer, COVERED_TIMEOUT).await?;
+    let covered = client.until_covered(facts.n_layer, COVERED_TIMEOUT);
+    let layers = screen
+        .wait_for("a client looks for all layers", covered)
+        .await?;
     let start_s = seconds(start.elapsed());
 
     let ask = Ask {
@@ -57,19 +52,15 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
         tokens: args.tokens,
         n: args.n_predict,
     };
-    screen.lines(&format!("\nasking greedily: {}", args.prompt));
-    let answer = client.ask(&ask, limit).await?;
-    screen.lines(&format!("\n{}\n", indent(&answer.text)));
-    let rss_bytes = swarm
-        .nodes()
-        .iter()
-        .filter_map(|node| node.process.rss_bytes())
-        .collect();
-    let whole = client
-        .ask_local(&ask, limit)
-        .await
-        .context("the whole model in one process")?;
-
+    screen.lines(&format!(
+        "\nasking for {} tokens, always the likeliest one, after: {}\n",
+        args.n_predict, args.prompt
+    ));
+    let Answers {
+        answer,
+        whole,
+        rss_bytes,
+    } = ask_both(&ask, swarm, screen, limit).await?;
     let report = Report {
         nodes: swarm.nodes().len(),
         covered: true,
@@ -84,6 +75,7 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
             .collect(),
         same_as_whole: answer.same(&whole),
         hops: answer.route.len(),
+        route_nodes: numbers(swarm, &answer.route),
         route: answer.route,
         prompt: args.prompt.clone(),
         text: answer.text,
@@ -99,8 +91,68 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
     }
     if let Some(path) = &args.report {
         write(&report, path)?;
+        screen.lines(&format!("  figures           {}", path.display()));
+    }
+    if !args.keep {
+        screen.lines("  to talk to such a swarm yourself: --keep leaves it running");
     }
     Ok(report.same_as_whole)
+}
+
+/// What the swarm said, and what the whole model says.
+struct Answers {
+    answer: Answer,
+    whole: Answer,
+    /// Of each node, after its answer.
+    rss_bytes: Vec<u64>,
+}
+
+async fn ask_both(
+    ask: &Ask,
+    swarm: &Swarm,
+    screen: &mut Screen,
+    limit: Duration,
+) -> Result<Answers> {
+    let client = swarm.client("client");
+    let answer = client.ask(ask, limit);
+    let answer = screen.wait_for("the swarm answers", answer).await?;
+    screen.lines(&format!("{}\n", indent(&answer.text)));
+    let nodes = swarm.nodes().iter();
+    let rss_bytes = nodes.filter_map(|node| node.process.rss_bytes()).collect();
+    let whole = client.ask_local(ask, limit);
+    let whole = screen
+        .wait_for("the same question to the whole model in one process", whole)
+        .await
+        .context("the whole model in one process")?;
+    Ok(Answers {
+        answer,
+        whole,
+        rss_bytes,
+    })
+}
+
+fn introduce(args: &Args, facts: &Facts, swarm: &Swarm, screen: &mut Screen) {
+    screen.lines(&format!(
+        "{} nodes on this machine, swarm {}, model {} ({} layers, {:.1} MB)\n\
+         each takes layers that few hold, as many as fit the memory it drew with --seed {}\n",
+        args.nodes,
+        swarm.id(),
+        args.model,
+        facts.n_layer,
+        facts.bytes as f64 / 1e6,
+        args.seed
+    ));
+}
+
+/// The nodes of a route by number, from 1.
+fn numbers(swarm: &Swarm, route: &[Hop]) -> Vec<Option<usize>> {
+    let is = |node: &Node, hop: &Hop| {
+        node.ready
+            .as_ref()
+            .is_some_and(|ready| ready.peer == hop.peer)
+    };
+    let number = |hop: &Hop| Some(swarm.nodes().iter().position(|node| is(node, hop))? + 1);
+    route.iter().map(number).collect()
 }
 
 fn write(report: &Report, path: &Path) -> Result<()> {
@@ -161,6 +213,7 @@ async fn start_nodes(
     };
     let start = Instant::now();
     let mut covered = false;
+    let mut shown = 0;
     let mut show = |swarm: &Swarm| {
         let spans = swarm.spans();
         let scene = Scene {
@@ -172,12 +225,13 @@ async fn start_nodes(
         let first_covered = !covered && scene.covered();
         covered |= first_covered;
         let few = specs.len() <= 8;
-        if screen.is_live()
-            || few
-            || first_covered
-            || scene.serving().is_multiple_of(4)
-            || scene.serving() == specs.len()
-        {
+        let news = scene.serving() > shown
+            && (few
+                || first_covered
+                || scene.serving().is_multiple_of(4)
+                || scene.serving() == specs.len());
+        shown = scene.serving();
+        if screen.is_live() || news {
             screen.picture(&scene.draw(screen.width()));
         }
     };

@@ -1,6 +1,12 @@
 //! Lines for a person: on a terminal a picture that is redrawn in place, else plain lines.
 
 use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use tokio::time::{MissedTickBehavior, interval};
+
+/// How often a clock on the terminal goes on.
+pub(crate) const TICK: Duration = Duration::from_millis(200);
 
 /// Standard output and how many lines of it can be drawn over.
 #[derive(Debug)]
@@ -44,18 +50,38 @@ impl Screen {
         let _ = writeln!(anstream::stderr().lock(), "{text}");
     }
 
+    /// Waits for `work`; a terminal shows meanwhile what for, and since when.
+    pub async fn wait_for<T>(&mut self, what: &str, work: impl Future<Output = T>) -> T {
+        self.drawn = 0;
+        let begun = Instant::now();
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => {
+                    if self.drawn > 0 {
+                        write(&erase(self.drawn));
+                        self.drawn = 0;
+                    }
+                    return done;
+                }
+                _ = ticks.tick(), if self.live => {
+                    let seconds = begun.elapsed().as_secs_f64();
+                    self.picture(&[format!("  {what} · {seconds:.1} s")]);
+                }
+            }
+        }
+    }
+
     /// Draws over the last picture; without a terminal writes only the first line.
     pub fn picture(&mut self, lines: &[String]) {
         if !self.live {
             write(&format!("{}\n", lines.first().map_or("", String::as_str)));
             return;
         }
-        let up = if self.drawn > 0 {
-            format!("\x1b[{}A\r\x1b[J", self.drawn)
-        } else {
-            String::new()
-        };
-        write(&format!("{up}{}\n", lines.join("\n")));
+        write(&format!("{}{}\n", erase(self.drawn), lines.join("\n")));
         self.drawn = lines.len();
     }
 }
@@ -63,6 +89,14 @@ impl Screen {
 impl Default for Screen {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// The code that takes the last lines away.
+fn erase(lines: usize) -> String {
+    match lines {
+        0 => String::new(),
+        n => format!("\x1b[{n}A\r\x1b[J"),
     }
 }
 

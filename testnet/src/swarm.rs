@@ -1,7 +1,7 @@
 //! The nodes of one run: started a few at a time, watched, always ended.
 //!
 //! ```text
-//! NodeSpec ─▶ start_all ─▶ process per node ─▶ ready lines ─▶ on_ready (the picture)
+//! NodeSpec ─▶ start_all ─▶ process per node ─▶ ready lines ─▶ show (the picture)
 //!                 first: one at a time, until every layer is held; then `at_once` together
 //! ```
 //! Nodes choose their layers from the adverts they hear, so the first ones start one after another: two that start
@@ -21,6 +21,7 @@ use crate::binaries::Binaries;
 use crate::client::Client;
 use crate::plan::{Seeded, span_max};
 use crate::process::{NodeProcess, Ready};
+use crate::screen::TICK;
 
 /// To how many nodes that already serve a new one is introduced.
 const INTRODUCTIONS: usize = 3;
@@ -162,7 +163,7 @@ impl Swarm {
         .await
     }
 
-    /// Starts a node for each of `specs`; `on_ready` is called after each that serves.
+    /// Starts a node for each of `specs`; `show` is called after each that serves, and in between for clocks.
     ///
     /// # Errors
     /// When one of them dies or is too slow. Those that run keep running until [`Swarm::stop`].
@@ -170,7 +171,7 @@ impl Swarm {
         &mut self,
         specs: &[NodeSpec],
         plan: &StartPlan,
-        on_ready: &mut dyn FnMut(&Swarm),
+        show: &mut dyn FnMut(&Swarm),
     ) -> Result<()> {
         let mut seeded = Seeded::new(plan.seed);
         let mut starting = JoinSet::new();
@@ -181,7 +182,7 @@ impl Swarm {
                 1
             };
             while starting.len() >= room {
-                self.settle_next(&mut starting, on_ready).await?;
+                self.settle_next(&mut starting, show).await?;
             }
             let peers = self.introductions(&mut seeded);
             let (index, ready) = self.spawn(spec, &peers)?;
@@ -197,7 +198,7 @@ impl Swarm {
             });
         }
         while !starting.is_empty() {
-            self.settle_next(&mut starting, on_ready).await?;
+            self.settle_next(&mut starting, show).await?;
         }
         Ok(())
     }
@@ -279,14 +280,18 @@ impl Swarm {
     async fn settle_next(
         &mut self,
         starting: &mut Starting,
-        on_ready: &mut dyn FnMut(&Swarm),
+        show: &mut dyn FnMut(&Swarm),
     ) -> Result<()> {
-        let Some(started) = starting.join_next().await else {
-            return Ok(());
+        let started = loop {
+            match timeout(TICK, starting.join_next()).await {
+                Ok(Some(started)) => break started,
+                Ok(None) => return Ok(()),
+                Err(_) => show(self),
+            }
         };
         let (index, ready) = started.context("a task that waits for a node failed")?;
         self.settle(index, ready).await?;
-        on_ready(self);
+        show(self);
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! Who belongs to a swarm and whom a client lets see its prompt, with real processes.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
@@ -58,12 +59,15 @@ async fn swarms_with_different_ids_do_not_merge() -> Result<()> {
         "the missing layers are not named: {said}"
     );
 
-    // A client of theirs that only knows an address of ours is told that nobody of its swarm is there.
+    // A client of theirs that only knows an address of ours is told that nobody of its swarm is there, and who is.
     let said = refused(&theirs.client("lost").knowing(to_ours)).await?;
-    ensure!(
-        said.contains(&format!("nobody of swarm {}", theirs.id())),
-        "the swarm is not named: {said}"
-    );
+    for part in [
+        format!("nobody of swarm {}", theirs.id()),
+        format!("speaks swarm {}", ours.id()),
+        format!("--swarm {}", ours.id()),
+    ] {
+        ensure!(said.contains(&part), "not said: {part}\n{said}");
+    }
     ours.stop().await;
     theirs.stop().await;
     Ok(())
@@ -72,6 +76,7 @@ async fn swarms_with_different_ids_do_not_merge() -> Result<()> {
 fn key_file(folder: &Path, name: &str, digit: char) -> Result<PathBuf> {
     let path = folder.join(name);
     std::fs::write(&path, digit.to_string().repeat(64) + "\n")?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
     Ok(path)
 }
 

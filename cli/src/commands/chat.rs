@@ -3,7 +3,6 @@
 use std::io::{BufRead, Write};
 
 use engine::{Sampler, Vocab};
-use swarm_proto::Dtype;
 use tokio::sync::mpsc;
 
 use crate::answer::{self, Answer, Stop, Words};
@@ -12,6 +11,7 @@ use crate::failure::Failure;
 use crate::generation::Generation;
 use crate::interrupt::Interrupt;
 use crate::run_report::{Privacy, route_line};
+use crate::session_args::SessionArgs;
 use crate::source::{Source, SourceError};
 use crate::swarm::{Member, Swarm, SwarmModel};
 use crate::terminal::{self, BOLD, HINT, paint};
@@ -35,19 +35,8 @@ pub struct Args {
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
 
-    /// Who may see the prompt: open (any peer) or trusted (only listed peers are dialled).
-    #[arg(
-        long,
-        env = "SHOAL_PRIVACY",
-        value_enum,
-        value_name = "LEVEL",
-        hide_possible_values = true
-    )]
-    privacy: Option<Privacy>,
-
-    /// How activations travel between hops: f32 (exact), bf16 or q8_0 (a quarter of the bytes).
-    #[arg(long, env = "SHOAL_WIRE", value_name = "TYPE", default_value_t = Dtype::F32)]
-    wire: Dtype,
+    #[command(flatten)]
+    session: SessionArgs,
 
     #[command(flatten)]
     generation: Generation,
@@ -67,27 +56,24 @@ const HELP: &str = "\
 
 /// Reads lines until the user has had enough.
 pub fn main(args: Args) -> anyhow::Result<()> {
-    if args.privacy == Some(Privacy::Local) {
+    if args.session.privacy == Some(Privacy::Local) {
         return Err(Failure::usage(
             "a chat runs over the swarm; `--privacy local` has no peer to talk to",
         )
         .try_this("`shoal run --local MODEL \\\"...\\\"`")
         .into());
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    runtime.block_on(talk(args))
+    node::runtime::run(talk(args))?
 }
 
 async fn talk(args: Args) -> anyhow::Result<()> {
     let interrupt = Interrupt::listen();
-    let member = args
-        .swarm
-        .join(args.privacy == Some(Privacy::Trusted))
+    let member = interrupt
+        .or_end(args.swarm.join(args.session.trusted()))
         .await?;
-    let model = member.model(args.model.as_deref()).await?;
+    let model = interrupt
+        .or_end(member.model(args.model.as_deref()))
+        .await?;
     let vocab = model.vocab.as_ref().ok_or_else(tokens::no_tokenizer)?;
     if args.system.is_some() && vocab.chat_template().is_none() {
         return Err(Failure::usage(
@@ -100,7 +86,7 @@ async fn talk(args: Args) -> anyhow::Result<()> {
         None => model.n_ctx_max.min(CTX_DEFAULT),
     };
     let mut chat = Chat {
-        source: args.open(&member, &model, n_ctx).await?,
+        source: interrupt.or_end(args.open(&member, &model, n_ctx)).await?,
         sampler: answer::sampler(&args.generation, args.generation.seed(), vocab.n_tokens())?,
         conversation: Conversation::new(args.system.clone()),
         transcript: Vec::new(),
@@ -122,12 +108,14 @@ impl Args {
         model: &SwarmModel,
         n_ctx: u32,
     ) -> anyhow::Result<Source> {
-        let session = member.open(model, n_ctx, self.wire).await?;
+        let session = member
+            .open(model, n_ctx, self.session.wire, self.session.patience())
+            .await?;
         let source = Source::swarm(session, answer::top(&self.generation));
         terminal::note(route_line(
             &source.route(),
             member.privacy(),
-            &self.wire.to_string(),
+            &self.session.wire.to_string(),
         ));
         Ok(source)
     }
@@ -235,7 +223,8 @@ impl Chat<'_> {
         let mut answered = self.generate(&prompt).await;
         if answered.as_ref().is_err_and(is_gone) {
             terminal::note("the session was lost; opening another with the same tokens");
-            self.source = self.args.open(member, model, n_ctx).await?;
+            let opened = self.args.open(member, model, n_ctx);
+            self.source = self.interrupt.or_end(opened).await?;
             answered = self.generate(&prompt).await;
         }
         let answer = answered?;

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::failure::Failure;
 use crate::figures;
+use crate::local_models::{BRING_BACK, missing};
 use crate::terminal::{self, BAD, BOLD, GOOD, HINT, WARN, paint};
 
 /// Say what this machine can do and what would stop it.
@@ -96,7 +97,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         threads(&info),
         memory(),
     ];
-    checks.extend([home_dir(&home), identity(&home), store(&home)]);
+    checks.extend([home_dir(&home), identity(&home), store(&home), peers(&home)]);
     checks.extend([
         tcp_port(),
         udp_port(),
@@ -119,7 +120,8 @@ pub fn main(args: Args) -> anyhow::Result<()> {
             .iter()
             .filter(|finding| finding.verdict == Verdict::Broken)
             .count();
-        return Err(Failure::new(format!("{} failed", figures::plural(n, "check"))).into());
+        let failure = Failure::new(format!("{} failed", figures::plural(n, "check")));
+        return Err(failure.told_in_json().into());
     }
     Ok(())
 }
@@ -310,18 +312,25 @@ fn store(home: &Path) -> Finding {
             "import the model again, or remove the entry",
         );
     }
-    let moved = models
-        .iter()
-        .flat_map(|model| &model.files)
-        .find(|path| !path.is_file());
-    if let Some(path) = moved {
-        return Finding::warning(
-            "models",
-            format!("{} is gone", path.display()),
-            "put it back, or `shoal import` it where it is now",
-        );
+    let mut gone = models.iter().flat_map(|model| missing(&model.files));
+    if let Some(path) = gone.next() {
+        return Finding::warning("models", format!("{} is gone", path.display()), BRING_BACK);
     }
     Finding::fine("models", figures::plural(models.len(), "model"))
+}
+
+/// Peers of earlier runs, dialled where those given by hand do not answer.
+fn peers(home: &Path) -> Finding {
+    let swarms: Vec<String> = node::known_peers::swarms(home)
+        .into_iter()
+        .map(|(swarm, n)| format!("{} of swarm {swarm}", figures::plural(n, "peer")))
+        .collect();
+    let found = if swarms.is_empty() {
+        "none remembered yet".into()
+    } else {
+        format!("remembered: {}", swarms.join(", "))
+    };
+    Finding::fine("peers", found)
 }
 
 #[cfg(unix)]

@@ -1,5 +1,7 @@
 //! `shoal models`: what this machine knows and what the swarm serves.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 
 use crate::swarm::Swarm;
@@ -45,6 +47,8 @@ struct LocalModel {
     /// The weights are here, not only the description.
     weights: bool,
     files: Vec<String>,
+    /// Of these, files that are gone.
+    missing: Vec<String>,
 }
 
 /// A model that peers serve.
@@ -88,6 +92,7 @@ fn local(args: &Args) -> anyhow::Result<(Vec<LocalModel>, Vec<shard_registry::Pr
     let mut local = Vec::new();
     for model in models {
         let manifest = store.manifest(model.id)?;
+        let shown = |path: &PathBuf| path.display().to_string();
         local.push(LocalModel {
             model: model.id.to_string(),
             names: model.aliases.iter().map(ToString::to_string).collect(),
@@ -95,11 +100,8 @@ fn local(args: &Args) -> anyhow::Result<(Vec<LocalModel>, Vec<shard_registry::Pr
             n_layer: manifest.n_layer,
             bytes: manifest.total_bytes(),
             weights: !model.files.is_empty(),
-            files: model
-                .files
-                .iter()
-                .map(|path| path.display().to_string())
-                .collect(),
+            files: model.files.iter().map(shown).collect(),
+            missing: local_models::missing(&model.files).map(shown).collect(),
         });
     }
     local.sort_by(|a, b| (&a.names, &a.model).cmp(&(&b.names, &b.model)));
@@ -134,6 +136,14 @@ fn print(report: &Report, offline: bool) -> anyhow::Result<()> {
             model.names.join(", "),
             model.arch
         ))?;
+        for path in &model.missing {
+            let path = figures::printable(path, 400);
+            terminal::say(format!("  {} {path}", paint(BAD, "file missing:")))?;
+        }
+    }
+    if report.local.iter().any(|model| !model.missing.is_empty()) {
+        let remedy = local_models::BRING_BACK;
+        terminal::say(format!("  {} {remedy}", paint(HINT, "→")))?;
     }
     if report.local.is_empty() {
         terminal::say(format!(

@@ -22,7 +22,7 @@ pub struct Args {
 /// Runs until it is told to stop.
 pub fn main(args: Args) -> anyhow::Result<()> {
     let ready_json = args.daemon.ready_json;
-    let ran = node::daemon::run(&args.daemon, |ready| {
+    let ran = node::daemon::run(args.daemon, move |ready| {
         if ready_json && let Ok(line) = serde_json::to_string(ready) {
             // Whoever asked for the line and left does not stop the node.
             let _ = terminal::say(line);

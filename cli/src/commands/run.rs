@@ -4,13 +4,13 @@
 use std::time::{Duration, Instant};
 
 use engine::{Message, Vocab, WholeModel};
-use swarm_proto::Dtype;
 
 use crate::answer::{self, Answer, Stop, Words};
 use crate::failure::Failure;
 use crate::generation::Generation;
 use crate::interrupt::Interrupt;
-use crate::run_report::{Privacy, RunReport, Timings, route_line};
+use crate::run_report::{Privacy, Recovery, RunReport, Timings, recoveries_line, route_line};
+use crate::session_args::SessionArgs;
 use crate::source::Source;
 use crate::swarm::{Member, Swarm};
 use crate::{figures, local_models, prompt, terminal, tokens};
@@ -41,6 +41,10 @@ pub struct Args {
     #[arg(long, value_name = "NAME|FILE", num_args = 0..=1, default_missing_value = "")]
     local: Option<String>,
 
+    /// With --local: load the model's files without checking first that they are what was imported.
+    #[arg(long)]
+    no_verify: bool,
+
     /// A system message, for models with a chat template.
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["raw", "tokens"])]
     system: Option<String>,
@@ -61,19 +65,8 @@ pub struct Args {
     #[arg(long)]
     json: bool,
 
-    /// Who may see the prompt: open (any peer), trusted (only listed peers are dialled), local (nobody).
-    #[arg(
-        long,
-        env = "SHOAL_PRIVACY",
-        value_enum,
-        value_name = "LEVEL",
-        hide_possible_values = true
-    )]
-    privacy: Option<Privacy>,
-
-    /// How activations travel between hops: f32 (exact), bf16 or q8_0 (a quarter of the bytes).
-    #[arg(long, env = "SHOAL_WIRE", value_name = "TYPE", default_value_t = Dtype::F32)]
-    wire: Dtype,
+    #[command(flatten)]
+    session: SessionArgs,
 
     #[command(flatten)]
     generation: Generation,
@@ -101,11 +94,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
     if args.tokens && !args.generation.stop.is_empty() {
         return Err(Failure::usage("--stop is text, and with --tokens there is none").into());
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    runtime.block_on(run(args))
+    ::node::runtime::run(run(args))?
 }
 
 async fn run(args: Args) -> anyhow::Result<()> {
@@ -118,18 +107,23 @@ async fn run(args: Args) -> anyhow::Result<()> {
     } else {
         None
     };
+    if text.trim().is_empty() && !args.raw {
+        return Err(tokens::nothing_asked()
+            .try_this("`shoal run \"Once upon a time\"`; with --raw a model may begin by itself")
+            .into());
+    }
     let interrupt = Interrupt::listen();
-    let mut ready = tokio::select! {
-        biased;
-        () = interrupt.wait() => return Err(Failure::interrupted().into()),
-        ready = args.make_ready(&text, ids) => ready?,
-    };
+    let mut ready = interrupt
+        .or_end(args.make_ready(&text, ids, &interrupt))
+        .await?;
     let route = ready.source.route();
-    let wire = args.wire.to_string();
+    let wire = args.session.wire.to_string();
     terminal::note(route_line(&route, ready.privacy, &wire));
     let seed = args.generation.seed();
     let answer = args.ask(&mut ready, seed, &interrupt).await;
     let n_ctx = ready.source.n_ctx();
+    let route = ready.source.route();
+    let recoveries: Vec<Recovery> = ready.source.recoveries().iter().map(Into::into).collect();
     ready.source.close().await;
     if let Some(member) = ready.member {
         member.leave().await;
@@ -138,7 +132,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
     if !args.json {
         terminal::stream("\n")?;
     }
-    say_end(&answer, n_ctx, !args.json);
+    say_end(&answer, n_ctx, &recoveries, !args.json);
     let stop = answer.stop;
     if args.json {
         let timings = Timings {
@@ -162,6 +156,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
             timings,
             hops: route.len(),
             route,
+            recoveries,
             privacy: ready.privacy,
             peers_can_read_prompt: ready.privacy != Privacy::Local,
             wire,
@@ -175,7 +170,10 @@ async fn run(args: Args) -> anyhow::Result<()> {
 }
 
 /// What the user should know about how it ended; the figures only where someone watches.
-fn say_end(answer: &Answer, n_ctx: u32, figures_too: bool) {
+fn say_end(answer: &Answer, n_ctx: u32, recoveries: &[Recovery], figures_too: bool) {
+    if let Some(note) = recoveries_line(recoveries) {
+        terminal::note(note);
+    }
     if answer.stop == Stop::ContextFull {
         terminal::warn(format!(
             "the context is full ({n_ctx} tokens), so the answer ends here; --ctx N makes room where the model allows it"
@@ -200,7 +198,7 @@ impl Args {
         if self.local.is_some() {
             Privacy::Local
         } else {
-            self.privacy.unwrap_or(Privacy::Open)
+            self.session.privacy.unwrap_or(Privacy::Open)
         }
     }
 
@@ -235,15 +233,25 @@ impl Args {
         .await
     }
 
-    async fn make_ready(&self, text: &str, ids: Option<Vec<u32>>) -> anyhow::Result<Ready> {
+    async fn make_ready(
+        &self,
+        text: &str,
+        ids: Option<Vec<u32>>,
+        interrupt: &Interrupt,
+    ) -> anyhow::Result<Ready> {
         match self.privacy() {
-            Privacy::Local => tokio::task::block_in_place(|| self.load(text, ids)),
+            Privacy::Local => tokio::task::block_in_place(|| self.load(text, ids, interrupt)),
             privacy => self.open(text, ids, privacy == Privacy::Trusted).await,
         }
     }
 
     /// The whole model in this process.
-    fn load(&self, text: &str, ids: Option<Vec<u32>>) -> anyhow::Result<Ready> {
+    fn load(
+        &self,
+        text: &str,
+        ids: Option<Vec<u32>>,
+        interrupt: &Interrupt,
+    ) -> anyhow::Result<Ready> {
         let begun = Instant::now();
         let settings = self.swarm.settings(false)?;
         let named = self.local.as_deref().filter(|name| !name.is_empty());
@@ -251,28 +259,31 @@ impl Args {
             .or(self.model.as_deref())
             .or(settings.file.model.as_deref())
             .unwrap_or(local_models::DEMO);
-        let file = local_models::first_file(&settings.home, model)
+        let file = local_models::whole_file(&settings.home, model)
             .map_err(|error| self.meant_as_prompt(error))?;
-        let header = local_models::header_of_file(&file)?;
+        let header = local_models::header_of_file(&file.path)?;
         let vocab = tokens::vocab(&header)?;
         let prompt = self.prompt_tokens(text, ids, vocab.as_ref())?;
         let n_ctx_train = header
             .get_str("general.architecture")
             .and_then(|arch| header.get_u32(&format!("{arch}.context_length")));
         let n_ctx = self.generation.n_ctx(prompt.len(), n_ctx_train?)?;
+        if !self.no_verify {
+            file.verify(interrupt)?;
+        }
         let wheel = terminal::wheel(format!("loading {model}"));
         let threads = self
             .threads
             .or(settings.file.threads)
-            .unwrap_or_else(|| local_models::threads_for(&file));
-        let whole = WholeModel::load(&file, n_ctx, threads)?;
+            .unwrap_or_else(|| local_models::threads_for(&file.path));
+        let whole = WholeModel::load(&file.path, n_ctx, threads)?;
         drop(wheel);
         Ok(Ready {
             source: Source::local(whole, answer::top(&self.generation)),
             prompt,
             vocab,
             model: model.to_string(),
-            model_id: None,
+            model_id: file.id.map(|id| id.to_string()),
             privacy: Privacy::Local,
             member: None,
             connect: begun.elapsed(),
@@ -293,7 +304,9 @@ impl Args {
         let prompt = self.prompt_tokens(text, ids, model.vocab.as_ref())?;
         let n_ctx = self.generation.n_ctx(prompt.len(), model.n_ctx_max)?;
         let connected = Instant::now();
-        let session = member.open(&model, n_ctx, self.wire).await?;
+        let session = member
+            .open(&model, n_ctx, self.session.wire, self.session.patience())
+            .await?;
         Ok(Ready {
             source: Source::swarm(session, answer::top(&self.generation)),
             prompt,

@@ -1,15 +1,12 @@
 //! A context: one model, one session, its KV.
 
-use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use llama_cpp_sys_2 as sys;
 
+use super::tap::{LAYERS_MAX, Shared, Tap, on_tensor};
 use super::{Model, log};
-
-/// Name of the tensor behind the only layer of an inner stage's model.
-const LAYER_OUT: [u8; 8] = *b"l_out-0\0";
 
 /// How a context is made.
 #[derive(Clone, Copy, Debug)]
@@ -20,8 +17,11 @@ pub(crate) struct ContextOptions {
     pub n_batch: u32,
     /// Compute threads.
     pub n_threads: u32,
-    /// Whether rows are taken behind layer 0 instead of at the head.
-    pub tap: bool,
+    /// The model's layer that rows enter at: what lies before is not computed.
+    pub enter: u32,
+    /// The model's layer that rows are taken behind: what follows is not
+    /// computed. `None`: logits.
+    pub leave: Option<u32>,
 }
 
 /// What a call computes.
@@ -48,16 +48,16 @@ unsafe impl Send for ThreadPool {}
 unsafe impl Sync for ThreadPool {}
 
 impl ThreadPool {
-    /// A pool, or `None` for a single thread, which needs none.
-    pub(crate) fn new(n_threads: u32) -> Option<Arc<ThreadPool>> {
-        if n_threads < 2 {
-            return None;
-        }
+    /// A pool; that of one thread is no thread, but saves making it anew.
+    pub(crate) fn new(n_threads: u32) -> Result<Arc<ThreadPool>, String> {
         // SAFETY: a plain value.
         let mut params = unsafe { sys::ggml_threadpool_params_default(n_threads as i32) };
         // SAFETY: `params` is initialised.
         let ptr = unsafe { sys::ggml_threadpool_new(&raw mut params) };
-        NonNull::new(ptr).map(|ptr| Arc::new(ThreadPool { ptr }))
+        match NonNull::new(ptr) {
+            Some(ptr) => Ok(Arc::new(ThreadPool { ptr })),
+            None => Err(format!("no pool of {n_threads} threads")),
+        }
     }
 }
 
@@ -68,12 +68,6 @@ impl Drop for ThreadPool {
     }
 }
 
-/// Where the callback puts what it sees. Boxed: C keeps its address.
-struct Tap {
-    rows: Vec<f32>,
-    seen: bool,
-}
-
 /// Rows of the batch that C reads; kept, so that a call allocates nothing.
 struct Batch {
     pos: Vec<i32>,
@@ -82,23 +76,26 @@ struct Batch {
     output: Vec<i8>,
     token: Vec<i32>,
     /// What every element of `seq_id` points to.
-    _zero: Box<i32>,
+    _zero: Shared<i32>,
 }
 
 /// An owned `llama_context`.
 pub(crate) struct Context {
     ptr: NonNull<sys::llama_context>,
-    tap: Option<Box<Tap>>,
+    tap: Option<Shared<Tap>>,
+    /// Outputs that a tapped call declares: as many as its last layer computes.
+    tapped: Output,
     batch: Batch,
+    n_embd: usize,
     n_vocab: usize,
     // Both outlive `ptr`: dropped after it, in order of declaration.
     _model: Model,
-    _threads: Option<Arc<ThreadPool>>,
+    _threads: Arc<ThreadPool>,
 }
 
 // SAFETY: llama.cpp's contexts have no ties to a thread; `&mut self` on every
 // call keeps it to one at a time. The raw pointers in `batch` and `tap` are to
-// boxes that move along.
+// memory that they own.
 unsafe impl Send for Context {}
 
 /// What enters a call.
@@ -114,20 +111,27 @@ impl Context {
     pub(crate) fn new(
         model: &Model,
         options: &ContextOptions,
-        threads: Option<&Arc<ThreadPool>>,
+        threads: &Arc<ThreadPool>,
     ) -> Result<Context, String> {
         log::clear();
-        let mut tap = options.tap.then(|| {
-            Box::new(Tap {
-                rows: Vec::new(),
-                seen: false,
-            })
-        });
+        let n_layer = model.n_layer();
+        let enter = options.enter.checked_sub(1);
+        let tap = (enter.is_some() || options.leave.is_some())
+            .then(|| Shared::new(Tap::new(enter, options.leave)));
+        if tap.is_some() && n_layer > LAYERS_MAX {
+            return Err(format!("a model of {n_layer} layers is not entered inside"));
+        }
+        // Only the last layer computes no more rows than are declared as outputs.
+        let tapped = match options.leave {
+            Some(layer) if layer + 1 < n_layer => Output::Last,
+            _ => Output::All,
+        };
         // SAFETY: no arguments.
         let mut params = unsafe { sys::llama_context_default_params() };
         params.n_ctx = options.n_ctx;
         params.n_batch = options.n_batch;
         params.n_ubatch = options.n_batch;
+        params.n_outputs_max = u32::from(tapped == Output::Last);
         params.n_seq_max = 1;
         params.n_threads = options.n_threads as i32;
         params.n_threads_batch = options.n_threads as i32;
@@ -135,31 +139,27 @@ impl Context {
         // Without, a windowed layer forgets what truncation needs again.
         params.swa_full = true;
         params.no_perf = true;
-        if let Some(tap) = &mut tap {
+        if let Some(tap) = &tap {
             params.cb_eval = Some(on_tensor);
-            params.cb_eval_user_data = (&raw mut **tap).cast();
+            params.cb_eval_user_data = tap.as_ptr().cast();
         }
-        // SAFETY: the model lives; `tap` is boxed and outlives the context.
+        // SAFETY: the model lives; `tap` outlives the context.
         let ptr = unsafe { sys::llama_init_from_model(model.as_ptr(), params) };
         let Some(ptr) = NonNull::new(ptr) else {
             return Err(log::errors("no context"));
         };
-        if let Some(threads) = threads {
-            let pool = threads.ptr.as_ptr();
-            // SAFETY: both live, and the pool outlives the context.
-            unsafe { sys::llama_attach_threadpool(ptr.as_ptr(), pool, pool) };
-        }
-        // SAFETY: the model lives.
-        let vocab = unsafe { sys::llama_model_get_vocab(model.as_ptr()) };
-        // SAFETY: the vocabulary is the model's.
-        let n_vocab = unsafe { sys::llama_vocab_n_tokens(vocab) };
+        let pool = threads.ptr.as_ptr();
+        // SAFETY: both live, and the pool outlives the context.
+        unsafe { sys::llama_attach_threadpool(ptr.as_ptr(), pool, pool) };
         Ok(Context {
             ptr,
             tap,
+            tapped,
             batch: Batch::new(options.n_batch as usize),
-            n_vocab: usize::try_from(n_vocab).unwrap_or(0),
+            n_embd: model.n_embd() as usize,
+            n_vocab: model.n_vocab() as usize,
             _model: Arc::clone(model),
-            _threads: threads.map(Arc::clone),
+            _threads: Arc::clone(threads),
         })
     }
 
@@ -187,7 +187,7 @@ impl Context {
     }
 
     /// Runs `n_rows` rows from position `pos0` on; `out` is replaced by the rows
-    /// asked for: hidden ones behind a tap (always all), else logits.
+    /// asked for: hidden ones behind a layer (always all), else logits.
     pub(crate) fn run(
         &mut self,
         rows: &Rows<'_>,
@@ -196,27 +196,60 @@ impl Context {
         output: Output,
         out: &mut Vec<f32>,
     ) -> Result<(), String> {
+        let (len, expected) = match rows {
+            Rows::Tokens(tokens) => (tokens.len(), n_rows),
+            Rows::Hidden(rows) => (rows.len(), n_rows.saturating_mul(self.n_embd)),
+        };
+        let n_batch = self.batch.pos.len();
+        if len != expected || n_rows == 0 || n_rows > n_batch {
+            let why = format!("{len} values for {n_rows} rows, at most {n_batch} are possible");
+            return Err(why);
+        }
         log::clear();
+        let Some(tap) = &self.tap else {
+            self.decode(rows, n_rows, pos0, output)?;
+            return self.take_logits(n_rows, output, out);
+        };
+        let tap = tap.as_ptr();
+        // SAFETY: ours, and no call is in progress that would touch it.
+        unsafe { (*tap).begin(rows, out) };
+        let output = if self.leaves() { self.tapped } else { output };
+        let decoded = self.decode(rows, n_rows, pos0, output);
+        // SAFETY: as above.
+        let taken = unsafe { (*tap).end(out) };
+        decoded?;
+        taken?;
+        match self.leaves() {
+            false => self.take_logits(n_rows, output, out),
+            true if out.len() == n_rows * self.n_embd => Ok(()),
+            true => Err(format!("{} values for {n_rows} rows left", out.len())),
+        }
+    }
+
+    /// Whether rows are taken behind a layer.
+    fn leaves(&self) -> bool {
+        // SAFETY: ours, and never written after it was made.
+        self.tap
+            .as_ref()
+            .is_some_and(|tap| unsafe { (*tap.as_ptr()).leaves() })
+    }
+
+    fn decode(
+        &mut self,
+        rows: &Rows<'_>,
+        n_rows: usize,
+        pos0: u32,
+        output: Output,
+    ) -> Result<(), String> {
         let batch = self.batch.fill(rows, n_rows, pos0, output);
-        if let Some(tap) = &mut self.tap {
-            tap.seen = false;
-            std::mem::swap(&mut tap.rows, out);
-        }
-        // SAFETY: the batch's arrays have `n_rows` elements and live through
-        // the call, which does not write to them.
+        // SAFETY: the batch's arrays have `n_rows` elements, its rows `n_embd`
+        // each (checked by `run`); they live through the call, which does not
+        // write to them.
         let status = unsafe { sys::llama_decode(self.ptr.as_ptr(), batch) };
-        if let Some(tap) = &mut self.tap {
-            std::mem::swap(&mut tap.rows, out);
-            return match (status, tap.seen) {
-                (0, true) => Ok(()),
-                (0, false) => Err("the layer's output was not seen".into()),
-                _ => Err(log::errors("llama_decode failed")),
-            };
+        if status == 0 {
+            return Ok(());
         }
-        if status != 0 {
-            return Err(log::errors("llama_decode failed"));
-        }
-        self.take_logits(n_rows, output, out)
+        Err(log::errors("llama_decode failed"))
     }
 
     fn take_logits(
@@ -257,8 +290,8 @@ impl Drop for Context {
 
 impl Batch {
     fn new(n: usize) -> Batch {
-        let mut zero = Box::new(0i32);
-        let seq_id = vec![&raw mut *zero; n];
+        let zero = Shared::new(0i32);
+        let seq_id = vec![zero.as_ptr(); n];
         Batch {
             pos: vec![0; n],
             n_seq_id: vec![1; n],
@@ -269,7 +302,7 @@ impl Batch {
         }
     }
 
-    /// The C view of `n_rows` rows; the caller has checked that they fit.
+    /// The C view of `n_rows` rows, which fit.
     fn fill(
         &mut self,
         rows: &Rows<'_>,
@@ -277,12 +310,11 @@ impl Batch {
         pos0: u32,
         output: Output,
     ) -> sys::llama_batch {
-        let n_rows = n_rows.min(self.pos.len());
         for (i, pos) in self.pos.iter_mut().enumerate().take(n_rows) {
             *pos = pos0 as i32 + i as i32;
         }
         self.output.fill(i8::from(output == Output::All));
-        if output == Output::Last && n_rows > 0 {
+        if output == Output::Last {
             self.output[n_rows - 1] = 1;
         }
         let (mut token, mut embd) = (std::ptr::null_mut(), std::ptr::null_mut());
@@ -307,33 +339,42 @@ impl Batch {
     }
 }
 
-/// Asked about each tensor before it is computed and, where wanted, after.
-/// Takes the layer's output and ends the graph there, so that an inner stage
-/// computes neither norm nor head.
-unsafe extern "C" fn on_tensor(tensor: *mut sys::ggml_tensor, ask: bool, tap: *mut c_void) -> bool {
-    // SAFETY: ggml passes a live tensor; its name has 64 bytes. Compared as a
-    // word: this is called some thirty times a layer and token.
-    let name = unsafe { *(&raw const (*tensor).name).cast::<[u8; 8]>() };
-    if name != LAYER_OUT {
-        return !ask;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::llama::FileModel;
+    use crate::{RandomShape, RandomWeights, random_model};
+
+    #[test]
+    fn a_call_of_another_length_than_its_rows_does_not_reach_c() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.gguf");
+        let shape = RandomShape::tiny();
+        random_model("llama", &shape, RandomWeights::Q4KM, 1, &path).unwrap();
+        let model = FileModel::from_path(&path).unwrap();
+        let threads = ThreadPool::new(1).unwrap();
+        let n_embd = shape.n_embd as usize;
+        let rows = vec![0.5; 5 * n_embd];
+        for (enter, leave) in [(0, None), (1, None), (0, Some(1)), (1, Some(2))] {
+            let options = ContextOptions {
+                n_ctx: 256,
+                n_batch: 4,
+                n_threads: 1,
+                enter,
+                leave,
+            };
+            let mut context = Context::new(&model, &options, &threads).unwrap();
+            let mut out = Vec::new();
+            let mut run =
+                |rows: Rows<'_>, n_rows| context.run(&rows, n_rows, 0, Output::All, &mut out);
+            for (len, n_rows) in [(n_embd - 1, 1), (n_embd + 1, 1), (2 * n_embd, 1), (0, 0)] {
+                assert!(run(Rows::Hidden(&rows[..len]), n_rows).is_err(), "{len}");
+            }
+            assert!(run(Rows::Hidden(&rows), 5).is_err(), "over the batch");
+            assert!(run(Rows::Tokens(&[1, 2]), 3).is_err());
+            run(Rows::Hidden(&rows[..2 * n_embd]), 2).unwrap();
+            let width = leave.map_or(shape.n_vocab as usize, |_| n_embd);
+            assert_eq!(out.len(), 2 * width);
+        }
     }
-    if ask {
-        return true;
-    }
-    // SAFETY: set by `Context::new` to a box that lives as long; nothing else
-    // touches it during a call.
-    let tap = unsafe { &mut *tap.cast::<Tap>() };
-    // SAFETY: ggml passes a live tensor.
-    if unsafe { (*tensor).type_ } != sys::GGML_TYPE_F32 {
-        return false; // not seen: the caller's error
-    }
-    // SAFETY: ggml passes a live tensor.
-    let n_bytes = unsafe { sys::ggml_nbytes(tensor) };
-    tap.rows.clear();
-    tap.rows.resize(n_bytes / size_of::<f32>(), 0.0);
-    // SAFETY: the tensor is f32 (a layer's output always is), computed and
-    // synchronised; `rows` has room for all its bytes.
-    unsafe { sys::ggml_backend_tensor_get(tensor, tap.rows.as_mut_ptr().cast(), 0, n_bytes) };
-    tap.seen = true;
-    false
 }

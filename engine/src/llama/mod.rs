@@ -6,14 +6,18 @@
 mod context;
 mod log;
 mod model;
+#[cfg(target_os = "linux")]
+mod pages;
 mod quant;
 mod sampler;
+mod tap;
 mod vocab;
 
 pub(crate) use context::{Context, ContextOptions, Output, Rows, ThreadPool};
 pub(crate) use model::{FileModel, Model};
 pub(crate) use quant::{dequantize_row, quantize_file, quantize_rows};
 pub(crate) use sampler::{Chain, Link};
+pub(crate) use tap::LAYERS_MAX;
 pub(crate) use vocab::VocabModel;
 
 use std::ffi::CStr;
@@ -25,6 +29,7 @@ use llama_cpp_sys_2 as sys;
 pub(crate) fn start() {
     static START: Once = Once::new();
     START.call_once(|| {
+        keep_large_blocks_apart();
         // SAFETY: the callback is a plain function without state; called once,
         // before any other call into the library.
         unsafe { sys::llama_log_set(Some(log::forward), std::ptr::null_mut()) };
@@ -33,17 +38,41 @@ pub(crate) fn start() {
     });
 }
 
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+unsafe extern "C" {
+    fn malloc_trim(pad: usize) -> std::ffi::c_int;
+    fn mallopt(what: std::ffi::c_int, value: std::ffi::c_int) -> std::ffi::c_int;
+}
+
+/// A context reserves some 20 MB and touches a tenth of it. Mapped on its own,
+/// the rest costs nothing, and all of it goes back to the system when it is
+/// freed. The C library begins so, but stops as soon as it has seen a large
+/// block freed, unless it is told where large begins: where it did at first.
+fn keep_large_blocks_apart() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        const M_MMAP_THRESHOLD: std::ffi::c_int = -3;
+        // SAFETY: takes numbers, changes where later blocks come from.
+        unsafe { mallopt(M_MMAP_THRESHOLD, 128 << 10) };
+    }
+}
+
 /// Gives memory that was freed back to the system: the C library keeps it
 /// otherwise, and an idle node would look busy.
 pub(crate) fn trim() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    {
-        unsafe extern "C" {
-            fn malloc_trim(pad: usize) -> std::ffi::c_int;
-        }
-        // SAFETY: takes a number, touches only free memory.
-        unsafe { malloc_trim(0) };
-    }
+    // SAFETY: takes a number, touches only free memory.
+    unsafe {
+        malloc_trim(0)
+    };
+}
+
+/// Asks for a model's weights to lie in huge pages, where there are such.
+pub(crate) fn use_huge_pages(model: &Model) {
+    #[cfg(target_os = "linux")]
+    pages::use_huge_pages(model);
+    #[cfg(not(target_os = "linux"))]
+    let _ = model;
 }
 
 /// A description of a backend device: name, what it is, free and total bytes.

@@ -74,6 +74,26 @@ impl FileModel {
         unsafe { sys::llama_model_size(self.ptr.as_ptr()) }
     }
 
+    /// Layers.
+    pub(super) fn n_layer(&self) -> u32 {
+        // SAFETY: the model lives.
+        unsafe { sys::llama_model_n_layer(self.ptr.as_ptr()) }.unsigned_abs()
+    }
+
+    /// Floats in a hidden row.
+    pub(super) fn n_embd(&self) -> u32 {
+        // SAFETY: the model lives.
+        unsafe { sys::llama_model_n_embd(self.ptr.as_ptr()) }.unsigned_abs()
+    }
+
+    /// Floats in a logits row.
+    pub(super) fn n_vocab(&self) -> u32 {
+        // SAFETY: the model lives.
+        let vocab = unsafe { sys::llama_model_get_vocab(self.ptr.as_ptr()) };
+        // SAFETY: the vocabulary is the model's.
+        unsafe { sys::llama_vocab_n_tokens(vocab) }.unsigned_abs()
+    }
+
     pub(super) fn as_ptr(&self) -> *mut sys::llama_model {
         self.ptr.as_ptr()
     }

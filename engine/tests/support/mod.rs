@@ -303,3 +303,11 @@ pub fn demo() -> Option<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo.gguf");
     path.exists().then_some(path)
 }
+
+/// A figure of this process, from a file in `/proc/self` that counts in KiB.
+pub fn process_bytes(file: &str, key: &str) -> u64 {
+    let text = std::fs::read_to_string(Path::new("/proc/self").join(file)).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    let number = line.and_then(|line| line.split_whitespace().next());
+    number.map_or(0, |kib| kib.parse::<u64>().unwrap() << 10)
+}

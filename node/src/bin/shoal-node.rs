@@ -16,7 +16,7 @@ struct Cli {
 fn main() -> ExitCode {
     let Cli { args } = Cli::parse();
     let wanted = args.ready_json;
-    match daemon::run(&args, |ready| print_ready(wanted, ready)) {
+    match daemon::run(args, move |ready| print_ready(wanted, ready)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => report(&error),
     }

@@ -14,6 +14,7 @@ use std::{
     convert::Infallible,
     io,
     sync::{Arc, Mutex, PoisonError},
+    time::Instant,
 };
 
 use futures::{AsyncReadExt, AsyncWriteExt, FutureExt, future::BoxFuture};
@@ -26,6 +27,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::compat::FuturesAsyncReadCompatExt;
 
 use super::stream::Stream;
+use crate::seldom::Seldom;
 
 /// The stream is in the acceptor's queue.
 pub(super) const ADMITTED: u8 = 1;
@@ -36,6 +38,7 @@ pub(super) const BUSY: u8 = 2;
 #[derive(Default)]
 pub(super) struct Acceptors {
     queues: Mutex<HashMap<String, mpsc::Sender<(Peer, Stream)>>>,
+    refusing: Seldom,
 }
 
 impl Acceptors {
@@ -103,7 +106,12 @@ impl InboundUpgrade<libp2p::Stream> for Admit {
         async move {
             let slot = self.slots.clone().try_acquire_owned().ok();
             let (Some(slot), Some(place)) = (slot, self.acceptors.reserve(name.as_ref())) else {
-                tracing::warn!(peer = %self.remote, protocol = %name, "stream refused: queue full");
+                let peer = self.remote;
+                if self.acceptors.refusing.now(Instant::now()) {
+                    tracing::warn!(%peer, protocol = %name, "streams are refused: queue full");
+                } else {
+                    tracing::debug!(%peer, protocol = %name, "stream refused: queue full");
+                }
                 stream.write_all(&[BUSY]).await?;
                 return stream.close().await;
             };

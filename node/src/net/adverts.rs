@@ -17,12 +17,14 @@ use shard_registry::{AdvertTable, Outcome, Refusal, Snapshot};
 use swarm_proto::{Advert, Measured, ModelAdvert, ModelId, Peer, SignedAdvert, SwarmId};
 use tokio::{
     sync::{mpsc, oneshot, watch},
+    task::JoinSet,
     time::Instant,
 };
 
 use super::{
     driver::{Command, Notice},
     handle::{Inner, Net},
+    snapshots::Snapshots,
 };
 
 /// How often we say that we are there.
@@ -36,8 +38,6 @@ const REPEAT_FIRST: Duration = Duration::from_secs(1);
 const PUBLISH_PAUSE: Duration = Duration::from_millis(500);
 /// How often expired adverts are swept out.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
-/// Snapshots taken from the first peers we meet: one would do, unless it has just started itself.
-const SNAPSHOTS_WANTED: usize = 3;
 /// Adverts just checked, by hash: the same one comes on two topics and from several sides.
 const RECENT_MAX: usize = 512;
 /// Requests to publish that may wait.
@@ -174,8 +174,10 @@ struct Task {
     published: Option<Instant>,
     due: Option<Instant>,
     repeat: Duration,
-    snapshots_asked: usize,
-    synced: Arc<watch::Sender<usize>>,
+    snapshots: Snapshots,
+    /// Requests for snapshots under way: whom, and whether it gave one.
+    asking: JoinSet<(Peer, bool)>,
+    synced: watch::Sender<usize>,
 }
 
 /// Starts the task; `net` is given by the caller once the handle exists.
@@ -201,8 +203,9 @@ pub(super) fn start(
         published: None,
         due: None,
         repeat: REPEAT_FIRST,
-        snapshots_asked: 0,
-        synced: Arc::new(synced),
+        snapshots: Snapshots::new(TTL),
+        asking: JoinSet::new(),
+        synced,
     };
     tokio::spawn(task.run(notices, inbox));
     Publisher {
@@ -243,7 +246,15 @@ impl Task {
                     Some(notice) => self.on_notice(notice).await,
                     None => return,
                 },
-                _ = sweep.tick() => self.adverts.sweep(),
+                Some(asked) = self.asking.join_next() => {
+                    if let Ok((peer, given)) = asked {
+                        self.answered(&peer, given);
+                    }
+                }
+                _ = sweep.tick() => {
+                    self.adverts.sweep();
+                    self.ask_snapshots();
+                }
             }
         }
     }
@@ -273,10 +284,14 @@ impl Task {
                 .await;
             }
             Notice::Identified { peer, fetch } => {
-                if fetch && self.snapshots_asked < SNAPSHOTS_WANTED {
-                    self.snapshots_asked += 1;
-                    self.ask_snapshot(peer);
+                if fetch {
+                    self.snapshots.connected(peer, Instant::now().into());
+                    self.ask_snapshots();
                 }
+            }
+            Notice::Disconnected { peer } => {
+                self.snapshots.disconnected(&peer, Instant::now().into());
+                self.ask_snapshots();
             }
             Notice::Subscribed | Notice::Listening => self.publish_soon(),
         }
@@ -321,20 +336,27 @@ impl Task {
         self.recent_set.insert(hash);
     }
 
-    fn ask_snapshot(&self, peer: Peer) {
+    fn ask_snapshots(&mut self) {
         let Some(inner) = self.net.upgrade() else {
             return;
         };
-        let synced = self.synced.clone();
-        tokio::spawn(async move {
-            match Net::from_inner(inner).fetch_snapshot(peer, &[]).await {
-                Ok(news) => {
-                    tracing::debug!(%peer, news, "took over the adverts a peer knows");
-                    synced.send_modify(|done| *done += 1);
+        for peer in self.snapshots.next(Instant::now().into()) {
+            let net = Net::from_inner(inner.clone());
+            self.asking.spawn(async move {
+                let given = net.fetch_snapshot(peer, &[]).await;
+                match &given {
+                    Ok(news) => tracing::debug!(%peer, news, "took over the adverts a peer knows"),
+                    Err(error) => tracing::debug!(%peer, %error, "no adverts from this peer"),
                 }
-                Err(error) => tracing::debug!(%peer, %error, "no adverts from this peer"),
-            }
-        });
+                (peer, given.is_ok())
+            });
+        }
+    }
+
+    fn answered(&mut self, peer: &Peer, given: bool) {
+        self.snapshots.answered(peer, given, Instant::now().into());
+        self.synced.send_modify(|done| *done += usize::from(given));
+        self.ask_snapshots();
     }
 
     fn publish_soon(&mut self) {
@@ -431,8 +453,9 @@ mod tests {
             published: None,
             due: None,
             repeat: REPEAT_FIRST,
-            snapshots_asked: 0,
-            synced: Arc::new(watch::Sender::new(0)),
+            snapshots: Snapshots::new(TTL),
+            asking: JoinSet::new(),
+            synced: watch::Sender::new(0),
         }
     }
 

@@ -17,11 +17,12 @@ use libp2p::{
     mdns, ping,
     swarm::{NetworkBehaviour, behaviour::toggle::Toggle},
 };
-use swarm_proto::SwarmId;
+use swarm_proto::{SwarmId, advert::ADVERT_MODELS_MAX};
 
 use super::{
     admission::Acceptors,
     gate::{Access, Gate},
+    providers::{PROVIDE_INTERVAL, RECORD_TTL, RECORDS_MAX},
     streams::Streams,
 };
 
@@ -94,7 +95,7 @@ impl Behaviour {
         Ok(Self {
             gate: Gate(parts.access),
             limits: connection_limits::Behaviour::new(limits()),
-            streams: Streams::new(parts.swarm.clone(), parts.acceptors),
+            streams: Streams::new(parts.acceptors),
             identify: identify::Behaviour::new(
                 identify::Config::new(parts.swarm.identify_protocol(), parts.keypair.public())
                     .with_agent_version(parts.agent)
@@ -171,12 +172,15 @@ fn kademlia(
         // Nothing enters the store unless the driver has looked at it.
         .set_record_filtering(kad::StoreInserts::FilterBoth)
         .set_query_timeout(Duration::from_secs(20))
+        .set_provider_publication_interval(Some(PROVIDE_INTERVAL))
+        .set_provider_record_ttl(Some(RECORD_TTL))
         .set_max_packet_size(16 * 1024);
     let store = kad::store::MemoryStoreConfig {
         max_records: 0,
         max_value_bytes: 0,
         max_providers_per_key: kad::K_VALUE.get(),
-        max_provided_keys: 64,
+        // Others' keys and our own share it; the driver bounds the others'.
+        max_provided_keys: RECORDS_MAX + ADVERT_MODELS_MAX,
     };
     let mut kad = kad::Behaviour::with_config(me, MemoryStore::with_config(me, store), config);
     // Left alone it stays a client until somebody confirms an address of ours, which on a LAN or
@@ -198,6 +202,26 @@ fn mdns_toggle(me: PeerId, wanted: bool) -> Option<mdns::tokio::Behaviour> {
         Err(error) => {
             tracing::warn!(%error, "mDNS is not available: peers on this network are not found by themselves; use --peer");
             None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kad::{ProviderRecord, RecordKey, store::RecordStore};
+
+    #[test]
+    fn the_keys_of_others_leave_room_for_our_own() {
+        let swarm = "t".parse().unwrap();
+        let mut kad = kademlia(PeerId::random(), &swarm, true).unwrap();
+        let key = |n: usize| RecordKey::new(&n.to_le_bytes());
+        for n in 0..RECORDS_MAX {
+            let record = ProviderRecord::new(key(n), PeerId::random(), Vec::new());
+            kad.store_mut().add_provider(record).unwrap();
+        }
+        for n in 0..ADVERT_MODELS_MAX {
+            kad.start_providing(key(RECORDS_MAX + n)).unwrap();
         }
     }
 }

@@ -15,6 +15,8 @@ struct Entry {
     peer: Option<PeerId>,
     pause: Duration,
     state: State,
+    /// The user was told that it is of no use.
+    told: bool,
 }
 
 #[derive(PartialEq, Eq)]
@@ -40,6 +42,7 @@ impl Bootstrap {
             addr,
             pause: PAUSE_MIN,
             state: State::Due(now),
+            told: false,
         };
         Self {
             entries: addrs.into_iter().map(entry).collect(),
@@ -102,11 +105,14 @@ impl Bootstrap {
         }
     }
 
-    /// The peer answered and is not one of us.
-    pub(super) fn useless(&mut self, peer: PeerId, now: Instant) {
+    /// The peer answered and is not one of us; true where the user gave it and has not been told.
+    pub(super) fn useless(&mut self, peer: PeerId, now: Instant) -> bool {
+        let mut news = false;
         for entry in self.entries.iter_mut().filter(|e| e.peer == Some(peer)) {
             entry.state = State::Useless(now + PAUSE_MAX);
+            news |= !std::mem::replace(&mut entry.told, true);
         }
+        news
     }
 }
 
@@ -172,7 +178,9 @@ mod tests {
         list.disconnected(peer, now);
         assert_eq!(list.next(), Some(now + PAUSE_MIN));
         list.connected(peer, id);
-        list.useless(peer, now);
+        assert!(list.useless(peer, now));
+        assert!(!list.useless(peer, now), "told once");
+        assert!(!list.useless(PeerId::random(), now), "nobody asked for it");
         list.disconnected(peer, now);
         assert_eq!(list.next(), Some(now + PAUSE_MAX));
     }

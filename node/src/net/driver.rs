@@ -30,9 +30,12 @@ use super::{
     behaviour::{Behaviour, BehaviourEvent},
     bootstrap::Bootstrap,
     facts::Facts,
+    providers::Providers,
+    stream::{OpenError, Proto},
     streams::OpenRequest,
+    transport::explain_dial,
 };
-use crate::identity::peer_of;
+use crate::{identity::peer_of, seldom::Seldom};
 
 /// Events that may wait for the adverts task before the swarm is no longer polled.
 pub(super) const OUTBOX_MAX: usize = 256;
@@ -42,14 +45,13 @@ const PENDING_MAX: usize = 8;
 const DISCOVERED_MAX: usize = 64;
 /// Provider queries that may run at once.
 const QUERIES_MAX: usize = 32;
-/// How long the last messages (a withdrawn advert) may take to leave. Gossipsub has no receipt;
-/// the connections' own tasks write within a few milliseconds.
+/// How long the last messages (a withdrawn advert) may take to leave, where there are any. Gossipsub
+/// has no receipt; the connections' own tasks write within a few milliseconds. What streams wrote
+/// needs no such wait: a connection sends it before it closes.
 const LINGER: Duration = Duration::from_millis(300);
 /// A stranger's connection is kept this long after identify, so that streams being opened on it
 /// fail with the reason and not with a lost connection, on both sides.
 const STRANGER_GRACE: Duration = Duration::from_secs(2);
-/// Providers one key may have with us: an attacker's keys and ours share the store.
-const PROVIDER_KEYS_MAX: usize = 4096;
 
 /// What the driver is asked to do.
 pub(super) enum Command {
@@ -84,6 +86,8 @@ pub(super) enum Notice {
     },
     /// A peer of our swarm that serves the fetch protocol is connected.
     Identified { peer: Peer, fetch: bool },
+    /// A peer of our swarm has no connection left.
+    Disconnected { peer: Peer },
     /// Somebody new listens to adverts.
     Subscribed,
     /// Our own addresses changed.
@@ -101,7 +105,10 @@ pub(super) struct Driver {
     pub(super) queries: HashMap<kad::QueryId, (Vec<Peer>, oneshot::Sender<Vec<Peer>>)>,
     pub(super) facts: Arc<Facts>,
     pub(super) shutdown: watch::Receiver<bool>,
-    pub(super) provider_keys: HashMap<kad::RecordKey, ()>,
+    pub(super) providers: Providers,
+    pub(super) listener: Seldom,
+    /// Gossip of ours may still be on its way.
+    pub(super) published: bool,
     /// Connected strangers and when they are let go.
     pub(super) strangers: VecDeque<(Instant, PeerId)>,
 }
@@ -143,7 +150,9 @@ impl Driver {
         while let Ok(command) = self.commands.try_recv() {
             self.on_command(command);
         }
-        let _ = tokio::time::timeout(LINGER, self.drive_only()).await;
+        if self.published {
+            let _ = tokio::time::timeout(LINGER, self.drive_only()).await;
+        }
         let peers: Vec<PeerId> = self.swarm.connected_peers().copied().collect();
         for peer in peers {
             let _ = self.swarm.disconnect_peer_id(peer);
@@ -203,7 +212,8 @@ impl Driver {
         for topic in topics {
             let gossip = &mut self.swarm.behaviour_mut().gossip;
             match gossip.publish(IdentTopic::new(topic), bytes) {
-                Ok(_) | Err(gossipsub::PublishError::NoPeersSubscribedToTopic) => {}
+                Ok(_) => self.published = true,
+                Err(gossipsub::PublishError::NoPeersSubscribedToTopic) => {}
                 Err(error) => tracing::debug!(%error, topic, "advert not published"),
             }
         }
@@ -247,7 +257,7 @@ impl Driver {
 
     fn bootstrap_failed(&mut self, id: ConnectionId, error: &DialError) {
         if self.bootstrap.failed(id, Instant::now()) {
-            tracing::info!(error = %describe(error), "a peer given by --peer does not answer yet; trying on");
+            tracing::info!(error = %explain_dial(error), "a peer given by --peer does not answer yet; trying on");
         }
     }
 
@@ -264,7 +274,14 @@ impl Driver {
                     self.listening(None, Some(address));
                 }
             }
-            SwarmEvent::ListenerError { error, .. } => tracing::warn!(%error, "listener"),
+            // Connections that are broken off while they are accepted show here too.
+            SwarmEvent::ListenerError { error, .. } => {
+                if self.listener.now(Instant::now()) {
+                    tracing::warn!(%error, "listener");
+                } else {
+                    tracing::debug!(%error, "listener");
+                }
+            }
             SwarmEvent::ConnectionEstablished {
                 peer_id,
                 connection_id,
@@ -283,6 +300,7 @@ impl Driver {
                 self.bootstrap.disconnected(peer_id, Instant::now());
                 if let Some(peer) = peer_of(&peer_id) {
                     self.facts.disconnected(&peer);
+                    self.pending.push_back(Notice::Disconnected { peer });
                 }
             }
             SwarmEvent::OutgoingConnectionError {
@@ -290,7 +308,7 @@ impl Driver {
                 peer_id,
                 error,
             } => {
-                tracing::debug!(?peer_id, error = %describe(&error), "dial failed");
+                tracing::debug!(?peer_id, error = %explain_dial(&error), "dial failed");
                 self.bootstrap_failed(connection_id, &error);
             }
             SwarmEvent::IncomingConnectionError {
@@ -356,34 +374,39 @@ impl Driver {
         }
     }
 
-    /// A stranger is told to the user and let go; one of us is remembered.
+    /// A stranger is let go, and told to the user who gave us its address; one of us is remembered.
     fn identified(&mut self, id: PeerId, info: identify::Info) {
-        let theirs = swarm_in(&info.protocol_version);
+        let Some(peer) = peer_of(&id) else {
+            // No stream is opened to such a peer, and its adverts name nobody.
+            return;
+        };
+        let stranger = OpenError::stranger(peer, &info.protocol_version, &self.swarm_id);
         self.swarm
             .behaviour_mut()
             .streams
-            .identified(id, theirs, &info.protocols);
-        if theirs != Some(self.swarm_id.as_str()) {
-            let theirs = theirs.unwrap_or("none");
-            tracing::warn!(
-                peer = %id,
-                "peer speaks swarm {theirs}, we are {}: disconnecting",
-                self.swarm_id
-            );
-            let now = Instant::now();
-            self.bootstrap.useless(id, now);
-            self.strangers.push_back((now + STRANGER_GRACE, id));
+            .identified(id, stranger.clone(), &info.protocols);
+        if let Some(why) = stranger {
+            self.estranged(id, why);
             return;
         }
         for addr in info.listen_addrs.into_iter().take(8) {
             self.swarm.behaviour_mut().kad.add_address(&id, addr);
         }
-        if let Some(peer) = peer_of(&id) {
-            self.facts.connected(peer);
-            let fetch = super::stream::Proto::Fetch.name(&self.swarm_id);
-            let fetch = info.protocols.iter().any(|p| p.as_ref() == fetch);
-            self.pending.push_back(Notice::Identified { peer, fetch });
+        self.facts.connected(peer);
+        let fetch = Proto::Fetch.name(&self.swarm_id);
+        let fetch = info.protocols.iter().any(|p| p.as_ref() == fetch);
+        self.pending.push_back(Notice::Identified { peer, fetch });
+    }
+
+    fn estranged(&mut self, id: PeerId, why: OpenError) {
+        let now = Instant::now();
+        if self.bootstrap.useless(id, now) {
+            tracing::warn!("given by --peer: {why}; disconnecting");
+        } else {
+            tracing::debug!("{why}; disconnecting");
         }
+        self.facts.stranger(why);
+        self.strangers.push_back((now + STRANGER_GRACE, id));
     }
 
     fn discovered(&mut self, found: Vec<(PeerId, Multiaddr)>) {
@@ -427,38 +450,20 @@ impl Driver {
         }
     }
 
-    /// Keys are model ids (32 bytes) and the table is bounded; Kademlia itself has checked that the
+    /// Keys are model ids (32 bytes) and the records are bounded; Kademlia itself has checked that the
     /// provider is the sender.
     fn keep_provider(&mut self, record: kad::ProviderRecord) {
         use kad::store::RecordStore;
-        if record.key.as_ref().len() != 32 || record.addresses.len() > 16 {
+        let now = Instant::now();
+        let store = self.swarm.behaviour_mut().kad.store_mut();
+        for (provider, key) in self.providers.sweep(now) {
+            store.remove_provider(&key, &provider);
+        }
+        let fits = record.key.as_ref().len() == 32 && record.addresses.len() <= 16;
+        if fits && self.providers.keep(record.provider, &record.key, now) {
+            let _ = store.add_provider(record);
+        } else {
             tracing::debug!(provider = %record.provider, "provider record refused");
-            return;
         }
-        if !self.provider_keys.contains_key(&record.key)
-            && self.provider_keys.len() >= PROVIDER_KEYS_MAX
-        {
-            tracing::debug!("provider table is full ({PROVIDER_KEYS_MAX} keys)");
-            return;
-        }
-        self.provider_keys.insert(record.key.clone(), ());
-        let _ = self
-            .swarm
-            .behaviour_mut()
-            .kad
-            .store_mut()
-            .add_provider(record);
-    }
-}
-
-/// The swarm that another peer's identify version names.
-fn swarm_in(version: &str) -> Option<&str> {
-    version.strip_prefix("/shoal/")?.split('/').next()
-}
-
-fn describe(error: &DialError) -> String {
-    match error {
-        DialError::Denied { cause } => cause.to_string(),
-        other => other.to_string(),
     }
 }

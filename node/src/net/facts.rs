@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -10,14 +10,20 @@ use libp2p::Multiaddr;
 use swarm_proto::Peer;
 use tokio::sync::watch;
 
+use super::stream::OpenError;
+
 /// Round trips kept per peer: the minimum of them is the path, the rest is queueing.
 const RTT_SAMPLES: usize = 16;
+
+/// Strangers remembered: enough to say why nobody of ours is there.
+const STRANGERS_MAX: usize = 16;
 
 /// The facts.
 pub(super) struct Facts {
     addrs: watch::Sender<Vec<Multiaddr>>,
     peers: watch::Sender<Vec<Peer>>,
     rtts: Mutex<HashMap<Peer, Vec<Duration>>>,
+    strangers: Mutex<Vec<OpenError>>,
 }
 
 impl Facts {
@@ -26,6 +32,7 @@ impl Facts {
             addrs: watch::Sender::new(Vec::new()),
             peers: watch::Sender::new(Vec::new()),
             rtts: Mutex::default(),
+            strangers: Mutex::default(),
         }
     }
 
@@ -48,14 +55,11 @@ impl Facts {
 
     pub(super) fn disconnected(&self, peer: &Peer) {
         self.peers.send_modify(|peers| peers.retain(|p| p != peer));
-        self.rtts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(peer);
+        lock(&self.rtts).remove(peer);
     }
 
     pub(super) fn rtt(&self, peer: Peer, rtt: Duration) {
-        let mut rtts = self.rtts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rtts = lock(&self.rtts);
         let samples = rtts.entry(peer).or_default();
         if samples.len() == RTT_SAMPLES {
             samples.remove(0);
@@ -65,12 +69,25 @@ impl Facts {
 
     /// The minimum round trip to each connected peer, nearest first.
     pub(super) fn rtts(&self) -> Vec<(Peer, Duration)> {
-        let rtts = self.rtts.lock().unwrap_or_else(PoisonError::into_inner);
+        let rtts = lock(&self.rtts);
         let least =
             |(peer, samples): (&Peer, &Vec<Duration>)| Some((*peer, *samples.iter().min()?));
         let mut least: Vec<_> = rtts.iter().filter_map(least).collect();
         least.sort_by_key(|(_, rtt)| *rtt);
         least
+    }
+
+    /// A peer answered that is none of us.
+    pub(super) fn stranger(&self, why: OpenError) {
+        let mut strangers = lock(&self.strangers);
+        if strangers.len() < STRANGERS_MAX {
+            strangers.push(why);
+        }
+    }
+
+    /// Why peers that answered are none of us, the first first.
+    pub(super) fn strangers(&self) -> Vec<OpenError> {
+        lock(&self.strangers).clone()
     }
 
     pub(super) fn addrs(&self) -> watch::Receiver<Vec<Multiaddr>> {
@@ -81,4 +98,9 @@ impl Facts {
     pub(super) fn peers(&self) -> watch::Receiver<Vec<Peer>> {
         self.peers.subscribe()
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each change is one call: no invariant spans a panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -4,7 +4,12 @@
 //! reply is held against the hash that was asked for, or, in a snapshot, against each signature.
 //! Weights do not travel here.
 
-use std::{future::Future, io, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use shard_registry::Manifest;
 use swarm_proto::{
@@ -21,10 +26,17 @@ use tokio::{
 use super::{
     handle::Net,
     stream::{OpenError, Proto, Stream},
+    uplink,
 };
+use crate::shares::Shares;
 
 /// Requests served at once: each may hold one reply (64 MiB at most, usually a few MiB) in memory.
 const SERVED_MAX: usize = 16;
+/// Requests that wait or are served, over all peers: a stream and a task each.
+const REQUESTS_MAX: usize = 256;
+/// Those of one peer: it asks for one thing after the other, and a few at once as it starts. What is
+/// more is dropped, so that slow readers hold their own places and nobody else's.
+const REQUESTS_PER_PEER_MAX: usize = 4;
 /// How long an opener may take to say what it wants.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a chunk may take to leave: 1 MiB on a 1 Mbit/s uplink needs eight seconds.
@@ -137,22 +149,31 @@ impl Net {
         let mut streams = self.accept(Proto::Fetch)?;
         let net = self.clone();
         let slots = Arc::new(Semaphore::new(SERVED_MAX));
+        let shares = Shares::new(REQUESTS_MAX, REQUESTS_PER_PEER_MAX);
         Some(tokio::spawn(async move {
             while let Some((peer, stream)) = streams.recv().await {
-                let Ok(slot) = slots.clone().acquire_owned().await else {
-                    return;
+                let share = match shares.take(peer) {
+                    Ok(share) => share,
+                    Err(why) => {
+                        tracing::debug!(%peer, ?why, "fetch request dropped");
+                        continue;
+                    }
                 };
-                let (net, shelf) = (net.clone(), shelf.clone());
+                let (net, shelf, slots) = (net.clone(), shelf.clone(), slots.clone());
                 tokio::spawn(async move {
-                    let served = tokio::time::timeout(SERVE_DEADLINE, serve(&net, shelf, stream));
-                    match served.await {
+                    let served = async {
+                        // Never closed.
+                        let _slot = slots.acquire().await;
+                        serve(&net, shelf, stream).await
+                    };
+                    match tokio::time::timeout(SERVE_DEADLINE, served).await {
                         Ok(Ok(())) => {}
                         Ok(Err(error)) => {
                             tracing::debug!(%peer, %error, "fetch request not served");
                         }
                         Err(_) => tracing::debug!(%peer, "fetch request given up: too slow"),
                     }
-                    drop(slot);
+                    drop(share);
                 });
             }
         }))
@@ -321,6 +342,8 @@ async fn ask(stream: Stream, request: Fetch, bytes_max: u64) -> Result<Option<Ve
             }
         }
     }
+    // It tells the holder that all was read; that the bytes are here does not depend on it.
+    let _ = frames.close().await;
     Ok(Some(bytes))
 }
 
@@ -344,7 +367,11 @@ async fn serve(net: &Net, shelf: Arc<dyn Shelf>, stream: Stream) -> Result<(), A
             return frames.close().await;
         }
         Err(error) => {
-            tracing::warn!(%error, "cannot read what a peer asks for");
+            if net.unreadable().now(Instant::now()) {
+                tracing::warn!(%error, "cannot read what peers ask for: was the model's file moved or changed?");
+            } else {
+                tracing::debug!(%error, "cannot read what a peer asks for");
+            }
             // The system's words may name our files: they stay here.
             let failed = Found::Failed("it is here and cannot be read".into());
             timed(frames.send(&failed, &[]))
@@ -353,6 +380,7 @@ async fn serve(net: &Net, shelf: Arc<dyn Shelf>, stream: Stream) -> Result<(), A
             return frames.close().await;
         }
     };
+    let start = Instant::now();
     timed(frames.send(
         &Found::Bytes {
             len: bytes.len() as u64,
@@ -365,7 +393,14 @@ async fn serve(net: &Net, shelf: Arc<dyn Shelf>, stream: Stream) -> Result<(), A
         let sent = tokio::time::timeout(CHUNK_DEADLINE, frames.send(&Found::Chunk, chunk)).await;
         sent.map_err(|_| late())??;
     }
-    frames.close().await
+    frames.close().await?;
+    if bytes.len() >= uplink::BYTES_MIN {
+        let read = tokio::time::timeout(CHUNK_DEADLINE, frames.end()).await;
+        read.map_err(|_| late())??;
+        let now = Instant::now();
+        net.with_uplink(|uplink| uplink.sent(bytes.len(), now - start, now));
+    }
+    Ok(())
 }
 
 async fn blocking<T: Send + 'static>(
@@ -420,5 +455,13 @@ impl Frames {
 
     async fn close(&mut self) -> Result<(), AskError> {
         Ok(self.stream.shutdown().await?)
+    }
+
+    /// Waits until the other side has closed its half, too.
+    async fn end(&mut self) -> Result<(), AskError> {
+        match self.stream.read(&mut self.chunk).await? {
+            0 => Ok(()),
+            n => Err(AskError::Reply(format!("{n} bytes after the request"))),
+        }
     }
 }

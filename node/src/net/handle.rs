@@ -3,13 +3,13 @@
 use std::{
     io,
     net::IpAddr,
-    sync::Arc,
+    sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
 
 use libp2p::{Multiaddr, StreamProtocol, Swarm, multiaddr::Protocol, swarm};
 use swarm_proto::{
-    Advert, Peer, SwarmId,
+    Advert, Measured, Peer, SwarmId,
     advert::{ADVERT_ADDRS_MAX, ADVERT_RTTS_MAX},
     session::ADDR_BYTES_MAX,
 };
@@ -29,8 +29,12 @@ use super::{
     stream::{OpenError, Proto, Stream},
     streams::OpenRequest,
     transport::{self, TransportError},
+    uplink::Uplink,
 };
-use crate::identity::{Identity, peer_id};
+use crate::{
+    identity::{Identity, peer_id},
+    seldom::Seldom,
+};
 
 /// Commands that may wait for the driver: it takes thousands a second, so a full queue means that
 /// it is stuck, and callers then wait up to their own deadline.
@@ -139,6 +143,9 @@ pub(super) struct Inner {
     commands: mpsc::Sender<Command>,
     shutdown: watch::Sender<bool>,
     driver: Mutex<Option<JoinHandle<()>>>,
+    /// Files that peers ask for cannot be read.
+    unreadable: Seldom,
+    uplink: std::sync::Mutex<Uplink>,
 }
 
 impl Net {
@@ -185,7 +192,9 @@ impl Net {
             queries: Default::default(),
             facts: facts.clone(),
             shutdown: stop,
-            provider_keys: Default::default(),
+            providers: Default::default(),
+            listener: Default::default(),
+            published: false,
             strangers: Default::default(),
         };
         let driver = tokio::spawn(driver.run());
@@ -205,6 +214,8 @@ impl Net {
             commands,
             shutdown,
             driver: Mutex::new(Some(driver)),
+            unreadable: Seldom::default(),
+            uplink: Default::default(),
         });
         let net = Self { inner };
         net.wait_listening(listen.len()).await?;
@@ -248,6 +259,11 @@ impl Net {
     /// Peers of our swarm that we are connected to now; changes as they come and go.
     pub fn peers(&self) -> watch::Receiver<Vec<Peer>> {
         self.inner.facts.peers()
+    }
+
+    /// Why peers that answered are of no use to us: another swarm, another version. The first few.
+    pub fn strangers(&self) -> Vec<OpenError> {
+        self.inner.facts.strangers()
     }
 
     /// The least round trip measured to each connected peer, nearest first.
@@ -352,6 +368,20 @@ impl Net {
         let mut synced = self.inner.publisher.synced.clone();
         let done = synced.wait_for(|done| *done > 0);
         matches!(tokio::time::timeout(deadline, done).await, Ok(Ok(_)))
+    }
+
+    /// Bytes a second that we upload, measured on replies to fetches; none before the first large one.
+    pub fn uplink(&self) -> Option<Measured> {
+        self.with_uplink(|uplink| uplink.best(Instant::now()))
+    }
+
+    pub(crate) fn with_uplink<T>(&self, look: impl FnOnce(&mut Uplink) -> T) -> T {
+        let uplink = self.inner.uplink.lock();
+        look(&mut uplink.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn unreadable(&self) -> &Seldom {
+        &self.inner.unreadable
     }
 
     pub(super) fn from_inner(inner: Arc<Inner>) -> Self {

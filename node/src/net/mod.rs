@@ -10,9 +10,12 @@ mod facts;
 mod fetch;
 mod gate;
 mod handle;
+mod providers;
+mod snapshots;
 mod stream;
 mod streams;
 mod transport;
+mod uplink;
 
 pub use adverts::{Adverts, Announcement, now_ms};
 pub use behaviour::BehaviourError;

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use swarm_proto::{Peer, SwarmId};
+use swarm_proto::{PROTOCOL_VERSION, Peer, SwarmId};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::OwnedSemaphorePermit,
@@ -132,8 +132,20 @@ pub enum OpenError {
         /// Our swarm.
         ours: SwarmId,
     },
-    /// Same swarm, other protocols: another version, or a client that serves nothing.
-    #[error("version mismatch: we want {wanted}, peer {peer} offers {offers}")]
+    /// Same swarm, another version of its protocols.
+    #[error(
+        "peer {peer} speaks another version of Shoal (theirs {theirs}, ours {ours}): update the older one"
+    )]
+    OtherVersion {
+        /// Whom we wanted.
+        peer: Peer,
+        /// The version it named.
+        theirs: u32,
+        /// Our version.
+        ours: u32,
+    },
+    /// Same swarm, same version, and does not speak this: a client, which serves nothing.
+    #[error("peer {peer} does not serve {wanted}, it offers {offers}: it is a client, or leaving")]
     Unsupported {
         /// Whom we wanted.
         peer: Peer,
@@ -187,4 +199,24 @@ pub enum OpenError {
     /// We are going down.
     #[error("this node is shutting down")]
     ShuttingDown,
+}
+
+impl OpenError {
+    /// Why a peer that identifies itself as `version` is no use to a member of `ours`; none where it
+    /// is one of us.
+    pub(super) fn stranger(peer: Peer, version: &str, ours: &SwarmId) -> Option<Self> {
+        match SwarmId::of_identify(version) {
+            Some((swarm, PROTOCOL_VERSION)) if swarm == *ours => None,
+            Some((swarm, theirs)) if swarm == *ours => Some(Self::OtherVersion {
+                peer,
+                theirs,
+                ours: PROTOCOL_VERSION,
+            }),
+            named => Some(Self::OtherSwarm {
+                peer,
+                theirs: named.map_or_else(|| "none".into(), |(swarm, _)| swarm.to_string()),
+                ours: ours.clone(),
+            }),
+        }
+    }
 }

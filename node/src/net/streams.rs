@@ -23,13 +23,14 @@ use libp2p::{
         handler::{ConnectionEvent, DialUpgradeError, FullyNegotiatedOutbound},
     },
 };
-use swarm_proto::{Peer, SwarmId};
+use swarm_proto::Peer;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::{
     admission::{Acceptors, Admit, Answer, Ask, Never},
     gate::NotAllowed,
     stream::{OpenError, Stream},
+    transport::explain_dial,
 };
 
 /// Openings that may wait for one peer (being dialled, or queued at its connection): more are
@@ -62,7 +63,8 @@ impl OpenRequest {
 
 /// What identify told us of a peer.
 struct Offer {
-    swarm: Option<String>,
+    /// It is none of us.
+    stranger: Option<OpenError>,
     protocols: String,
 }
 
@@ -80,7 +82,6 @@ struct Waiting {
 
 /// The behaviour.
 pub(super) struct Streams {
-    swarm: SwarmId,
     acceptors: Arc<Acceptors>,
     connections: HashMap<PeerId, Vec<Connection>>,
     /// Queues of connections which other behaviours may still deny.
@@ -94,9 +95,8 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    pub(super) fn new(swarm: SwarmId, acceptors: Arc<Acceptors>) -> Self {
+    pub(super) fn new(acceptors: Arc<Acceptors>) -> Self {
         Self {
-            swarm,
             acceptors,
             connections: HashMap::new(),
             fresh: HashMap::new(),
@@ -135,7 +135,7 @@ impl Streams {
     pub(super) fn identified(
         &mut self,
         id: PeerId,
-        swarm: Option<&str>,
+        stranger: Option<OpenError>,
         protocols: &[StreamProtocol],
     ) {
         let ours = protocols
@@ -150,7 +150,7 @@ impl Streams {
         self.offers.insert(
             id,
             Offer {
-                swarm: swarm.map(str::to_owned),
+                stranger,
                 protocols,
             },
         );
@@ -194,19 +194,14 @@ impl Streams {
             }
             return;
         };
-        let peer = request.peer;
-        let error = match &offer.swarm {
-            Some(theirs) if *theirs != self.swarm.to_string() => OpenError::OtherSwarm {
-                peer,
-                theirs: theirs.clone(),
-                ours: self.swarm.clone(),
-            },
-            _ => OpenError::Unsupported {
-                peer,
+        let error = offer
+            .stranger
+            .clone()
+            .unwrap_or_else(|| OpenError::Unsupported {
+                peer: request.peer,
                 wanted: request.name.to_string(),
                 offers: offer.protocols.clone(),
-            },
-        };
+            });
         request.fail(error);
     }
 
@@ -318,13 +313,9 @@ fn unreachable_error(peer: Peer, error: &DialError) -> OpenError {
         DialError::Denied { cause } if cause.downcast_ref::<NotAllowed>().is_some() => {
             OpenError::NotAllowed { peer }
         }
-        DialError::Denied { cause } => OpenError::Unreachable {
-            peer,
-            reason: cause.to_string(),
-        },
         other => OpenError::Unreachable {
             peer,
-            reason: other.to_string(),
+            reason: explain_dial(other),
         },
     }
 }

@@ -1,7 +1,7 @@
 //! The transports: TCP + Noise + Yamux and QUIC; with a pre-shared key TCP only, every byte of it
 //! under the key, because libp2p's private networks do not cover QUIC.
 
-use std::{io, time::Duration};
+use std::{error::Error, io, time::Duration};
 
 use libp2p::{
     PeerId, Transport,
@@ -14,7 +14,9 @@ use libp2p::{
     identity::Keypair,
     noise,
     pnet::{PnetConfig, PreSharedKey},
-    quic, tcp, yamux,
+    quic,
+    swarm::DialError,
+    tcp, yamux,
 };
 
 /// Handshakes that take longer are given up: the slowest link we serve needs about two seconds.
@@ -100,5 +102,58 @@ pub(super) fn explain(error: &io::Error) -> String {
         io::ErrorKind::PermissionDenied => "not permitted; ports below 1024 need root".into(),
         io::ErrorKind::AddrNotAvailable => "this machine has no such address".into(),
         _ => error.to_string(),
+    }
+}
+
+/// Addresses of one failed dial that are told.
+const TOLD_MAX: usize = 3;
+
+/// A failed dial in one line: the addresses, and why each failed.
+pub(super) fn explain_dial(error: &DialError) -> String {
+    match error {
+        DialError::Denied { cause } => cause.to_string(),
+        DialError::Transport(errors) => {
+            let told = errors.iter().take(TOLD_MAX);
+            let told = told.map(|(addr, error)| format!("{addr}: {}", said_once(error)));
+            told.collect::<Vec<_>>().join("; ")
+        }
+        other => other.to_string(),
+    }
+}
+
+/// Transports wrap each other's errors, and each prints those within it again.
+fn said_once(error: &libp2p::TransportError<io::Error>) -> String {
+    let text = error
+        .source()
+        .map_or_else(|| error.to_string(), |inner| inner.to_string());
+    let mut parts: Vec<&str> = Vec::new();
+    for part in text
+        .lines()
+        .flat_map(|line| line.trim_start_matches(" - ").split(": "))
+    {
+        if !part.ends_with(':') && !parts.contains(&part) {
+            parts.push(part);
+        }
+    }
+    parts.join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_dial_is_one_line_that_says_each_cause_once() {
+        let wrapped = "Multiple dial errors occurred:\n - Connection refused (os error 111): \
+                       Connection refused (os error 111)";
+        let error = || libp2p::TransportError::Other(io::Error::other(wrapped));
+        let addrs = ["/ip4/127.0.0.1/tcp/1", "/ip4/127.0.0.1/tcp/2"];
+        let errors = addrs.map(|addr| (addr.parse().expect("an address"), error()));
+        let told = explain_dial(&DialError::Transport(errors.into()));
+        assert_eq!(
+            told,
+            "/ip4/127.0.0.1/tcp/1: Connection refused (os error 111); \
+             /ip4/127.0.0.1/tcp/2: Connection refused (os error 111)"
+        );
     }
 }

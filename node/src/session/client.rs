@@ -4,6 +4,10 @@
 //! feed ─▶ queue ─▶ frames (a window of them) ─▶ hop 0 … tail ─▶ rows ─▶ next_logits
 //! ```
 //!
+//! When a hop is lost the session fails, but it is not over: it knows what it fed and what was
+//! answered, and can be opened again along another route (`Opener::reopen`). The last answer then
+//! comes twice, and must be the same.
+//!
 //! There is no task behind it: `feed` and `next_logits` drive both streams while they wait, so an
 //! answer wakes the caller itself. The client holds the root of truth (token ids); hops hold only
 //! what can be computed again.
@@ -18,8 +22,8 @@ use std::{
 
 use engine::PREFILL_CHUNK;
 use swarm_proto::{
-    Answer, Content, Down, Dtype, Epoch, Failure, FailureCode, Fault, Form, Hop, Rows, SessionId,
-    Up, Want, WantRows,
+    Answer, Content, Down, Dtype, Epoch, Failure, FailureCode, Fault, Form, Hop, ModelId, Open,
+    Peer, Rows, SessionId, Up, Want, WantRows,
 };
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
@@ -28,7 +32,9 @@ use super::{
     error::ClientError,
     failure::fail,
     ledger::Outbox,
+    limits::UP,
     row::LogitsRow,
+    trace,
     wire::{Pipe, WireError},
 };
 
@@ -45,6 +51,7 @@ pub struct ClientSession {
     pub(super) up: Pipe,
     pub(super) answers: Pipe,
     session: SessionId,
+    model: ModelId,
     epoch: Epoch,
     route: Vec<Hop>,
     dtype: Dtype,
@@ -54,6 +61,13 @@ pub struct ClientSession {
     /// Positions held once everything queued has run.
     pos: u32,
     queue: VecDeque<Chunk>,
+    /// Everything fed, by position, and the frames that it went in.
+    tokens: Vec<u32>,
+    frames: Vec<Frame>,
+    /// The last row that came.
+    last: Option<Answered>,
+    /// Every row asked for before this position came.
+    answered: u32,
     outbox: Outbox,
     /// Rows that the tail owes: position and form, in order.
     asked: VecDeque<(u32, Form)>,
@@ -61,11 +75,35 @@ pub struct ClientSession {
     ready_bytes: usize,
     spare: Vec<LogitsRow>,
     progress: Instant,
+    /// The last word of the first hop.
+    heard: Instant,
     rows_max: u32,
     timer: Pin<Box<Sleep>>,
     failed: Option<ClientError>,
     /// The tail's stream ended; until then the hop at fault may still be named.
     answers_over: Option<(Instant, Failure)>,
+}
+
+/// A frame that was fed.
+#[derive(Debug, Clone, Copy)]
+struct Frame {
+    pos0: u32,
+    n_rows: u32,
+    want: Want,
+}
+
+impl Frame {
+    fn end(&self) -> u32 {
+        self.pos0 + self.n_rows
+    }
+}
+
+/// What a row said: enough to know it again.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Answered {
+    pos: u32,
+    token: u32,
+    log_prob: f32,
 }
 
 /// Tokens of one frame.
@@ -80,6 +118,7 @@ pub(super) struct Opened {
     pub(super) up: Pipe,
     pub(super) answers: Pipe,
     pub(super) session: SessionId,
+    pub(super) model: ModelId,
     pub(super) epoch: Epoch,
     pub(super) route: Vec<Hop>,
     pub(super) dtype: Dtype,
@@ -95,6 +134,7 @@ impl ClientSession {
             up: o.up,
             answers: o.answers,
             session: o.session,
+            model: o.model,
             epoch: o.epoch,
             route: o.route,
             dtype: o.dtype,
@@ -103,12 +143,17 @@ impl ClientSession {
             deadlines: o.deadlines,
             pos: 0,
             queue: VecDeque::new(),
+            tokens: Vec::new(),
+            frames: Vec::new(),
+            last: None,
+            answered: 0,
             outbox: Outbox::default(),
             asked: VecDeque::new(),
             ready: VecDeque::new(),
             ready_bytes: 0,
             spare: Vec::new(),
             progress: now,
+            heard: now,
             rows_max: 1,
             timer: Box::pin(sleep_until(now)),
             failed: None,
@@ -159,6 +204,7 @@ impl ClientSession {
             });
         }
         self.pos = pos;
+        self.forget(pos);
         Ok(())
     }
 
@@ -224,7 +270,8 @@ impl ClientSession {
                 n_vocab: self.n_vocab,
             });
         }
-        let chunks = tokens.chunks(PREFILL_CHUNK as usize);
+        let rows_max = usize::from(want.rows_max(self.n_vocab));
+        let chunks = tokens.chunks(rows_max.min(PREFILL_CHUNK as usize));
         let last = chunks.len().saturating_sub(1);
         for (i, tokens) in chunks.enumerate() {
             let rows = match want.rows {
@@ -240,6 +287,8 @@ impl ClientSession {
                     form: want.form,
                 },
             );
+            self.tokens.extend_from_slice(tokens);
+            self.frames.push(Frame { pos0, n_rows, want });
             self.queue.push_back(Chunk {
                 pos0,
                 tokens: tokens.to_vec(),
@@ -269,7 +318,7 @@ impl ClientSession {
             return Poll::Ready(Err(e));
         }
         if let Some(row) = self.ready.pop_front() {
-            self.ready_bytes -= row_bytes(&row);
+            self.ready_bytes -= row.bytes();
             return Poll::Ready(Ok(row));
         }
         if self.asked.is_empty() && !self.queue.iter().any(|c| c.want.rows != WantRows::None) {
@@ -353,10 +402,112 @@ impl ClientSession {
             return Err(self.bad_answer(e.to_string()));
         }
         self.asked.pop_front();
-        self.ready_bytes += row_bytes(&row);
-        self.ready.push_back(row);
         self.progress = Instant::now();
+        let answered = Answered::of(&row);
+        self.answered = self.answered.max(row.pos + 1);
+        match self.last {
+            // Asked for again when the session was reopened.
+            Some(last) if row.pos <= last.pos => {
+                if row.pos == last.pos && answered != Some(last) {
+                    return Err(self.differs(last, answered));
+                }
+                self.recycle(row);
+            }
+            _ => {
+                self.last = answered;
+                self.ready_bytes += row.bytes();
+                self.ready.push_back(row);
+            }
+        }
         Ok(())
+    }
+
+    /// Forgets what was fed from `pos` on; what was answered there will be answered anew.
+    fn forget(&mut self, pos: u32) {
+        self.tokens.truncate(pos as usize);
+        while let Some(last) = self.frames.last_mut() {
+            if last.end() <= pos {
+                break;
+            }
+            if last.pos0 < pos {
+                last.n_rows = pos - last.pos0;
+                break;
+            }
+            self.frames.pop();
+        }
+        if self.last.is_some_and(|last| last.pos >= pos) {
+            self.last = None;
+        }
+        self.answered = self.answered.min(pos);
+    }
+
+    /// The opening message for another route, and the stream to its first hop where that stays. What
+    /// the session had of streams is gone after this.
+    pub(super) fn begin_again(&mut self, me: Peer, route: &[Hop]) -> (Open, u32, Option<Pipe>) {
+        self.epoch.0 += 1;
+        let first = |route: &[Hop]| route.first().map(|hop| (hop.peer, hop.layers));
+        let current = std::mem::replace(&mut self.up, Pipe::detached(UP));
+        let same = first(route) == first(&self.route) && current.has_stream();
+        self.answers = Pipe::detached(UP);
+        let open = Open {
+            session: self.session,
+            epoch: self.epoch,
+            resume: self.resume(),
+            client: me,
+            model: self.model,
+            n_ctx: self.n_ctx,
+            dtype: self.dtype,
+            hops: route.to_vec(),
+            at: 0,
+            trace: trace::current(),
+        };
+        (open, self.n_vocab, same.then_some(current))
+    }
+
+    /// Where the hops are to go on: with the frame of the last answer, which then comes again, or with
+    /// the first that is to be answered. What comes before needs no answer any more.
+    fn resume(&self) -> u32 {
+        let frame = match self.last {
+            Some(last) => self.frames.iter().rfind(|frame| frame.pos0 <= last.pos),
+            None => self
+                .frames
+                .iter()
+                .find(|frame| frame.want.rows != WantRows::None && frame.end() > self.answered),
+        };
+        frame.map_or(self.pos, |frame| frame.pos0)
+    }
+
+    /// The session is open again, its first hop holds positions up to `held`: what comes after is
+    /// queued.
+    pub(super) fn go_on(
+        &mut self,
+        up: Pipe,
+        answers: Pipe,
+        route: Vec<Hop>,
+        epoch: Epoch,
+        held: u32,
+    ) {
+        let resume = self.resume();
+        (self.up, self.answers, self.route, self.epoch) = (up, answers, route, epoch);
+        self.queue.clear();
+        self.outbox.clear();
+        self.asked.clear();
+        for frame in self.frames.iter().filter(|frame| frame.end() > held) {
+            let tokens = self.tokens.get(frame.pos0 as usize..frame.end() as usize);
+            self.queue.push_back(Chunk {
+                pos0: frame.pos0,
+                tokens: tokens.unwrap_or_default().to_vec(),
+                want: if frame.pos0 < resume {
+                    Want::NONE
+                } else {
+                    frame.want
+                },
+            });
+        }
+        self.failed = None;
+        self.answers_over = None;
+        let now = Instant::now();
+        (self.progress, self.heard) = (now, now);
     }
 
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Result<bool, ClientError> {
@@ -367,9 +518,13 @@ impl ClientSession {
                 Ok(Some(Up::Ack { epoch, pos_end })) => {
                     let acked = self.outbox.acked(self.epoch, epoch, pos_end);
                     acked.map_err(|e| self.bad_hop(0, &e.to_string()))?;
-                    self.progress = Instant::now();
+                    let now = Instant::now();
+                    (self.progress, self.heard) = (now, now);
                 }
-                Ok(Some(Up::Failed(failure))) => return Err(self.hop_failed(failure)),
+                Ok(Some(Up::Working)) => self.heard = Instant::now(),
+                Ok(Some(Up::Failed(failure) | Up::Lost { failure, .. })) => {
+                    return Err(self.hop_failed(failure));
+                }
                 Ok(Some(Up::Opened { .. })) => return Err(self.bad_hop(0, "it opened twice")),
                 Ok(None) => return Err(self.lost(0, "it closed the session")),
                 Err(WireError::Frame(e)) => return Err(self.bad_hop(0, &e.to_string())),
@@ -388,7 +543,8 @@ impl ClientSession {
         {
             any = true;
             if self.outbox.is_empty() {
-                self.progress = Instant::now();
+                let now = Instant::now();
+                (self.progress, self.heard) = (now, now);
             }
             let n_rows = chunk.tokens.len() as u32;
             let end = chunk.pos0 + n_rows;
@@ -437,13 +593,19 @@ impl ClientSession {
     fn due(&self) -> Option<Instant> {
         let over = self.answers_over.as_ref().map(|(due, _)| *due);
         let owed = if !self.outbox.is_empty() {
-            Some(self.progress + self.ack_timeout())
+            let silent = self.heard + self.deadlines.silence;
+            Some(silent.min(self.progress + self.ack_timeout()))
         } else if !self.asked.is_empty() {
-            Some(self.progress + self.answer_timeout())
+            Some(self.unanswered().min(self.progress + self.answer_timeout()))
         } else {
             None
         };
         over.into_iter().chain(owed).min()
+    }
+
+    /// When the tail is given up: no hop has had any work for so long that its answer is lost.
+    fn unanswered(&self) -> Instant {
+        self.heard.max(self.progress) + self.deadlines.silence * 2
     }
 
     fn ack_timeout(&self) -> Duration {
@@ -463,10 +625,7 @@ impl ClientSession {
         let (at, what) = if self.outbox.is_empty() {
             (
                 self.tail(),
-                format!(
-                    "no logits within {:?}, and no hop said why",
-                    self.answer_timeout()
-                ),
+                "no logits came, and no hop has any work left".into(),
             )
         } else {
             (
@@ -489,6 +648,17 @@ impl ClientSession {
         self.hop_failed(fail(at, Fault::Peer, FailureCode::BadFrame, what))
     }
 
+    fn differs(&self, last: Answered, again: Option<Answered>) -> ClientError {
+        ClientError::Differs {
+            pos: last.pos,
+            token: last.token,
+            again: again.map_or(u32::MAX, |again| again.token),
+            by: again.map_or(f32::INFINITY, |again| {
+                (again.log_prob - last.log_prob).abs()
+            }),
+        }
+    }
+
     fn bad_answer(&self, what: String) -> ClientError {
         self.bad_hop(self.tail(), &what)
     }
@@ -507,9 +677,15 @@ fn lost(at: u8, why: &str) -> Failure {
     )
 }
 
-fn row_bytes(row: &LogitsRow) -> usize {
-    // At least one, so that empty rows count too.
-    1 + row.full.len() * 4 + row.top.len() * 8
+impl Answered {
+    fn of(row: &LogitsRow) -> Option<Self> {
+        let token = row.argmax()?;
+        Some(Self {
+            pos: row.pos,
+            token,
+            log_prob: row.log_prob(token)?,
+        })
+    }
 }
 
 impl Drop for ClientSession {

@@ -1,6 +1,6 @@
 //! Why a session of a client fails, in words that name the hop, its layers and whose fault it is.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use shard_registry::route::NoRoute;
 use swarm_proto::{Failure, FailureCode, Fault, Hop, LayerRange, Peer};
@@ -61,6 +61,30 @@ pub enum ClientError {
         /// The last failure.
         last: Box<ClientError>,
     },
+    /// The last answer was computed again by another route, as a check, and came out otherwise.
+    #[error(
+        "after a hop was replaced the answer at position {pos} came out otherwise (token {token} before, {again} now, its log-probability off by {by}); the peers do not compute the same, so the run ends here"
+    )]
+    Differs {
+        /// Which row.
+        pos: u32,
+        /// Its likeliest token.
+        token: u32,
+        /// The likeliest token now.
+        again: u32,
+        /// How far the log-probability of the likeliest moved.
+        by: f32,
+    },
+    /// Nobody who holds these layers has room for a session.
+    #[error("{}: {last}", busy(.layers, .waited))]
+    Busy {
+        /// The layers: everybody who was asked for them is full.
+        layers: Vec<LayerRange>,
+        /// How long we waited for room.
+        waited: Duration,
+        /// The last refusal.
+        last: Box<ClientError>,
+    },
     /// The session holds as many positions as it was opened for.
     #[error(
         "context full: {pos} of {n_ctx} positions are used and {asked} more do not fit; open the session with a larger context, or shorten the prompt"
@@ -118,14 +142,30 @@ impl ClientError {
         }
     }
 
+    /// Whether the session can go on along another route.
+    pub fn is_recoverable(&self) -> bool {
+        matches!(self, Self::Hop { .. })
+    }
+
     /// The peer that another route should avoid.
-    pub(super) fn culprit(&self, route: &[Hop]) -> Option<Peer> {
+    pub(crate) fn culprit(&self, route: &[Hop]) -> Option<Peer> {
         let Self::Hop { failure, .. } = self else {
             return None;
         };
         route
             .get(usize::from(culprit(failure)?))
             .map(|hop| hop.peer)
+    }
+
+    /// The hop that has no room now and may have some later. A session larger than it ever takes is
+    /// the caller's fault, and waiting does not help.
+    pub(super) fn without_room(&self) -> Option<HopName> {
+        match self {
+            Self::Hop { hop, failure } if failure.code == FailureCode::Full => {
+                (failure.fault != Fault::Caller).then_some(*hop)
+            }
+            _ => None,
+        }
     }
 
     /// The session's lease ended, or the node went down in good order: opening another session and
@@ -152,6 +192,14 @@ fn whose(failure: &Failure) -> &'static str {
         Fault::Peer => " (as its neighbour saw it)",
         Fault::Local => " (as it says itself)",
         Fault::Caller => " (it blames what it was sent)",
+    }
+}
+
+fn busy(layers: &[LayerRange], waited: &Duration) -> String {
+    let busy = format!("every holder of {} is busy", ranges(layers));
+    match waited.as_secs() {
+        0 => busy,
+        s => format!("{busy}, after {s} s of waiting"),
     }
 }
 

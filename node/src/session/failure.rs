@@ -9,10 +9,20 @@ pub(super) fn fail(at: u8, fault: Fault, code: FailureCode, message: impl Into<S
 
 /// A failure reported from below hop `at` may accuse nobody but the hops below: otherwise a bad
 /// peer could have its upstream avoided.
-pub(super) fn clamp_to_below(mut failure: Failure, at: u8, hops: usize) -> Failure {
+pub(super) fn clamp_to_below(failure: Failure, at: u8, hops: usize) -> Failure {
+    clamp(failure, at.saturating_add(1), hops)
+}
+
+/// The same, said of hop `first` or those below it.
+pub(super) fn clamp(mut failure: Failure, first: u8, hops: usize) -> Failure {
     let last = u8::try_from(hops.saturating_sub(1)).unwrap_or(u8::MAX);
-    failure.at = failure.at.clamp(at.saturating_add(1).min(last), last);
+    failure.at = failure.at.clamp(first.min(last), last);
     failure
+}
+
+/// The client closed its answer stream: nothing failed, and nobody is at fault.
+pub(super) fn is_goodbye(failure: &Failure) -> bool {
+    failure.fault == Fault::Caller && failure.code == FailureCode::DownstreamLost
 }
 
 /// The hop to avoid when trying again: none when the client itself was wrong.

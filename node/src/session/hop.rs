@@ -1,8 +1,9 @@
 //! The session service of a node: takes streams, opens the chain below, runs the relays.
 //!
 //! ```text
-//! stream ─▶ Open ─▶ admit ─▶ KV ┐
-//!                         next ─┴▶ Opened ─▶ Relay::run ─▶ goodbye, KV freed
+//! stream ─▶ Open ─▶ held already? ─▶ its task goes on (held)
+//!                 └▶ admit ─▶ KV ┐
+//!                          next ─┴▶ Opened ─▶ Held::run ─▶ goodbye, KV freed
 //! ```
 //!
 //! One task a session. Everything a session takes is owned by that task, so that its end, however
@@ -17,7 +18,9 @@ use std::{
 
 use engine::Worker;
 use futures::future::BoxFuture;
-use swarm_proto::{Answer, Attach, Down, Failure, FailureCode, Fault, ModelId, Open, Peer, Up};
+use swarm_proto::{
+    Answer, Attach, Down, Epoch, Failure, FailureCode, Fault, ModelId, Open, Peer, Up,
+};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, timeout, timeout_at},
@@ -27,18 +30,25 @@ use tracing::Instrument;
 
 use super::{
     admit::{Admitted, admit},
+    chain::{Shape, open_next},
     config::SessionLimits,
-    failure::{clamp_to_below, fail},
+    failure::{fail, is_goodbye},
+    held::{Comeback, Desks, Held},
     ledger::Ledger,
-    limits::{ATTACH, OPEN, UP, down_rows},
+    limits::{ATTACH, OPEN},
     relay::{Below, End, Parts, Relay},
+    retained::{Budget, Retained},
     slot::SlotGuard,
     tail::{Claim, Pairing, Place},
     topk::TopK,
     trace,
     wire::{Pipe, WireError},
 };
-use crate::net::{Net, OpenError, Proto, Stream};
+use crate::{
+    net::{Net, OpenError, Proto, Stream},
+    seldom::Seldom,
+    shares::{NoShare, Share, Shares},
+};
 
 /// Opens streams to peers. `Net` is one; tests bring their own.
 pub trait Dialer: Send + Sync + 'static {
@@ -108,17 +118,25 @@ pub struct Sessions {
     shared: Arc<Shared>,
 }
 
-struct Shared {
-    me: Peer,
+pub(super) struct Shared {
+    pub(super) me: Peer,
     dialer: Arc<dyn Dialer>,
-    limits: SessionLimits,
+    pub(super) limits: SessionLimits,
     served: Mutex<HashMap<ModelId, Served>>,
-    open: Mutex<HashMap<Peer, usize>>,
+    /// By the peer that opened the stream.
+    upstreams: Shares<Peer>,
+    /// By that peer and the client it names: nobody can use up a client's part in its name.
+    clients: Shares<(Peer, Peer)>,
     pairing: Pairing,
+    /// Where a session that comes back finds the task that holds it.
+    desks: Desks,
+    retained: Arc<Budget>,
+    /// Sessions fail for reasons of our own.
+    failing: Seldom,
     /// No new sessions.
     draining: CancellationToken,
     /// The running ones end too.
-    stopping: CancellationToken,
+    pub(super) stopping: CancellationToken,
     tasks: TaskTracker,
 }
 
@@ -129,8 +147,12 @@ impl Sessions {
             me,
             dialer,
             served: Mutex::default(),
-            open: Mutex::default(),
-            pairing: Pairing::new(limits.parked_max),
+            upstreams: Shares::new(limits.sessions_max, limits.per_upstream_max),
+            clients: Shares::new(limits.sessions_max, limits.per_client_max),
+            pairing: Pairing::new(limits.parked_max, limits.parked_per_client_max),
+            desks: Desks::default(),
+            retained: Budget::new(limits.retained_memory, limits.retained_disk),
+            failing: Seldom::default(),
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -151,9 +173,15 @@ impl Sessions {
         lock(&self.shared.served).remove(model);
     }
 
+    /// What is served of a model.
+    #[cfg(test)]
+    pub(crate) fn served(&self, model: &ModelId) -> Option<Served> {
+        lock(&self.shared.served).get(model).cloned()
+    }
+
     /// Sessions that are open or being opened.
     pub fn count(&self) -> usize {
-        lock(&self.shared.open).values().sum()
+        self.shared.upstreams.taken()
     }
 
     /// Takes session and answer streams until both channels close, a task each.
@@ -201,29 +229,37 @@ impl Sessions {
     }
 }
 
-/// A session counts against its client until this is dropped.
-struct Lease {
-    shared: Arc<Shared>,
-    client: Peer,
+/// A session counts against its upstream and its client until this is dropped.
+pub(super) struct Lease {
+    _upstream: Share<Peer>,
+    _client: Share<(Peer, Peer)>,
 }
 
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let mut open = lock(&self.shared.open);
-        if let Some(n) = open.get_mut(&self.client) {
-            *n = n.saturating_sub(1);
-            if *n == 0 {
-                open.remove(&self.client);
-            }
-        }
+/// The task that opens a session, as the stage worker sees it.
+struct KvWaiter {
+    to: oneshot::Sender<Result<SlotGuard, engine::EngineError>>,
+    worker: Worker,
+}
+
+impl engine::SlotWaiter for KvWaiter {
+    fn waits(&self) -> bool {
+        !self.to.is_closed()
+    }
+
+    fn take(self: Box<Self>, result: Result<engine::Slot, engine::EngineError>) {
+        let Self { to, worker } = *self;
+        // Guarded before it travels: a session that is gone by now must not leak its KV.
+        let _ = to.send(result.map(|slot| SlotGuard::new(worker, slot)));
     }
 }
 
 /// What the chain below a hop became.
-struct Chain {
-    below: Below,
+pub(super) struct Chain {
+    pub(super) below: Below,
+    /// Positions that the hop below holds.
+    pub(super) held: u32,
     /// Our place in the pairing table, when we are the tail.
-    place: Option<Place>,
+    pub(super) place: Option<Place>,
 }
 
 impl Shared {
@@ -244,6 +280,11 @@ impl Shared {
             // Nothing came that could be answered.
             Ok(Ok(None) | Err(_)) | Err(_) => return,
         };
+        // A session that is held here goes on in its own task.
+        let key = (open.client, open.session);
+        let Some(Comeback { from, open, up }) = self.desks.hand_over(key, from, open, up) else {
+            return;
+        };
         let span = trace::session_span(&open);
         self.opened(from, open, up).instrument(span).await;
     }
@@ -253,29 +294,33 @@ impl Shared {
             opened = self.clone().build(from, &open, &mut up) => opened,
             () = self.stopping.cancelled() => Err(Some(self.going_down(open.at))),
         };
-        let (parts, lease, place) = match opened {
-            Ok((parts, lease, place)) => (parts(up), lease, place),
+        match opened {
+            Ok(held) => {
+                tracing::debug!(peer = %from, "session open");
+                held(up).run().await;
+            }
             Err(Some(failure)) => {
                 tracing::debug!(peer = %from, failure = %failure.message, "session refused");
-                return self.refuse(up, failure).await;
+                self.refuse(up, failure).await;
             }
-            Err(None) => return,
-        };
-        tracing::debug!(peer = %from, "session open");
-        let at = parts.at;
-        let mut relay = Relay::new(parts);
-        let end = tokio::select! {
-            end = relay.run() => end,
-            () = self.stopping.cancelled() => End::Failed(self.going_down(at)),
-        };
-        match &end {
+            // The upstream is gone.
+            Err(None) => {}
+        }
+    }
+
+    /// What others can cause is told at debug level: it could fill a disk.
+    pub(super) fn log(&self, at: u8, end: &End) {
+        match end {
+            End::Failed(f) if is_goodbye(f) => tracing::debug!("session over: the client left"),
             End::Failed(f) => {
-                tracing::info!(at = f.at, code = ?f.code, why = %f.message, "session failed")
+                let ours = f.at == at && f.code == FailureCode::Engine;
+                if ours && self.failing.now(std::time::Instant::now()) {
+                    tracing::warn!(why = %f.message, "sessions fail on this node");
+                }
+                tracing::debug!(at = f.at, code = ?f.code, why = %f.message, "session failed");
             }
             end => tracing::debug!(?end, "session over"),
         }
-        relay.finish(&end).await;
-        drop((place, lease));
     }
 
     /// Everything between the open message and the relay. `Err(None)`: the upstream is gone.
@@ -284,7 +329,7 @@ impl Shared {
         from: Peer,
         open: &Open,
         up: &mut Pipe,
-    ) -> Result<(impl FnOnce(Pipe) -> Parts + use<>, Lease, Option<Place>), Option<Failure>> {
+    ) -> Result<impl FnOnce(Pipe) -> Held + use<>, Option<Failure>> {
         if self.draining.is_cancelled() {
             return Err(Some(self.going_down(open.at)));
         }
@@ -293,12 +338,13 @@ impl Shared {
         let Some(served) = served else {
             return Err(None);
         };
-        let lease = self.lease(open)?;
+        let lease = self.lease(from, open)?;
+        let (desk, comebacks) = self.desks.take((open.client, open.session));
         let (slot, chain) = {
             let both = async {
                 tokio::try_join!(
                     self.kv(open, &admitted, &served),
-                    self.below(open, &admitted, &served)
+                    self.below(open, &served, None)
                 )
             };
             tokio::select! {
@@ -313,59 +359,59 @@ impl Shared {
                 },
             }
         };
-        up.set_limits(down_rows(served.n_embd));
-        up.push(&Up::Opened {
-            n_embd: served.n_embd,
-            n_vocab: served.n_vocab,
-        });
         let ledger = Ledger::new(
             open.session,
             open.epoch,
             open.n_ctx,
-            served.n_embd,
+            (served.n_embd, served.n_vocab),
             admitted.content,
         );
-        let (at, hops, dtype) = (open.at, open.hops.len(), open.dtype);
-        let limits = self.limits;
-        let parts = move |up| Parts {
-            at,
-            hops,
-            ledger,
-            dtype,
-            layers: admitted.layers,
-            n_vocab: served.n_vocab,
-            worker: served.worker,
-            slot,
-            up,
-            below: chain.below,
-            deadlines: limits.deadlines,
-            frames_in_flight: limits.frames_in_flight,
-        };
-        Ok((parts, lease, chain.place))
+        let (open, limits) = (open.clone(), self.limits);
+        Ok(move |up| {
+            let relay = Relay::new(Parts {
+                open,
+                ledger,
+                layers: admitted.layers,
+                worker: served.worker.clone(),
+                slot,
+                up,
+                below: chain.below,
+                below_held: chain.held,
+                retained: Retained::new(self.retained.clone()),
+                deadlines: limits.deadlines,
+                frames_in_flight: limits.frames_in_flight,
+            });
+            Held {
+                shared: self,
+                served,
+                relay,
+                from,
+                comebacks,
+                place: chain.place,
+                kept_until: None,
+                _desk: desk,
+                _lease: lease,
+            }
+        })
     }
 
-    fn lease(self: &Arc<Self>, open: &Open) -> Result<Lease, Failure> {
-        let limits = &self.limits;
-        let full = |message| Err(fail(open.at, Fault::Local, FailureCode::Full, message));
-        let mut counts = lock(&self.open);
-        let total: usize = counts.values().sum();
-        let of_client = counts.get(&open.client).copied().unwrap_or(0);
-        if total >= limits.sessions_max {
-            return full(format!(
-                "{total} sessions are open, the limit here is {}",
-                limits.sessions_max
-            ));
-        }
-        if of_client >= limits.per_client_max {
-            let max = limits.per_client_max;
-            return full(format!(
-                "this client has {of_client} sessions open, the limit here is {max}"
-            ));
-        }
-        counts.insert(open.client, of_client + 1);
+    fn lease(&self, from: Peer, open: &Open) -> Result<Lease, Failure> {
+        let full = |whose: &str, no: NoShare| {
+            let message = match no {
+                NoShare::All { taken, max } => {
+                    format!("{taken} sessions are open, the limit here is {max}")
+                }
+                NoShare::Each { taken, max } => {
+                    format!("{whose} has {taken} sessions open, the limit here is {max}")
+                }
+            };
+            fail(open.at, Fault::Local, FailureCode::Full, message)
+        };
+        let client = self.clients.take((from, open.client));
+        let upstream = self.upstreams.take(from);
         Ok(Lease {
-            shared: self.clone(),
-            client: open.client,
+            _client: client.map_err(|no| full("this client", no))?,
+            _upstream: upstream.map_err(|no| full("the peer before this hop", no))?,
         })
     }
 
@@ -378,14 +424,11 @@ impl Shared {
         let at = admitted.at;
         let (to, slot) = oneshot::channel();
         let worker = served.worker.clone();
-        let reply = Box::new(move |result: Result<engine::Slot, engine::EngineError>| {
-            // Guarded before it travels: a session that is gone by now must not leak its KV.
-            let _ = to.send(result.map(|slot| SlotGuard::new(worker, slot)));
-        });
+        let waiter = KvWaiter { to, worker };
         let local = |code, message: String| fail(at, Fault::Local, code, message);
         served
             .worker
-            .open(open.n_ctx, admitted.layers.clone(), reply)
+            .open(open.n_ctx, admitted.layers.clone(), waiter)
             .map_err(|e| local(FailureCode::Full, e.to_string()))?;
         let deadline = self.limits.deadlines.open;
         match timeout(deadline, slot).await {
@@ -402,72 +445,45 @@ impl Shared {
         }
     }
 
-    async fn below(
+    /// Opens what is below: over `current` where that still works, else over a new stream.
+    pub(super) async fn below(
         self: &Arc<Self>,
         open: &Open,
-        admitted: &Admitted,
         served: &Served,
+        current: Option<Pipe>,
     ) -> Result<Chain, Failure> {
-        if admitted.tail {
-            return self.client_below(open);
-        }
-        let next = open.at + 1;
-        let below = open.hops.len() - usize::from(next);
-        let wait = self.limits.deadlines.opened(below);
-        let deadline = Instant::now() + wait;
-        let lost = |code, message: String| fail(next, Fault::Peer, code, message);
-        let late = |_| {
-            lost(
-                FailureCode::Deadline,
-                format!("it did not open within {wait:?}"),
-            )
-        };
+        let next = open.at.saturating_add(1);
         let Some(hop) = open.hops.get(usize::from(next)) else {
-            return Err(lost(FailureCode::BadFrame, "the route ends".into()));
+            return self.client_below(open);
         };
-        let stream = if hop.peer == self.me {
-            self.to_self()
-        } else {
-            let stream = self.dialer.open(hop.peer, &hop.addrs, Proto::Session);
-            let stream = timeout_at(deadline, stream).await.map_err(late)?;
-            stream.map_err(|e| lost(dial_code(&e), e.to_string()))?
+        let below = open.hops.len() - usize::from(next);
+        let deadlines = &self.limits.deadlines;
+        let wait = match open.epoch {
+            Epoch(0) => deadlines.opened(below),
+            _ => deadlines.reopened(below),
         };
-        let mut pipe = Pipe::new(stream, UP);
-        let trace = trace::current().or(open.trace);
-        pipe.push(&Down::Open(Open {
+        let deadline = Instant::now() + wait;
+        let shape = Shape {
+            n_embd: Some(served.n_embd),
+            n_vocab: served.n_vocab,
+        };
+        let open = Open {
             at: next,
-            trace,
+            trace: trace::current().or(open.trace),
             ..open.clone()
-        }));
-        let opened = async {
-            pipe.flush().await.map_err(WireError::Io)?;
-            pipe.frame::<Up>().await
         };
-        match timeout_at(deadline, opened).await.map_err(late)? {
-            Ok(Some(Up::Opened { n_embd, n_vocab })) => {
-                if (n_embd, n_vocab) != (served.n_embd, served.n_vocab) {
-                    let message = format!(
-                        "it opened with n_embd {n_embd} and n_vocab {n_vocab}, the model has {} and {}",
-                        served.n_embd, served.n_vocab
-                    );
-                    return Err(lost(FailureCode::BadFrame, message));
-                }
-                Ok(Chain {
-                    below: Below::Next(pipe),
-                    place: None,
-                })
+        let dial = async || {
+            if hop.peer == self.me {
+                return Ok(self.to_self());
             }
-            Ok(Some(Up::Failed(failure))) => Err(clamp_to_below(failure, open.at, open.hops.len())),
-            Ok(Some(Up::Ack { .. })) => Err(lost(
-                FailureCode::BadFrame,
-                "it acknowledged before it opened".into(),
-            )),
-            Ok(None) => Err(lost(
-                FailureCode::DownstreamLost,
-                "it closed the stream while opening".into(),
-            )),
-            Err(e) => Err(lost(FailureCode::DownstreamLost, e.to_string())),
-        }
+            self.dialer.open(hop.peer, &hop.addrs, Proto::Session).await
+        };
+        let next = open_next(&open, shape, current, deadline, dial).await?;
+        Ok(Chain {
+            below: Below::Next(next.pipe),
+            held: next.held,
+            place: None,
+        })
     }
 
     /// A route may use two spans of one peer in a row; nobody dials itself.
@@ -496,6 +512,7 @@ impl Shared {
         };
         Ok(Chain {
             below,
+            held: 0,
             place: Some(place),
         })
     }
@@ -537,12 +554,12 @@ impl Shared {
             .map_err(|_| "its session is over".to_string())
     }
 
-    async fn refuse(&self, mut up: Pipe, failure: Failure) {
+    pub(super) async fn refuse(&self, mut up: Pipe, failure: Failure) {
         up.push(&Up::Failed(failure));
         let _ = timeout(self.limits.deadlines.close, up.close()).await;
     }
 
-    fn going_down(&self, at: u8) -> Failure {
+    pub(super) fn going_down(&self, at: u8) -> Failure {
         fail(
             at,
             Fault::Local,
@@ -561,7 +578,9 @@ fn engine_code(e: &engine::EngineError) -> FailureCode {
 
 pub(super) fn dial_code(e: &OpenError) -> FailureCode {
     match e {
-        OpenError::Unsupported { .. } | OpenError::OtherSwarm { .. } => FailureCode::Version,
+        OpenError::Unsupported { .. }
+        | OpenError::OtherSwarm { .. }
+        | OpenError::OtherVersion { .. } => FailureCode::Version,
         OpenError::Refused { .. } | OpenError::Busy { .. } => FailureCode::Full,
         OpenError::Timeout { .. } => FailureCode::Deadline,
         _ => FailureCode::DownstreamLost,

@@ -52,6 +52,18 @@ pub enum BadFrame {
         /// The limit.
         n_ctx: u32,
     },
+    /// More whole rows of logits than may wait for a client.
+    #[error(
+        "frame of {n_rows} rows asks for the whole logits of each, {max} rows of {n_vocab} are allowed"
+    )]
+    Logits {
+        /// Its rows.
+        n_rows: u32,
+        /// The limit for this vocabulary.
+        max: u16,
+        /// Floats in a row of logits.
+        n_vocab: u32,
+    },
     /// Token ids where hidden states belong, the reverse, or another dtype than agreed on.
     #[error("frame holds {got}, this hop was opened for {ours}")]
     Content {
@@ -79,6 +91,7 @@ pub(super) struct Ledger {
     pub(super) epoch: Epoch,
     pub(super) n_ctx: u32,
     pub(super) n_embd: u32,
+    pub(super) n_vocab: u32,
     /// What the upstream sends: token ids to the first hop, hidden states to the others.
     pub(super) content: Content,
     end: u32,
@@ -90,7 +103,7 @@ impl Ledger {
         session: SessionId,
         epoch: Epoch,
         n_ctx: u32,
-        n_embd: u32,
+        (n_embd, n_vocab): (u32, u32),
         content: Content,
     ) -> Self {
         Self {
@@ -98,6 +111,7 @@ impl Ledger {
             epoch,
             n_ctx,
             n_embd,
+            n_vocab,
             content,
             end: 0,
             rows_max: 1,
@@ -121,6 +135,14 @@ impl Ledger {
         let (pos0, n_rows) = (rows.pos0, u32::from(rows.n_rows));
         if n_rows == 0 || n_rows > u32::from(ROWS_MAX) {
             return Err(BadFrame::RowCount { got: n_rows });
+        }
+        let max = rows.want.rows_max(self.n_vocab);
+        if n_rows > u32::from(max) {
+            return Err(BadFrame::Logits {
+                n_rows,
+                max,
+                n_vocab: self.n_vocab,
+            });
         }
         if pos0 > self.end {
             return Err(BadFrame::Gap {
@@ -153,6 +175,17 @@ impl Ledger {
         self.end = end;
         self.rows_max = self.rows_max.max(n_rows);
         Ok(())
+    }
+
+    /// A higher epoch: positions from `resume` on come again.
+    pub(super) fn reopen(&mut self, epoch: Epoch, resume: u32) {
+        self.epoch = epoch;
+        self.end = self.end.min(resume);
+    }
+
+    /// Positions that this hop holds.
+    pub(super) fn end(&self) -> u32 {
+        self.end
     }
 
     /// Rows of the largest frame so far: what deadlines scale with. The same at every hop of a
@@ -222,5 +255,37 @@ impl Outbox {
             Some(owed) => Err(bad(format!("position {owed} of epoch {}", ours.0))),
             None => Err(bad("nothing".into())),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swarm_proto::{Form, Want, WantRows};
+
+    #[test]
+    fn whole_logits_of_many_rows_of_a_large_vocabulary_are_refused() {
+        let accepts = |n_vocab, n_rows, rows, form| {
+            let (session, epoch) = (SessionId([1; 16]), Epoch(0));
+            let mut ledger = Ledger::new(session, epoch, 512, (8, n_vocab), Content::Tokens);
+            let want = Want { rows, form };
+            let rows = Rows {
+                session,
+                epoch,
+                pos0: 0,
+                n_rows,
+                content: Content::Tokens,
+                want,
+                spent_us: 0,
+            };
+            ledger.accept(&rows, 4 * usize::from(n_rows)).is_ok()
+        };
+        let (all, last) = (WantRows::All, WantRows::Last);
+        assert!(accepts(128 * 1024, 8, all, Form::Full));
+        assert!(!accepts(128 * 1024, 9, all, Form::Full));
+        assert!(accepts(128 * 1024, 32, all, Form::Top(4096)));
+        assert!(accepts(128 * 1024, 32, last, Form::Full));
+        assert!(accepts(u32::MAX, 1, all, Form::Full), "one row always goes");
+        assert!(accepts(97, 32, all, Form::Full));
     }
 }

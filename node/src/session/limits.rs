@@ -5,6 +5,9 @@ use swarm_proto::{
     session::{OPEN_BYTES_MAX, SESSION_HEADER_MAX},
 };
 
+// A frame is a step.
+const _: () = assert!(ROWS_MAX as u32 == engine::PREFILL_CHUNK);
+
 /// The first message of a session stream.
 pub(super) const OPEN: FrameLimits = FrameLimits {
     header_max: OPEN_BYTES_MAX,
@@ -25,7 +28,8 @@ pub(super) const ATTACH: FrameLimits = FrameLimits {
 pub(super) fn down_rows(n_embd: u32) -> FrameLimits {
     let row = Dtype::F32.row_len(n_embd).max(size_of::<u32>());
     FrameLimits {
-        header_max: SESSION_HEADER_MAX,
+        // The session may be opened again on the same stream.
+        header_max: OPEN_BYTES_MAX,
         payload_max: usize::from(ROWS_MAX) * row,
     }
 }

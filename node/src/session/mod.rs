@@ -9,22 +9,26 @@
 //! |---|---|
 //! | `wire` | frames over one stream |
 //! | `ledger`, `admit`, `failure`, `topk`, `row`, `payload` | rules that need neither streams nor clocks |
-//! | `hop`, `relay`, `tail`, `slot` | the service that every node runs |
+//! | `hop`, `held`, `relay`, `retained`, `tail`, `slot` | the service that every node runs |
+//! | `chain` | opening the next hop, first or again |
 //! | `open`, `client`, `error` | opening and driving a session |
 //! | `bench` | what a hop costs |
 
 mod admit;
 mod bench;
+mod chain;
 mod client;
 mod config;
 mod error;
 mod failure;
+mod held;
 mod hop;
 mod ledger;
 mod limits;
 mod open;
 mod payload;
 mod relay;
+mod retained;
 mod row;
 mod slot;
 mod tail;

@@ -1,18 +1,20 @@
 //! Opens a session along a route: the chain from the first hop on and, at the same time, the answer
-//! stream to the tail. On failure another route is tried without the peer at fault.
+//! stream to the tail. On failure another route is tried without the peer at fault; where nobody has
+//! room, the client waits its turn.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use swarm_proto::{
-    Answer, Attach, Down, Dtype, Epoch, Failure, FailureCode, Fault, Hop, ModelId, Open, Peer,
-    SessionId, Up,
+    Answer, Attach, Dtype, Epoch, Failure, FailureCode, Fault, Hop, LayerRange, ModelId, Open,
+    Peer, SessionId,
 };
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
+    chain::{Next, Shape, open_next},
     client::{ClientSession, Opened},
     config::Deadlines,
-    error::ClientError,
+    error::{ClientError, HopName},
     failure::fail,
     hop::{Dialer, dial_code},
     limits, trace,
@@ -20,8 +22,16 @@ use super::{
 };
 use crate::net::Proto;
 
-/// Routes tried before giving up.
-const TRIES_MAX: usize = 4;
+/// Routes that may fail before giving up, not counting those that failed for want of room: after a
+/// power cut many peers are gone whose adverts are still believed, and most of them refuse at once.
+const TRIES_MAX: usize = 16;
+/// Peers without room that are asked in one round: each costs a round trip.
+const FULL_MAX: usize = 16;
+/// Before the first further round. A short answer on a small model takes about as long.
+const PAUSE_MIN: Duration = Duration::from_millis(200);
+/// Before each later one, reached by doubling: a place that became free is found within this, and
+/// many who wait do not keep the holders busy with refusing them.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
 
 /// Who opens sessions, and how.
 #[derive(Clone)]
@@ -47,37 +57,109 @@ pub struct Kind {
     pub n_vocab: u32,
 }
 
+/// Peers that hold these layers were asked and have no room.
+struct NoRoom {
+    layers: Vec<LayerRange>,
+    last: ClientError,
+}
+
+impl NoRoom {
+    fn of(mut full: Vec<(HopName, ClientError)>) -> Option<Self> {
+        let layers = LayerRange::merge(full.iter().map(|(hop, _)| hop.layers).collect());
+        let (_, last) = full.pop()?;
+        Some(Self { layers, last })
+    }
+}
+
 impl Opener {
     /// Opens along the routes that `plan` gives, which is told whom to avoid.
     ///
     /// # Errors
-    /// There is no route, or every route that was tried failed.
+    /// There is no route, every route that was tried failed, or nobody has room.
+    ///
+    /// # Cancel safety
+    /// As [`Opener::open_route`].
     pub async fn open(
         &self,
         kind: Kind,
-        mut plan: impl FnMut(&[Peer]) -> Result<Vec<Hop>, ClientError>,
+        plan: impl FnMut(&[Peer]) -> Result<Vec<Hop>, ClientError>,
     ) -> Result<ClientSession, ClientError> {
-        let mut avoid = Vec::new();
-        let mut last: Option<ClientError> = None;
-        for tries in 0..TRIES_MAX {
-            let route = match plan(&avoid) {
-                Ok(route) => route,
-                // Without the peers that failed there is none: their failure is the news.
-                Err(none) => return Err(exhausted(tries, last).unwrap_or(none)),
-            };
-            match self.open_route(kind, &route).await {
+        self.open_waiting(kind, Duration::ZERO, plan, |_| {}).await
+    }
+
+    /// The same, but where all that stands in the way is peers without room, they are asked again, with
+    /// pauses, until `patience` is over; `busy` hears once for which layers.
+    ///
+    /// # Errors
+    /// As [`Opener::open`].
+    pub async fn open_waiting(
+        &self,
+        kind: Kind,
+        patience: Duration,
+        mut plan: impl FnMut(&[Peer]) -> Result<Vec<Hop>, ClientError>,
+        busy: impl FnOnce(&[LayerRange]),
+    ) -> Result<ClientSession, ClientError> {
+        let deadline = Instant::now() + patience;
+        let (mut pause, mut busy) = (PAUSE_MIN, Some(busy));
+        let mut broken = Vec::new();
+        loop {
+            let NoRoom { layers, last } = match self.round(kind, &mut broken, &mut plan).await? {
                 Ok(session) => return Ok(session),
-                Err(e) => {
-                    tracing::info!(error = %e, "a route failed to open");
-                    let Some(culprit) = e.culprit(&route) else {
-                        return Err(e);
-                    };
-                    avoid.push(culprit);
-                    last = Some(e);
+                Err(full) => full,
+            };
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(ClientError::Busy {
+                    layers,
+                    waited: patience,
+                    last: Box::new(last),
+                });
+            }
+            if let Some(busy) = busy.take() {
+                busy(&layers);
+            }
+            // Half to one and a half of it: those who were refused together do not come back together.
+            let drawn = pause.mul_f64(0.5 + rand::random::<f64>());
+            sleep_until((now + drawn).min(deadline)).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// Tries routes until one opens or none is left. Peers that failed join `broken`; peers without
+    /// room are avoided in this round only.
+    async fn round(
+        &self,
+        kind: Kind,
+        broken: &mut Vec<(Peer, ClientError)>,
+        plan: &mut impl FnMut(&[Peer]) -> Result<Vec<Hop>, ClientError>,
+    ) -> Result<Result<ClientSession, NoRoom>, ClientError> {
+        let mut full: Vec<(HopName, ClientError)> = Vec::new();
+        loop {
+            let failed = broken.iter().map(|(peer, _)| *peer);
+            let avoid: Vec<Peer> = failed.chain(full.iter().map(|(hop, _)| hop.peer)).collect();
+            let planned = if full.len() < FULL_MAX && broken.len() < TRIES_MAX {
+                plan(&avoid)
+            } else {
+                Err(ClientError::NothingAsked)
+            };
+            let route = match planned {
+                Ok(route) => route,
+                Err(none) => {
+                    let none = exhausted(broken).unwrap_or(none);
+                    return NoRoom::of(full).map(Err).ok_or(none);
                 }
+            };
+            let error = match self.open_route(kind, &route).await {
+                Ok(session) => return Ok(Ok(session)),
+                Err(error) => error,
+            };
+            tracing::info!(%error, "a route failed to open");
+            match (error.without_room(), error.culprit(&route)) {
+                (Some(hop), _) => full.push((hop, error)),
+                (None, Some(culprit)) => broken.push((culprit, error)),
+                (None, None) => return Err(error),
             }
         }
-        Err(exhausted(TRIES_MAX, last).unwrap_or(ClientError::NothingAsked))
     }
 
     /// Opens along one route.
@@ -97,6 +179,7 @@ impl Opener {
         let open = Open {
             session,
             epoch,
+            resume: 0,
             client: self.me,
             model: kind.model,
             n_ctx: kind.n_ctx,
@@ -110,17 +193,18 @@ impl Opener {
         let greeting = deadline + self.deadlines.per_hop;
         let both = async {
             tokio::try_join!(
-                self.chain(open, kind.n_vocab, deadline),
-                self.answers(route, session, greeting)
+                self.chain(open, kind.n_vocab, None, deadline),
+                self.answers(route, session, epoch, greeting)
             )
         };
-        let (up, mut answers) = both
+        let (next, mut answers) = both
             .await
             .map_err(|failure| ClientError::hop(route, failure))?;
         answers.set_limits(limits::answers(kind.n_vocab));
         Ok(ClientSession::new(Opened {
-            up,
+            up: next.pipe,
             answers,
+            model: kind.model,
             session,
             epoch,
             route: route.to_vec(),
@@ -131,50 +215,61 @@ impl Opener {
         }))
     }
 
-    async fn chain(&self, open: Open, n_vocab: u32, deadline: Instant) -> Result<Pipe, Failure> {
-        let at_fault = |code, message: String| fail(0, Fault::Peer, code, message);
-        let hops = open.hops.len();
+    /// Opens a session again along another route, in a higher epoch. Hops that are on both routes keep
+    /// what they hold.
+    ///
+    /// # Errors
+    /// A hop of the new route failed; the session can be opened again along yet another.
+    ///
+    /// # Cancel safety
+    /// As after an error.
+    pub async fn reopen(
+        &self,
+        session: &mut ClientSession,
+        route: &[Hop],
+    ) -> Result<(), ClientError> {
+        let (open, n_vocab, current) = session.begin_again(self.me, route);
+        let (epoch, id) = (open.epoch, open.session);
+        let deadline = Instant::now() + self.deadlines.reopened(route.len());
+        let greeting = deadline + self.deadlines.per_hop;
+        let both = async {
+            tokio::try_join!(
+                self.chain(open, n_vocab, current, deadline),
+                self.answers(route, id, epoch, greeting)
+            )
+        };
+        let (next, mut answers) = both
+            .await
+            .map_err(|failure| ClientError::hop(route, failure))?;
+        answers.set_limits(limits::answers(n_vocab));
+        session.go_on(next.pipe, answers, route.to_vec(), epoch, next.held);
+        Ok(())
+    }
+
+    async fn chain(
+        &self,
+        open: Open,
+        n_vocab: u32,
+        current: Option<Pipe>,
+        deadline: Instant,
+    ) -> Result<Next, Failure> {
         let Some(hop) = open.hops.first() else {
-            return Err(at_fault(FailureCode::BadFrame, "the route is empty".into()));
+            let message = "the route is empty";
+            return Err(fail(0, Fault::Peer, FailureCode::BadFrame, message));
         };
-        let late = |_| at_fault(FailureCode::Deadline, "it did not open in time".into());
-        let stream = self.dialer.open(hop.peer, &hop.addrs, Proto::Session);
-        let stream = timeout_at(deadline, stream).await.map_err(late)?;
-        let stream = stream.map_err(|e| at_fault(dial_code(&e), e.to_string()))?;
-        let mut pipe = Pipe::new(stream, limits::UP);
-        pipe.push(&Down::Open(open));
-        let opened = async {
-            pipe.flush().await.map_err(WireError::Io)?;
-            pipe.frame::<Up>().await
+        let shape = Shape {
+            n_embd: None,
+            n_vocab,
         };
-        match timeout_at(deadline, opened).await.map_err(late)? {
-            Ok(Some(Up::Opened { n_vocab: told, .. })) if told == n_vocab => Ok(pipe),
-            Ok(Some(Up::Opened { n_vocab: told, .. })) => Err(at_fault(
-                FailureCode::BadFrame,
-                format!("it has a vocabulary of {told}, the model has {n_vocab}"),
-            )),
-            Ok(Some(Up::Failed(mut failure))) => {
-                failure.at = failure
-                    .at
-                    .min(u8::try_from(hops.saturating_sub(1)).unwrap_or(u8::MAX));
-                Err(failure)
-            }
-            Ok(Some(_)) => Err(at_fault(
-                FailureCode::BadFrame,
-                "an answer that fits no opening".into(),
-            )),
-            Ok(None) => Err(at_fault(
-                FailureCode::DownstreamLost,
-                "it closed the stream while opening".into(),
-            )),
-            Err(e) => Err(at_fault(FailureCode::DownstreamLost, e.to_string())),
-        }
+        let dial = async || self.dialer.open(hop.peer, &hop.addrs, Proto::Session).await;
+        open_next(&open, shape, current, deadline, dial).await
     }
 
     async fn answers(
         &self,
         route: &[Hop],
         session: SessionId,
+        epoch: Epoch,
         deadline: Instant,
     ) -> Result<Pipe, Failure> {
         let tail = u8::try_from(route.len().saturating_sub(1)).unwrap_or(u8::MAX);
@@ -192,10 +287,7 @@ impl Opener {
         let stream = timeout_at(deadline, stream).await.map_err(late)?;
         let stream = stream.map_err(|e| at_fault(dial_code(&e), e.to_string()))?;
         let mut pipe = Pipe::new(stream, limits::UP);
-        pipe.push(&Attach {
-            session,
-            epoch: Epoch(0),
-        });
+        pipe.push(&Attach { session, epoch });
         let attached = async {
             pipe.flush().await.map_err(WireError::Io)?;
             pipe.frame::<Answer>().await
@@ -222,13 +314,14 @@ impl Opener {
     }
 }
 
-fn exhausted(tries: usize, last: Option<ClientError>) -> Option<ClientError> {
-    match (tries, last) {
-        (_, None) => None,
-        (0 | 1, Some(last)) => Some(last),
-        (tries, Some(last)) => Some(ClientError::Exhausted {
+/// The last failure, and how many there were; none where no peer failed.
+fn exhausted(broken: &[(Peer, ClientError)]) -> Option<ClientError> {
+    let (_, last) = broken.last()?;
+    Some(match broken.len() {
+        1 => last.clone(),
+        tries => ClientError::Exhausted {
             tries,
-            last: Box::new(last),
-        }),
-    }
+            last: Box::new(last.clone()),
+        },
+    })
 }

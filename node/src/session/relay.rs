@@ -1,9 +1,13 @@
-//! One running session on one hop: a single task that owns both streams and never blocks.
+//! One running session on one hop: a single task that owns both streams and never blocks. Everything
+//! sent on is retained, so that a hop that takes the place of the one below can be fed.
 //!
 //! ```text
 //! upstream ──Rows──▶ Ledger ─▶ worker thread ─▶ encode ──Rows──▶ downstream, or Logits ──▶ client
 //!          ◀──Ack──  after forwarding                  ◀──Ack──
 //! ```
+//!
+//! After a reopening each side goes on where the lower one stands: what it does not hold is replayed,
+//! what it holds already is computed here and not sent.
 //!
 //! A decoded token costs this task two wake-ups on its way (the frame, the worker's reply) and one
 //! off it (the acknowledgement from below); nothing is handed to another task. It does *not* open
@@ -20,7 +24,8 @@ use std::{
 
 use engine::{Done, EngineError, Job, Step, Worker};
 use swarm_proto::{
-    Answer, Content, Down, Dtype, Failure, FailureCode, Fault, Rows, Up, WantRows, activation,
+    Answer, Content, Down, Failure, FailureCode, Fault, Form, Open, Rows, Up, WantRows, activation,
+    session::LOGITS_BYTES_MAX,
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -31,12 +36,16 @@ use super::{
     config::Deadlines,
     failure::{clamp_to_below, fail},
     ledger::{Ledger, Outbox},
+    limits::down_rows,
     payload::{decode, micros, push_logits},
+    retained::Retained,
     slot::SlotGuard,
     topk::{TopK, log_sum_exp},
     wire::{Pipe, WireError},
 };
 use crate::net::Stream;
+
+mod again;
 
 /// Unread acknowledgements that an upstream may pile up before we stop reading its frames.
 const ACK_BACKLOG_MAX: usize = 16 * 1024;
@@ -44,25 +53,41 @@ const ACK_BACKLOG_MAX: usize = 16 * 1024;
 /// Results that may wait for the stream below before we stop reading frames: what one write takes.
 const BACKLOG_MAX: usize = 64 * 1024;
 
+/// Result buffers longer than this are not kept: 32 rows of 8,192 floats. Logits of a large vocabulary
+/// are longer.
+const SPARE_FLOATS_MAX: usize = 256 * 1024;
+
 /// Acknowledgements of single rows wait until so many are due, or [`ACK_DELAY`] is over: each write
 /// wakes four tasks on its way, and a decoding client waits for logits, not for them.
 const ACK_BATCH: usize = 4;
 /// Far below any deadline that watches acknowledgements.
 const ACK_DELAY: Duration = Duration::from_millis(20);
 
-/// How a session ended.
+/// Why a session stopped running.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum End {
     /// The upstream said so.
     Closed,
     /// The upstream's stream ended without a word: it died, or dropped the session.
     UpstreamLost,
-    /// Something went wrong, here or below.
+    /// Something went wrong here, or was wrong with what came: nothing is worth keeping.
     Failed(Failure),
+    /// The route below is broken, or the client's answer stream is.
+    BelowLost(Failure),
+    /// The upstream opens the session again.
+    Reopen(Box<Open>),
+}
+
+/// Why a poll stops in the middle.
+enum Halt {
+    Ours(Failure),
+    Below(Failure),
 }
 
 /// Where results go.
 pub(super) enum Below {
+    /// Nobody: the route is broken here.
+    Nobody,
     /// The next hop.
     Next(Pipe),
     /// The client itself: we are the tail.
@@ -78,16 +103,17 @@ pub(super) enum Below {
 
 /// What a relay is made of, once the chain below has opened.
 pub(super) struct Parts {
-    pub(super) at: u8,
-    pub(super) hops: usize,
+    /// As it was opened last.
+    pub(super) open: Open,
     pub(super) ledger: Ledger,
-    pub(super) dtype: Dtype,
     pub(super) layers: Range<u32>,
-    pub(super) n_vocab: u32,
     pub(super) worker: Worker,
     pub(super) slot: SlotGuard,
     pub(super) up: Pipe,
     pub(super) below: Below,
+    /// Positions that the hop below holds.
+    pub(super) below_held: u32,
+    pub(super) retained: Retained,
     pub(super) deadlines: Deadlines,
     pub(super) frames_in_flight: usize,
 }
@@ -115,16 +141,26 @@ pub(super) struct Relay {
     spare: Vec<Vec<f32>>,
     /// The last sign of progress from below while something was owed.
     progress: Instant,
+    /// The last word from below.
+    heard: Instant,
+    /// When the upstream is next told that this hop is at work.
+    beat: Instant,
     last_frame: Instant,
     timer: Pin<Box<Sleep>>,
+    /// Where the next retained frame to be sent again begins; `None` when all are sent.
+    replay: Option<u32>,
+    /// A payload that is kept but not sent, or sent again.
+    scratch: Vec<u8>,
 }
 
 impl Relay {
-    pub(super) fn new(parts: Parts) -> Self {
+    /// A session that is open; the upstream is told so.
+    pub(super) fn new(mut parts: Parts) -> Self {
+        parts.up.set_limits(down_rows(parts.ledger.n_embd));
         let now = Instant::now();
         // Bounded by `frames_in_flight`: one reply per submitted frame.
         let (reply, results) = mpsc::unbounded_channel();
-        Self {
+        let mut relay = Self {
             results,
             reply,
             in_flight: VecDeque::with_capacity(parts.frames_in_flight),
@@ -134,10 +170,16 @@ impl Relay {
             forwarded: true,
             spare: Vec::new(),
             progress: now,
+            heard: now,
+            beat: now,
             last_frame: now,
             timer: Box::pin(sleep_until(now)),
+            replay: None,
+            scratch: Vec::new(),
             p: parts,
-        }
+        };
+        relay.say_opened();
+        relay
     }
 
     /// Runs until the session ends.
@@ -152,10 +194,10 @@ impl Relay {
     /// the KV.
     pub(super) async fn finish(mut self, end: &End) {
         let failure = match end {
-            End::Failed(failure) => Some(failure.clone()),
-            End::Closed => None,
+            End::Failed(failure) | End::BelowLost(failure) => Some(failure.clone()),
+            End::Closed | End::Reopen(_) => None,
             End::UpstreamLost => Some(fail(
-                self.p.at.saturating_sub(1),
+                self.at().saturating_sub(1),
                 Fault::Peer,
                 FailureCode::DownstreamLost,
                 "the hop before the last closed the session without a word",
@@ -166,38 +208,50 @@ impl Relay {
         {
             self.p.up.push(&Up::Failed(failure.clone()));
         }
+        // Nobody below waits for a client that did not come back here.
         match &mut self.p.below {
-            // A lost upstream is passed on as it was felt: by dropping the stream.
-            Below::Next(pipe) if *end != End::UpstreamLost => pipe.push(&Down::Close),
-            Below::Next(_) => {}
+            Below::Nobody => {}
+            Below::Next(pipe) => pipe.push(&Down::Close),
             Below::Client { answers, .. } => {
                 if let Some(failure) = failure {
                     answers.push(&Answer::Failed(failure));
                 }
             }
         }
-        let below = match &mut self.p.below {
-            Below::Next(pipe) => pipe,
-            Below::Client { answers, .. } => answers,
-        };
         let goodbye = self.p.deadlines.close;
-        let _ = tokio::join!(
-            timeout(goodbye, self.p.up.close()),
-            timeout(goodbye, below.close())
-        );
+        let below = async {
+            match &mut self.p.below {
+                Below::Nobody => Ok(()),
+                Below::Next(pipe) => pipe.close().await,
+                Below::Client { answers, .. } => answers.close().await,
+            }
+        };
+        let _ = tokio::join!(timeout(goodbye, self.p.up.close()), timeout(goodbye, below));
+    }
+
+    /// Our place on the route.
+    pub(super) fn at(&self) -> u8 {
+        self.p.open.at
+    }
+
+    /// The session as it was opened last.
+    pub(super) fn open(&self) -> &Open {
+        &self.p.open
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         match self.poll_inner(cx) {
             Ok(poll) => poll,
-            Err(failure) => Poll::Ready(End::Failed(failure)),
+            Err(Halt::Ours(failure)) => Poll::Ready(End::Failed(failure)),
+            Err(Halt::Below(failure)) => Poll::Ready(End::BelowLost(failure)),
         }
     }
 
-    fn poll_inner(&mut self, cx: &mut Context<'_>) -> Result<Poll<End>, Failure> {
+    fn poll_inner(&mut self, cx: &mut Context<'_>) -> Result<Poll<End>, Halt> {
         loop {
             // Results first: somebody below waits for them.
             let mut busy = self.poll_results(cx)?;
+            busy |= self.replay()?;
             self.poll_forward(cx)?;
             busy |= self.poll_below(cx)?;
             match self.poll_frame(cx)? {
@@ -214,7 +268,7 @@ impl Relay {
     }
 
     /// Takes the worker's results and encodes them into the buffer towards below.
-    fn poll_results(&mut self, cx: &mut Context<'_>) -> Result<bool, Failure> {
+    fn poll_results(&mut self, cx: &mut Context<'_>) -> Result<bool, Halt> {
         let mut any = false;
         while let Poll::Ready(Some(result)) = self.results.poll_recv(cx) {
             any = true;
@@ -226,15 +280,19 @@ impl Relay {
             step.record("compute_us", compute_us);
             step.record("queued_us", micros(done.queued));
             let pos_end = rows.pos0 + u32::from(rows.n_rows);
-            self.encode(rows, &done.rows, compute_us)?;
-            if self.spare.len() < self.p.frames_in_flight {
+            let sent = self.encode(rows, &done.rows, compute_us)?;
+            if self.spare.len() < self.p.frames_in_flight
+                && done.rows.capacity() <= SPARE_FLOATS_MAX
+            {
                 self.spare.push(done.rows);
             }
             let now = Instant::now();
-            if self.outbox.is_empty() {
-                self.progress = now;
+            if sent {
+                if self.outbox.is_empty() {
+                    (self.progress, self.heard) = (now, now);
+                }
+                self.outbox.sent(pos_end);
             }
-            self.outbox.sent(pos_end);
             self.to_ack.push(pos_end);
             let patient = rows.n_rows == 1 && self.to_ack.len() < ACK_BATCH;
             let by = if patient { now + ACK_DELAY } else { now };
@@ -243,50 +301,62 @@ impl Relay {
         Ok(any)
     }
 
-    fn encode(&mut self, rows: Rows, out: &[f32], compute_us: u32) -> Result<(), Failure> {
+    /// Keeps a result, and sends it on; whether it did.
+    fn encode(&mut self, rows: Rows, out: &[f32], compute_us: u32) -> Result<bool, Halt> {
         let spent_us = rows.spent_us.saturating_add(compute_us);
-        let at = self.p.at;
-        let not_finite = |what: &str| {
-            fail(
-                at,
-                Fault::Local,
-                FailureCode::Engine,
-                format!("{what} hold NaN or infinity"),
-            )
+        let at = self.at();
+        let pos_end = rows.pos0 + u32::from(rows.n_rows);
+        let (dtype, n_embd, tail) = (self.p.open.dtype, self.p.ledger.n_embd, self.tail());
+        let header = Rows {
+            content: Content::Hidden(dtype),
+            spent_us,
+            ..rows
         };
         match &mut self.p.below {
-            Below::Next(pipe) => {
-                if !out.iter().all(|x| x.is_finite()) {
-                    return Err(not_finite("hidden states"));
-                }
-                let header = Rows {
-                    content: Content::Hidden(self.p.dtype),
-                    spent_us,
-                    ..rows
-                };
-                let (n_embd, dtype) = (self.p.ledger.n_embd, self.p.dtype);
+            // Nobody: a frame that was under way when the route broke.
+            Below::Nobody if tail => return Ok(false),
+            // Finite: the stage has looked.
+            Below::Next(pipe) if pos_end > self.p.below_held => {
                 pipe.push_with(&Down::Rows(header), |b| {
                     activation::encode(out, n_embd, dtype, b)
                 });
+                let payload = pipe.pushed(header.payload_len(n_embd));
+                self.p.retained.push(&header, payload);
+            }
+            Below::Next(_) | Below::Nobody => {
+                self.scratch.clear();
+                activation::encode(out, n_embd, dtype, &mut self.scratch);
+                self.p.retained.push(&header, &self.scratch);
+                return Ok(false);
             }
             Below::Client { answers, top, .. } => {
-                let n_vocab = self.p.n_vocab as usize;
-                let pos_end = rows.pos0 + u32::from(rows.n_rows);
+                let n_vocab = self.p.ledger.n_vocab as usize;
                 let n_out = (out.len() / n_vocab.max(1)) as u32;
                 for (i, row) in (pos_end.saturating_sub(n_out)..).zip(out.chunks_exact(n_vocab)) {
                     let Some(lse) = log_sum_exp(row) else {
-                        return Err(not_finite("logits"));
+                        let message = "logits hold NaN or infinity";
+                        return Err(Halt::Ours(fail(
+                            at,
+                            Fault::Local,
+                            FailureCode::Engine,
+                            message,
+                        )));
                     };
                     push_logits(answers, top, &rows, i, row, lse, spent_us);
                 }
             }
         }
-        Ok(())
+        Ok(true)
+    }
+
+    fn tail(&self) -> bool {
+        usize::from(self.at()) + 1 == self.p.open.hops.len()
     }
 
     /// Writes the buffer out; once it is on its way, the upstream hears of it.
-    fn poll_forward(&mut self, cx: &mut Context<'_>) -> Result<(), Failure> {
+    fn poll_forward(&mut self, cx: &mut Context<'_>) -> Result<(), Halt> {
         let sent = match &mut self.p.below {
+            Below::Nobody => false,
             Below::Next(pipe) => match pipe.poll_flush(cx) {
                 Poll::Ready(Err(e)) => {
                     // What it said before it went is worth more than the broken pipe.
@@ -330,10 +400,11 @@ impl Relay {
     }
 
     /// Reads what comes back from below: acknowledgements, failures, the end of the stream.
-    fn poll_below(&mut self, cx: &mut Context<'_>) -> Result<bool, Failure> {
+    fn poll_below(&mut self, cx: &mut Context<'_>) -> Result<bool, Halt> {
         let mut any = false;
         loop {
             let pipe = match &mut self.p.below {
+                Below::Nobody => return Ok(any),
                 Below::Next(pipe) => pipe,
                 Below::Client { answers, .. } => {
                     match answers.poll_frame::<swarm_proto::Attach>(cx) {
@@ -350,10 +421,13 @@ impl Relay {
                     self.outbox
                         .acked(self.p.ledger.epoch, epoch, pos_end)
                         .map_err(|e| self.bad_below(&e.to_string()))?;
-                    self.progress = Instant::now();
+                    let now = Instant::now();
+                    (self.progress, self.heard) = (now, now);
                 }
-                Poll::Ready(Ok(Some(Up::Failed(failure)))) => {
-                    return Err(clamp_to_below(failure, self.p.at, self.p.hops));
+                Poll::Ready(Ok(Some(Up::Working))) => self.heard = Instant::now(),
+                Poll::Ready(Ok(Some(Up::Failed(failure) | Up::Lost { failure, .. }))) => {
+                    let hops = self.p.open.hops.len();
+                    return Err(Halt::Below(clamp_to_below(failure, self.at(), hops)));
                 }
                 Poll::Ready(Ok(Some(Up::Opened { .. }))) => {
                     return Err(self.bad_below("a second opened message"));
@@ -366,13 +440,16 @@ impl Relay {
     }
 
     /// Takes the next frame, unless enough are under way: then the upstream's writes stall.
-    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Result<Poll<Option<End>>, Failure> {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Result<Poll<Option<End>>, Halt> {
         let backlog = match &self.p.below {
+            Below::Nobody => 0,
             Below::Next(pipe) => pipe.backlog(),
             Below::Client { answers, .. } => answers.backlog(),
         };
         if self.in_flight.len() >= self.p.frames_in_flight
+            || self.replay.is_some()
             || backlog > BACKLOG_MAX
+            || self.promised() >= LOGITS_BYTES_MAX
             || self.p.up.backlog() > ACK_BACKLOG_MAX
         {
             return Ok(Poll::Pending);
@@ -383,13 +460,33 @@ impl Relay {
         match frame {
             Ok(Some(Down::Rows(rows))) => self.on_rows(rows).map(|()| Poll::Ready(None)),
             Ok(Some(Down::Close)) => Ok(Poll::Ready(Some(End::Closed))),
-            Ok(Some(Down::Open(_))) => Err(self.bad_frame("a second open message")),
+            Ok(Some(Down::Open(open))) => Ok(Poll::Ready(Some(End::Reopen(Box::new(open))))),
             Ok(None) | Err(WireError::Io(_)) => Ok(Poll::Ready(Some(End::UpstreamLost))),
-            Err(e) => Err(self.bad_frame(&e.to_string())),
+            Err(e) => Err(Halt::Ours(self.bad_frame(&e.to_string()))),
         }
     }
 
-    fn on_rows(&mut self, rows: Rows) -> Result<(), Failure> {
+    /// Bytes of whole rows of logits that frames in the worker will bring. Together with what one
+    /// frame may ask for, it bounds what waits for a client that does not read.
+    fn promised(&self) -> usize {
+        if !matches!(self.p.below, Below::Client { .. }) {
+            return 0;
+        }
+        let rows = |frame: &InFlight| match (frame.rows.want.rows, frame.rows.want.form) {
+            (WantRows::None, _) | (_, Form::Top(_)) => 0,
+            (WantRows::Last, Form::Full) => 1,
+            (WantRows::All, Form::Full) => usize::from(frame.rows.n_rows),
+        };
+        let rows: usize = self.in_flight.iter().map(rows).sum();
+        rows.saturating_mul(self.p.ledger.n_vocab as usize)
+            .saturating_mul(size_of::<f32>())
+    }
+
+    fn on_rows(&mut self, rows: Rows) -> Result<(), Halt> {
+        if rows.pos0 < self.p.ledger.end() {
+            // Written anew: what the hop below holds from here on is not this.
+            self.p.below_held = self.p.below_held.min(rows.pos0);
+        }
         let payload = self.p.up.payload();
         let input = match self.p.ledger.accept(&rows, payload.len()) {
             Ok(()) => decode(
@@ -400,10 +497,13 @@ impl Relay {
             ),
             Err(e) => Err(e.to_string()),
         };
-        let input = input.map_err(|e| self.bad_frame(&e))?;
+        let input = input.map_err(|e| Halt::Ours(self.bad_frame(&e)))?;
         self.last_frame = Instant::now();
+        if self.in_flight.is_empty() {
+            self.beat = self.last_frame + self.p.deadlines.beat;
+        }
         let want = match (&self.p.below, rows.want.rows) {
-            (Below::Next(_), _) | (_, WantRows::None) => engine::Want::None,
+            (Below::Next(_) | Below::Nobody, _) | (_, WantRows::None) => engine::Want::None,
             (_, WantRows::Last) => engine::Want::Last,
             (_, WantRows::All) => engine::Want::All,
         };
@@ -432,12 +532,12 @@ impl Relay {
             }),
         };
         // Never with a queue of `SessionLimits::worker_queue`.
-        let full =
-            |e: engine::Busy| fail(self.p.at, Fault::Local, FailureCode::Full, e.to_string());
-        self.p.worker.submit(job).map_err(full)
+        let at = self.at();
+        let full = |e: engine::Busy| fail(at, Fault::Local, FailureCode::Full, e.to_string());
+        self.p.worker.submit(job).map_err(|e| Halt::Ours(full(e)))
     }
 
-    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Result<(), Failure> {
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Result<(), Halt> {
         loop {
             let due = self.due();
             // Moving a timer takes a lock: it is left alone while it fires too early, not too late.
@@ -447,7 +547,13 @@ impl Relay {
             if self.timer.as_mut().poll(cx).is_pending() {
                 return Ok(());
             }
-            self.check_deadlines(Instant::now())?;
+            let now = Instant::now();
+            self.check_deadlines(now)?;
+            if self.at_work() && now >= self.beat {
+                self.p.up.push(&Up::Working);
+                let _ = self.p.up.poll_flush(cx);
+                self.beat = now + self.p.deadlines.beat;
+            }
             if self.ack_by.is_some() {
                 self.poll_forward(cx)?;
             }
@@ -458,6 +564,12 @@ impl Relay {
         let mut due = self.last_frame + self.p.deadlines.idle;
         if !self.outbox.is_empty() {
             due = due.min(self.ack_due());
+            if matches!(self.p.below, Below::Next(_)) {
+                due = due.min(self.heard + self.p.deadlines.silence);
+            }
+        }
+        if self.at_work() {
+            due = due.min(self.beat);
         }
         if let Some(by) = self.ack_by
             && self.forwarded
@@ -475,18 +587,32 @@ impl Relay {
         due
     }
 
+    /// Whether the client waits for something that is here or below: as long as anything is under way
+    /// it hears so, and when it hears nothing more the answer should be there.
+    fn at_work(&self) -> bool {
+        !self.in_flight.is_empty()
+            || !self.to_ack.is_empty()
+            || !self.outbox.is_empty()
+            || self.p.up.is_receiving()
+    }
+
     fn ack_due(&self) -> Instant {
         self.progress + self.ack_timeout()
     }
 
     fn ack_timeout(&self) -> Duration {
-        let below = self.p.hops.saturating_sub(usize::from(self.p.at) + 1);
+        let below = self
+            .p
+            .open
+            .hops
+            .len()
+            .saturating_sub(usize::from(self.at()) + 1);
         self.p.deadlines.acked(self.p.ledger.rows_max(), below)
     }
 
-    fn check_deadlines(&mut self, now: Instant) -> Result<(), Failure> {
-        let at = self.p.at;
-        let fail = |at, fault, message| Err(fail(at, fault, FailureCode::Deadline, message));
+    fn check_deadlines(&mut self, now: Instant) -> Result<(), Halt> {
+        let at = self.at();
+        let late = |at, fault, message| fail(at, fault, FailureCode::Deadline, message);
         if let Below::Client {
             attach: Some(_),
             due,
@@ -495,71 +621,79 @@ impl Relay {
             && now >= *due
         {
             let message = "the client did not attach its answer stream in time".to_string();
-            return fail(at, Fault::Caller, message);
+            return Err(Halt::Below(late(at, Fault::Caller, message)));
+        }
+        let silence = self.p.deadlines.silence;
+        if !self.outbox.is_empty()
+            && matches!(self.p.below, Below::Next(_))
+            && now >= self.heard + silence
+        {
+            let message = format!("it has work and was silent for {silence:?}");
+            return Err(Halt::Below(late(at + 1, Fault::Peer, message)));
         }
         if !self.outbox.is_empty() && now >= self.ack_due() {
             let waited = self.ack_timeout();
-            return match self.p.below {
-                Below::Next(_) => fail(
+            return Err(Halt::Below(match self.p.below {
+                Below::Next(_) | Below::Nobody => late(
                     at + 1,
                     Fault::Peer,
                     format!("no acknowledgement within {waited:?}"),
                 ),
-                Below::Client { .. } => fail(
+                Below::Client { .. } => late(
                     at,
                     Fault::Caller,
                     format!("the client read no answer for {waited:?}"),
                 ),
-            };
+            }));
         }
         if now >= self.last_frame + self.p.deadlines.idle {
             let idle = self.p.deadlines.idle;
-            return fail(
+            return Err(Halt::Ours(late(
                 at,
                 Fault::Caller,
                 format!("no frame for {idle:?}: the session's lease ended"),
-            );
+            )));
         }
         Ok(())
     }
 
     fn bad_frame(&self, what: &str) -> Failure {
-        fail(self.p.at, Fault::Caller, FailureCode::BadFrame, what)
+        fail(self.at(), Fault::Caller, FailureCode::BadFrame, what)
     }
 
-    fn bad_below(&self, what: &str) -> Failure {
-        fail(
-            self.p.at + 1,
+    fn bad_below(&self, what: &str) -> Halt {
+        Halt::Below(fail(
+            self.at() + 1,
             Fault::Peer,
             FailureCode::BadFrame,
             format!("its upstream refused: {what}"),
-        )
+        ))
     }
 
-    fn lost_below(&self, why: &impl std::fmt::Display) -> Failure {
-        fail(
-            self.p.at + 1,
+    fn lost_below(&self, why: &impl std::fmt::Display) -> Halt {
+        Halt::Below(fail(
+            self.at() + 1,
             Fault::Peer,
             FailureCode::DownstreamLost,
             format!("connection lost: {why}"),
-        )
+        ))
     }
 
-    fn client_gone(&self) -> Failure {
+    fn client_gone(&self) -> Halt {
         let message = "the client closed its answer stream";
-        fail(
-            self.p.at,
+        Halt::Below(fail(
+            self.at(),
             Fault::Caller,
             FailureCode::DownstreamLost,
             message,
-        )
+        ))
     }
 
-    fn engine_failure(&self, e: &EngineError) -> Failure {
+    fn engine_failure(&self, e: &EngineError) -> Halt {
         let (fault, code) = match e.fault() {
             engine::Fault::Caller => (Fault::Caller, FailureCode::BadFrame),
             engine::Fault::Local => (Fault::Local, FailureCode::Engine),
         };
-        fail(self.p.at, fault, code, e.to_string())
+        Halt::Ours(fail(self.at(), fault, code, e.to_string()))
     }
 }

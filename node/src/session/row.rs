@@ -58,6 +58,11 @@ impl LogitsRow {
         Some(logit - self.log_sum_exp)
     }
 
+    /// Bytes of what it holds; at least one, so that empty rows count too.
+    pub(super) fn bytes(&self) -> usize {
+        1 + self.full.len() * 4 + self.top.len() * 8
+    }
+
     /// The most likely token; of equal ones that with the lowest id.
     pub fn argmax(&self) -> Option<u32> {
         if let Some((id, _)) = self.top.first() {

@@ -20,7 +20,6 @@ impl SlotGuard {
 
 impl Drop for SlotGuard {
     fn drop(&mut self) {
-        // Jobs of this slot that are still queued run first: the queue is in order.
         self.worker.close(self.slot);
     }
 }

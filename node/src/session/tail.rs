@@ -1,7 +1,8 @@
 //! Pairs a client's answer stream with its session at the tail, whichever comes first.
 //!
 //! Keyed by the client's peer id as well as the session's, so that nobody attaches to, or squats
-//! on, the session of another. Bounded, and nothing waits longer than the pairing deadline.
+//! on, the session of another. Bounded, in all and for each client, and nothing waits longer than the
+//! pairing deadline.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -31,6 +32,9 @@ pub(super) enum PairError {
     /// Too many wait.
     #[error("{0} answer streams wait already")]
     Full(usize),
+    /// Too many of this client wait.
+    #[error("{0} answer streams of this client wait already")]
+    ClientFull(usize),
 }
 
 /// The table.
@@ -38,6 +42,7 @@ pub(super) enum PairError {
 pub(super) struct Pairing {
     waiting: Arc<Mutex<HashMap<Key, Half>>>,
     max: usize,
+    per_client_max: usize,
 }
 
 /// A place in the table, given back when dropped.
@@ -63,10 +68,11 @@ impl Drop for Place {
 }
 
 impl Pairing {
-    pub(super) fn new(max: usize) -> Self {
+    pub(super) fn new(max: usize, per_client_max: usize) -> Self {
         Self {
             waiting: Arc::default(),
             max,
+            per_client_max,
         }
     }
 
@@ -118,6 +124,12 @@ impl Pairing {
         if waiting.len() >= self.max {
             return Err(PairError::Full(waiting.len()));
         }
+        let of_client =
+            |(other, half): (&Key, &Half)| other.0 == key.0 && matches!(half, Half::Answer(_));
+        let parked = waiting.iter().filter(|entry| of_client(*entry)).count();
+        if parked >= self.per_client_max {
+            return Err(PairError::ClientFull(parked));
+        }
         let (to, later) = oneshot::channel();
         waiting.insert(key, Half::Answer(to));
         drop(waiting);
@@ -158,7 +170,7 @@ mod tests {
 
     #[tokio::test]
     async fn either_may_come_first_and_nothing_stays() {
-        let pairing = Pairing::new(4);
+        let pairing = Pairing::new(4, 4);
         let (session, place) = pairing.session(key(1)).unwrap();
         let Ok(Claim::Now(to)) = pairing.answer(key(1)) else {
             panic!("no session")
@@ -180,7 +192,7 @@ mod tests {
 
     #[tokio::test]
     async fn another_client_gets_nothing_and_the_table_is_bounded() {
-        let pairing = Pairing::new(2);
+        let pairing = Pairing::new(2, 2);
         let (session, place) = pairing.session(key(1)).unwrap();
         let Ok(Claim::Later(later, other)) = pairing.answer(key(2)) else {
             panic!("stolen")
@@ -191,5 +203,25 @@ mod tests {
         drop((later, session));
         drop((other, place));
         assert_eq!(pairing.len(), 0);
+    }
+
+    #[tokio::test]
+    async fn one_client_cannot_fill_the_table() {
+        let pairing = Pairing::new(8, 2);
+        let nth = |client, n| (Peer([client; 32]), SessionId([n; 16]), Epoch(0));
+        // What hops say in its name is bounded by their sessions, and does not count here.
+        let (_waiting, _place) = pairing.session(nth(1, 0)).unwrap();
+        let _first = pairing.answer(nth(1, 1)).unwrap();
+        let second = pairing.answer(nth(1, 2)).unwrap();
+        let full = Some(PairError::ClientFull(2));
+        assert_eq!(pairing.answer(nth(1, 3)).err(), full);
+        assert!(pairing.answer(nth(2, 3)).is_ok(), "others get in");
+        let own = pairing.answer(nth(1, 0));
+        assert!(
+            matches!(own, Ok(Claim::Now(_))),
+            "who pairs waits for nothing"
+        );
+        drop(second);
+        assert!(pairing.answer(nth(1, 3)).is_ok());
     }
 }

@@ -74,6 +74,16 @@ impl Pipe {
         self.io = Some(io);
     }
 
+    /// Whether a part of a frame is here.
+    pub(super) fn is_receiving(&self) -> bool {
+        !self.decoder.is_empty()
+    }
+
+    /// Whether there is one.
+    pub(super) fn has_stream(&self) -> bool {
+        self.io.is_some()
+    }
+
     /// The stream, unless bytes beyond the last frame were already read from it.
     pub(super) fn into_stream(self) -> Option<Stream> {
         if self.decoder.is_empty() {
@@ -99,6 +109,11 @@ impl Pipe {
         if let Err(e) = encode_frame(header, &mut self.out, payload) {
             self.unsendable = Some(e);
         }
+    }
+
+    /// The payload of the frame that was pushed last: its last `len` bytes.
+    pub(super) fn pushed(&self, len: usize) -> &[u8] {
+        &self.out[self.out.len().saturating_sub(len)..]
     }
 
     /// Bytes that the stream has not taken yet.

@@ -1,21 +1,20 @@
 //! `shoal bench decode`: a node that holds everything against the library's plain decode loop, in
 //! alternating rounds of one run, so that a busy machine slows both.
 
-use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use engine::{RandomShape, RandomWeights, WholeModel};
-use node::ClientSession;
+use engine::WholeModel;
+use node::{Session, runtime};
 use serde::Serialize;
 use swarm_proto::{Dtype, Form, Want, WantRows};
 
 use super::nodes::Nodes;
-use super::percentile;
-use crate::home::Home;
+use super::{Measured, percentile, sameness, say_title, temporary};
 use crate::local_models;
 use crate::model_facts::ModelFacts;
-use crate::terminal::{self, BOLD, DIM, paint};
+use crate::terminal;
 
 /// Measure decode speed: a node holding everything against a plain loop.
 #[derive(clap::Args)]
@@ -27,18 +26,8 @@ Examples:
 
 Both sides decode the same prompt greedily; that they chose the same tokens is part of the report.")]
 pub struct Args {
-    /// The model: a name, the beginning of an id, or a GGUF file.
-    #[arg(
-        short,
-        long,
-        env = "SHOAL_MODEL",
-        value_name = "NAME|ID|FILE",
-        default_value = "demo"
-    )]
-    model: String,
-    /// Instead of --model a random model of 1.1 billion weights in Q4_K_M, made for this run (700 MB of temporary disk).
-    #[arg(long)]
-    one_billion: bool,
+    #[command(flatten)]
+    model: Measured,
     /// Tokens decoded in a round.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..))]
     tokens: u32,
@@ -51,8 +40,6 @@ pub struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    #[command(flatten)]
-    home: Home,
 }
 
 #[derive(Serialize)]
@@ -76,58 +63,26 @@ const PROMPT: [u32; 8] = [1, 17, 33, 65, 97, 129, 161, 193];
 
 /// Makes the model where asked to, starts the node, measures, prints.
 pub fn main(args: Args) -> anyhow::Result<()> {
-    let temp = tempfile::Builder::new().prefix("shoal-bench-").tempdir()?;
-    let file = model_file(args.one_billion, temp.path(), &args.home, &args.model)?;
+    let temp = temporary()?;
+    let file = args.model.file(temp.path())?;
     let facts = ModelFacts::new(&local_models::header_of_file(&file)?)?;
     let nodes = Nodes::start(
         &file,
         std::slice::from_ref(&(0..facts.n_layer)),
         args.threads,
     )?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    let report = runtime.block_on(measure(&args, &nodes, &file))?;
-    drop(nodes);
-    if args.json {
+    let json = args.json;
+    let report = runtime::run(async move { measure(&args, &nodes, &file).await })??;
+    if json {
         terminal::say_json(&report)
     } else {
         print(&report)
     }
 }
 
-/// The file to measure: one made in `temp` for this run, or the user's.
-pub(super) fn model_file(
-    one_billion: bool,
-    temp: &Path,
-    home: &Home,
-    model: &str,
-) -> anyhow::Result<PathBuf> {
-    if one_billion {
-        self::one_billion(temp)
-    } else {
-        local_models::first_file(&home.dir()?, model)
-    }
-}
-
 /// The context that a round of `tokens` needs.
 pub(super) fn context(tokens: u32) -> u32 {
     tokens.saturating_add(PROMPT.len() as u32)
-}
-
-fn one_billion(dir: &Path) -> anyhow::Result<PathBuf> {
-    let path = dir.join("random-1b-q4_k_m.gguf");
-    let wheel = terminal::wheel("making a random model of 1.1 billion weights");
-    engine::random_model(
-        "llama",
-        &RandomShape::one_billion(),
-        RandomWeights::Q4KM,
-        1,
-        &path,
-    )?;
-    drop(wheel);
-    Ok(path)
 }
 
 /// Tokens chosen and microseconds of each.
@@ -150,10 +105,12 @@ impl Round {
 }
 
 async fn measure(args: &Args, nodes: &Nodes, file: &Path) -> anyhow::Result<Report> {
-    let member = nodes.client().join(false).await?;
+    let member = nodes.client().join_quietly().await?;
     let model = member.model(None).await?;
     let n_ctx = context(args.tokens).min(model.n_ctx_max);
-    let mut session = member.open(&model, n_ctx, Dtype::F32).await?;
+    let mut session = member
+        .open(&model, n_ctx, Dtype::F32, Duration::ZERO)
+        .await?;
     let mut whole = WholeModel::load(file, n_ctx, args.threads)?;
     let n = n_ctx - PROMPT.len() as u32;
     let bar = terminal::bar_of(u64::from(args.rounds) + 1, "rounds");
@@ -217,7 +174,7 @@ fn plain_round(whole: &mut WholeModel, n: u32) -> anyhow::Result<Round> {
 }
 
 /// `n` tokens after the prompt, greedily.
-pub(super) async fn node_round(session: &mut ClientSession, n: u32) -> anyhow::Result<Round> {
+pub(super) async fn node_round(session: &mut Session, n: u32) -> anyhow::Result<Round> {
     let want = Want {
         rows: WantRows::Last,
         form: Form::Top(1),
@@ -264,11 +221,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
         "{} rounds of {} tokens, {} threads",
         report.rounds, report.tokens_per_round, report.threads
     );
-    terminal::say(format!(
-        "{} {}",
-        paint(BOLD, &report.model),
-        paint(DIM, about)
-    ))?;
+    say_title(&report.model, about)?;
     terminal::say(format!(
         "  plain loop  {:>10.1} tokens/s  {:>10.1} µs a token",
         report.plain_tokens_per_s, report.plain_us_per_token
@@ -277,11 +230,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
         "  node        {:>10.1} tokens/s  {:>10.1} µs a token",
         report.node_tokens_per_s, report.node_us_per_token
     ))?;
-    let same = if report.same_tokens {
-        "the same tokens"
-    } else {
-        "NOT the same tokens"
-    };
+    let same = sameness(report.same_tokens);
     terminal::say(format!(
         "  ratio       {:>10.4}           {:>+10.1} µs a token, {same}",
         report.ratio, report.added_us_per_token

@@ -1,15 +1,15 @@
 //! `shoal bench hops`: what a hop costs beyond compute.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use node::runtime;
 use serde::Serialize;
 use swarm_proto::{Dtype, Form, Want, WantRows};
 
 use super::nodes::Nodes;
-use super::{Quantiles, share_out};
-use crate::home::Home;
+use super::{Measured, Quantiles, say_title, share_out, temporary};
 use crate::local_models;
-use crate::terminal::{self, BOLD, DIM, paint};
+use crate::terminal::{self, DIM, paint};
 
 /// Measure the overhead of a hop beyond compute, on loopback, encrypted.
 #[derive(clap::Args)]
@@ -22,15 +22,8 @@ Examples:
 A step is one token through all hops and back. Its overhead is its round trip less the compute time
 that the hops report, shared among them: streams, encryption, wake-ups, queues.")]
 pub struct Args {
-    /// The model: a name, the beginning of an id, or a GGUF file.
-    #[arg(
-        short,
-        long,
-        env = "SHOAL_MODEL",
-        value_name = "NAME|ID|FILE",
-        default_value = "demo"
-    )]
-    model: String,
+    #[command(flatten)]
+    model: Measured,
     /// Nodes on the route.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
     hops: u32,
@@ -43,8 +36,6 @@ pub struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    #[command(flatten)]
-    home: Home,
 }
 
 #[derive(Serialize)]
@@ -72,19 +63,15 @@ const WARM_UP: u32 = 32;
 
 /// Starts the nodes, measures, prints.
 pub fn main(args: Args) -> anyhow::Result<()> {
-    let home = args.home.dir()?;
-    let file = local_models::first_file(&home, &args.model)?;
+    let temp = temporary()?;
+    let file = args.model.file(temp.path())?;
     let n_layer = local_models::header_of_file(&file)
         .and_then(|header| crate::model_facts::ModelFacts::new(&header))?
         .n_layer;
     let nodes = Nodes::start(&file, &share_out(n_layer, args.hops), 1)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    let report = runtime.block_on(measure(&args, &nodes))?;
-    drop(nodes);
-    if args.json {
+    let json = args.json;
+    let report = runtime::run(async move { measure(&args, &nodes).await })??;
+    if json {
         terminal::say_json(&report)
     } else {
         print(&report)
@@ -92,10 +79,12 @@ pub fn main(args: Args) -> anyhow::Result<()> {
 }
 
 async fn measure(args: &Args, nodes: &Nodes) -> anyhow::Result<Report> {
-    let member = nodes.client().join(false).await?;
+    let member = nodes.client().join_quietly().await?;
     let model = member.model(None).await?;
     let n_ctx = (args.steps + WARM_UP).min(model.n_ctx_max);
-    let mut session = member.open(&model, n_ctx, args.wire).await?;
+    let mut session = member
+        .open(&model, n_ctx, args.wire, Duration::ZERO)
+        .await?;
     let hops = session.route().len();
     let bar = terminal::bar_of(args.steps.into(), "steps");
     let (mut overheads, mut round_trips, mut computes) = (Vec::new(), Vec::new(), Vec::new());
@@ -126,7 +115,7 @@ async fn measure(args: &Args, nodes: &Nodes) -> anyhow::Result<Report> {
     session.close().await;
     member.leave().await;
     Ok(Report {
-        model: args.model.clone(),
+        model: model.name,
         hops,
         steps: overheads.len(),
         wire: args.wire.to_string(),
@@ -146,11 +135,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
         "{} hops, {} steps, wire {}, encrypted, loopback",
         report.hops, report.steps, report.wire
     );
-    terminal::say(format!(
-        "{} {}",
-        paint(BOLD, &report.model),
-        paint(DIM, about)
-    ))?;
+    say_title(&report.model, about)?;
     terminal::say(paint(
         DIM,
         format!("  {:<28} {:>10} {:>10}", "µs", "p50", "p99"),

@@ -7,9 +7,16 @@ mod pipeline;
 mod wire;
 
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
+use engine::{RandomShape, RandomWeights};
 use serde::Serialize;
+
+use crate::failure::Failure;
+use crate::home::Home;
+use crate::local_models;
+use crate::terminal::{self, BOLD, DIM, paint};
 
 /// Measure hop overhead, decode speed, pipelining, and what a smaller wire type costs.
 #[derive(clap::Args)]
@@ -41,6 +48,71 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         Bench::Decode(args) => decode::main(args),
         Bench::Pipeline(args) => pipeline::main(args),
         Bench::Wire(args) => wire::main(args),
+    }
+}
+
+/// A model here.
+#[derive(clap::Args)]
+struct Named {
+    /// The model: a name, the beginning of an id, or a GGUF file.
+    #[arg(
+        short,
+        long,
+        env = "SHOAL_MODEL",
+        value_name = "NAME|ID|FILE",
+        default_value = local_models::DEMO
+    )]
+    model: String,
+    #[command(flatten)]
+    home: Home,
+}
+
+/// A model here, or one made for the measurement.
+#[derive(clap::Args)]
+struct Measured {
+    #[command(flatten)]
+    named: Named,
+    /// Instead of --model a random model of 1.1 billion weights in Q4_K_M, made for this run (700 MB of temporary disk).
+    #[arg(long)]
+    one_billion: bool,
+}
+
+impl Measured {
+    /// Its file; made in `temp` where it is not the user's.
+    fn file(&self, temp: &Path) -> anyhow::Result<PathBuf> {
+        if !self.one_billion {
+            let home = self.named.home.dir()?;
+            return Ok(local_models::whole_file(&home, &self.named.model)?.path);
+        }
+        let path = temp.join("random-1b-q4_k_m.gguf");
+        let _wheel = terminal::wheel("making a random model of 1.1 billion weights");
+        engine::random_model(
+            "llama",
+            &RandomShape::one_billion(),
+            RandomWeights::Q4KM,
+            1,
+            &path,
+        )?;
+        Ok(path)
+    }
+}
+
+/// Everything a measurement writes, gone with it.
+fn temporary() -> std::io::Result<tempfile::TempDir> {
+    tempfile::Builder::new().prefix("shoal-bench-").tempdir()
+}
+
+/// The first line of a report: what was measured, and how.
+fn say_title(model: &str, how: impl std::fmt::Display) -> Result<(), Failure> {
+    terminal::say(format!("{} {}", paint(BOLD, model), paint(DIM, how)))
+}
+
+/// Whether two sides chose the same tokens.
+fn sameness(same: bool) -> &'static str {
+    if same {
+        "the same tokens"
+    } else {
+        "NOT the same tokens"
     }
 }
 

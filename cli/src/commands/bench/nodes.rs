@@ -9,7 +9,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::Context;
-use node::config::{SwarmArgs, Toggle};
+use node::config::SwarmArgs;
 use serde::Deserialize;
 
 use crate::failure::Failure;
@@ -43,10 +43,7 @@ struct Ready {
 impl Nodes {
     /// Starts one node for each range of layers and waits until all serve.
     pub fn start(model: &Path, spans: &[Range<u32>], threads: u32) -> anyhow::Result<Self> {
-        let home = tempfile::Builder::new()
-            .prefix("shoal-bench-")
-            .tempdir()
-            .context("making a temporary home")?;
+        let home = super::temporary().context("making a temporary home")?;
         let swarm = format!("bench-{}", std::process::id());
         std::fs::write(home.path().join(NO_CONFIG), "").context("writing to the temporary home")?;
         let mut nodes = Self {
@@ -71,7 +68,7 @@ impl Nodes {
             config: Some(self.home.path().join(NO_CONFIG)),
             swarm: self.swarm.parse().ok(),
             peer: self.addrs.clone(),
-            mdns: Some(Toggle::Off),
+            mdns: Some(false),
             ..SwarmArgs::default()
         })
     }

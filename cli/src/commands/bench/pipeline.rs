@@ -3,21 +3,20 @@
 //! of one run.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use engine::Blueprint;
-use node::ClientSession;
+use node::{Session, runtime};
 use serde::Serialize;
 use swarm_proto::Dtype;
 
-use super::decode::{Round, context, median, model_file, node_round};
+use super::decode::{Round, context, median, node_round};
 use super::nodes::Nodes;
-use super::share_out;
-use crate::home::Home;
+use super::{Measured, sameness, say_title, share_out, temporary};
 use crate::local_models;
 use crate::swarm::Member;
-use crate::terminal::{self, BOLD, DIM, paint};
+use crate::terminal;
 
 /// Measure throughput: two prompts over two nodes against one prompt on one node.
 #[derive(clap::Args)]
@@ -30,18 +29,8 @@ Examples:
 While one node computes the first half of one prompt's token, the other computes the second half of the
 other's: with a free core for each node the throughput should come close to twice one node's.")]
 pub struct Args {
-    /// The model: a name, the beginning of an id, or a GGUF file.
-    #[arg(
-        short,
-        long,
-        env = "SHOAL_MODEL",
-        value_name = "NAME|ID|FILE",
-        default_value = "demo"
-    )]
-    model: String,
-    /// Instead of --model a random model of 1.1 billion weights in Q4_K_M, made for this run (700 MB of temporary disk).
-    #[arg(long)]
-    one_billion: bool,
+    #[command(flatten)]
+    model: Measured,
     /// Tokens of each prompt decoded in a round.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(2..))]
     tokens: u32,
@@ -51,8 +40,6 @@ pub struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    #[command(flatten)]
-    home: Home,
 }
 
 #[derive(Serialize)]
@@ -70,82 +57,72 @@ struct Report {
 
 /// Starts the three nodes, one thread each, measures, prints.
 pub fn main(args: Args) -> anyhow::Result<()> {
-    let temp = tempfile::Builder::new().prefix("shoal-bench-").tempdir()?;
-    let file = model_file(args.one_billion, temp.path(), &args.home, &args.model)?;
+    let temp = temporary()?;
+    let file = args.model.file(temp.path())?;
     let blueprint = Blueprint::new(&local_models::header_of_file(&file)?)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    let report = measure(&args, &runtime, &file, &blueprint)?;
-    if args.json {
+    let json = args.json;
+    let report = runtime::run(async move { measure(&args, &file, &blueprint).await })??;
+    if json {
         terminal::say_json(&report)
     } else {
         print(&report)
     }
 }
 
-fn measure(
-    args: &Args,
-    runtime: &tokio::runtime::Runtime,
-    file: &Path,
-    blueprint: &Blueprint,
-) -> anyhow::Result<Report> {
+async fn measure(args: &Args, file: &Path, blueprint: &Blueprint) -> anyhow::Result<Report> {
     let n_layer = blueprint.n_layer();
     let layer_bytes: Vec<u64> = (0..n_layer).map(|i| blueprint.layer_bytes(i)).collect();
     let cut = balanced_cut(&layer_bytes, blueprint.head_bytes());
     let one = Nodes::start(file, &share_out(n_layer, 1), 1)?;
     let two = Nodes::start(file, &[0..cut, cut..n_layer], 1)?;
-    runtime.block_on(async {
-        let (of_one, of_two) = (
-            one.client().join(false).await?,
-            two.client().join(false).await?,
-        );
-        let mut alone = open(args, &of_one).await?;
-        let mut first = open(args, &of_two).await?;
-        let mut second = open(args, &of_two).await?;
-        let bar = terminal::bar_of(u64::from(args.rounds) + 1, "rounds");
-        let (mut singles, mut pairs, mut same_tokens) = (Vec::new(), Vec::new(), true);
-        for round in 0..=args.rounds {
-            let begun = Instant::now();
-            let reference = node_round(&mut alone, args.tokens).await?;
-            let single = rate(&[&reference], begun);
-            let begun = Instant::now();
-            let (a, b) = tokio::try_join!(
-                node_round(&mut first, args.tokens),
-                node_round(&mut second, args.tokens)
-            )?;
-            let pair = rate(&[&a, &b], begun);
-            // The first round warms all up.
-            if round > 0 {
-                singles.push(single);
-                pairs.push(pair);
-                same_tokens &= a.tokens == reference.tokens && b.tokens == reference.tokens;
-            }
-            bar.inc(1);
+    let (of_one, of_two) = (
+        one.client().join_quietly().await?,
+        two.client().join_quietly().await?,
+    );
+    let mut alone = open(args, &of_one).await?;
+    let mut first = open(args, &of_two).await?;
+    let mut second = open(args, &of_two).await?;
+    let bar = terminal::bar_of(u64::from(args.rounds) + 1, "rounds");
+    let (mut singles, mut pairs, mut same_tokens) = (Vec::new(), Vec::new(), true);
+    for round in 0..=args.rounds {
+        let begun = Instant::now();
+        let reference = node_round(&mut alone, args.tokens).await?;
+        let single = rate(&[&reference], begun);
+        let begun = Instant::now();
+        let (a, b) = tokio::try_join!(
+            node_round(&mut first, args.tokens),
+            node_round(&mut second, args.tokens)
+        )?;
+        let pair = rate(&[&a, &b], begun);
+        // The first round warms all up.
+        if round > 0 {
+            singles.push(single);
+            pairs.push(pair);
+            same_tokens &= a.tokens == reference.tokens && b.tokens == reference.tokens;
         }
-        bar.finish_and_clear();
-        for session in [alone, first, second] {
-            session.close().await;
-        }
-        let model = of_one.model(None).await?.name;
-        of_one.leave().await;
-        of_two.leave().await;
-        let ratio = median(
-            singles
-                .iter()
-                .zip(&pairs)
-                .map(|(single, pair)| pair / single),
-        );
-        Ok(Report {
-            model,
-            rounds: args.rounds,
-            tokens_per_round: args.tokens,
-            one_node_tokens_per_s: median(singles.into_iter()),
-            two_nodes_tokens_per_s: median(pairs.into_iter()),
-            ratio,
-            same_tokens,
-        })
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    for session in [alone, first, second] {
+        session.close().await;
+    }
+    let model = of_one.model(None).await?.name;
+    of_one.leave().await;
+    of_two.leave().await;
+    let ratio = median(
+        singles
+            .iter()
+            .zip(&pairs)
+            .map(|(single, pair)| pair / single),
+    );
+    Ok(Report {
+        model,
+        rounds: args.rounds,
+        tokens_per_round: args.tokens,
+        one_node_tokens_per_s: median(singles.into_iter()),
+        two_nodes_tokens_per_s: median(pairs.into_iter()),
+        ratio,
+        same_tokens,
     })
 }
 
@@ -163,11 +140,16 @@ fn balanced_cut(layer_bytes: &[u64], head_bytes: u64) -> u32 {
         .map_or(1, |(cut, _)| cut)
 }
 
-async fn open(args: &Args, member: &Member) -> anyhow::Result<ClientSession> {
+async fn open(args: &Args, member: &Member) -> anyhow::Result<Session> {
     let model = member.model(None).await?;
     let n_ctx = context(args.tokens);
     member
-        .open(&model, n_ctx.min(model.n_ctx_max), Dtype::F32)
+        .open(
+            &model,
+            n_ctx.min(model.n_ctx_max),
+            Dtype::F32,
+            Duration::ZERO,
+        )
         .await
         .context("opening a session")
 }
@@ -183,11 +165,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
         "{} rounds of {} tokens, one thread a node",
         report.rounds, report.tokens_per_round
     );
-    terminal::say(format!(
-        "{} {}",
-        paint(BOLD, &report.model),
-        paint(DIM, about)
-    ))?;
+    say_title(&report.model, about)?;
     terminal::say(format!(
         "  one node, one prompt    {:>10.1} tokens/s",
         report.one_node_tokens_per_s
@@ -196,11 +174,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
         "  two nodes, two prompts  {:>10.1} tokens/s",
         report.two_nodes_tokens_per_s
     ))?;
-    let same = if report.same_tokens {
-        "the same tokens"
-    } else {
-        "NOT the same tokens"
-    };
+    let same = sameness(report.same_tokens);
     terminal::say(format!(
         "  ratio                   {:>10.2}  {same}",
         report.ratio

@@ -14,11 +14,10 @@ use engine::{
 use serde::Serialize;
 use swarm_proto::{Dtype, activation};
 
-use super::share_out;
+use super::{Named, say_title, share_out};
 use crate::failure::Failure;
-use crate::home::Home;
 use crate::local_models;
-use crate::terminal::{self, BOLD, DIM, paint};
+use crate::terminal::{self, DIM, paint};
 use crate::tokens;
 
 /// Measure perplexity with f32, bf16 and q8_0 between hops, in pairs on one text.
@@ -32,15 +31,8 @@ pub struct Args {
     /// The text; one the model was not trained on.
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
-    /// A model here: a name, the beginning of an id, or a GGUF file.
-    #[arg(
-        short,
-        long,
-        env = "SHOAL_MODEL",
-        value_name = "NAME|ID|FILE",
-        default_value = "demo"
-    )]
-    model: String,
+    #[command(flatten)]
+    model: Named,
     /// Hops of the route; the layers are shared out evenly.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     hops: u32,
@@ -56,8 +48,6 @@ pub struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    #[command(flatten)]
-    home: Home,
 }
 
 /// The types compared; the first is what the others are held against.
@@ -96,9 +86,9 @@ struct Segments<'a> {
 
 /// Loads the model, runs every window with every wire type, prints.
 pub fn main(args: Args) -> anyhow::Result<()> {
-    let home = args.home.dir()?;
+    let home = args.model.home.dir()?;
     let store = local_models::store(&home)?;
-    let id = local_models::find(&home, &args.model)?;
+    let id = local_models::find(&home, &args.model.model)?;
     let manifest = store.manifest(id)?;
     let vocab = tokens::vocab(&manifest.vocab_header(&store.metadata(id)?)?)?
         .ok_or_else(tokens::no_tokenizer)?;
@@ -125,7 +115,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         wire: Vec::new(),
     };
     let mut report = Report {
-        model: args.model.clone(),
+        model: args.model.model.clone(),
         hops: u32::try_from(segments.cuts.len())?,
         n_ctx,
         windows: windows.len(),
@@ -208,11 +198,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
         "{} hops, {} windows of {} tokens",
         report.hops, report.windows, report.n_ctx
     );
-    terminal::say(format!(
-        "{} {}",
-        paint(BOLD, &report.model),
-        paint(DIM, about)
-    ))?;
+    say_title(&report.model, about)?;
     terminal::say(paint(
         DIM,
         "  wire    bytes a token and hop   perplexity   against f32",

@@ -4,12 +4,16 @@
 
 use std::time::Duration;
 
+use engine::ChainStage;
 use swarm_proto::{
     Content, Down, Dtype, Epoch, FailureCode, Fault, Form, Peer, Rows, Up, Want, WantRows,
 };
 use tokio::time::Instant;
 
-use super::swarm::*;
+use super::{
+    middle::{Mode, interpose},
+    swarm::*,
+};
 use crate::session::{ClientError, Deadlines, Kind, SessionLimits};
 
 const KIND: Kind = Kind {
@@ -128,56 +132,6 @@ async fn when_no_route_is_left_the_failure_is_told_and_not_its_consequence() {
     named(&error, 1, Fault::Peer, FailureCode::DownstreamLost);
 }
 
-/// Puts a relay between hop 1 and hop 2 that can be cut or stopped.
-mod middle {
-    use super::*;
-    use crate::net::{Proto, Stream};
-    use tokio::sync::watch;
-
-    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-    pub(super) enum Mode {
-        Pass,
-        Hang,
-        Cut,
-    }
-
-    /// Streams to `at` go through the test, which passes them on to the node while told to.
-    pub(super) fn interpose(swarm: &Swarm, at: usize) -> watch::Sender<Mode> {
-        let (mode, seen) = watch::channel(Mode::Pass);
-        let (to, mut streams) = tokio::sync::mpsc::unbounded_channel();
-        let sessions = swarm.nodes[at].sessions.clone();
-        swarm.wires.set(swarm.nodes[at].peer, Behaviour::Test(to));
-        tokio::spawn(async move {
-            while let Some((from, proto, near)) = streams.recv().await {
-                let (ours, theirs) = tokio::io::duplex(4096);
-                match proto {
-                    Proto::Answer => sessions.accept_answer(from, Stream::new(theirs)),
-                    _ => sessions.accept_session(from, Stream::new(theirs)),
-                }
-                tokio::spawn(pass(near, ours, seen.clone()));
-            }
-        });
-        mode
-    }
-
-    async fn pass(
-        mut near: Stream,
-        mut far: tokio::io::DuplexStream,
-        mut mode: watch::Receiver<Mode>,
-    ) {
-        let passing = tokio::io::copy_bidirectional(&mut near, &mut far);
-        let stop = async {
-            let _ = mode.wait_for(|m| *m != Mode::Pass).await;
-        };
-        tokio::select! { biased; () = stop => {}, _ = passing => return }
-        if mode.wait_for(|m| *m == Mode::Cut).await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
-use middle::{Mode, interpose};
-
 #[tokio::test(start_paused = true)]
 async fn a_hop_that_dies_while_running_is_named_and_everybody_frees() {
     let _clock = Clock::start();
@@ -266,6 +220,32 @@ async fn a_client_that_vanishes_leaves_no_kv() {
     let opening = tokio::time::timeout(Duration::from_secs(1), opener.open_route(KIND, &route));
     assert!(opening.await.is_err());
     swarm.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_kv_is_set_up_for_a_client_that_left_the_queue() {
+    let _clock = Clock::start();
+    let pace = Duration::from_millis(10);
+    let swarm = Swarm::with(&[0, 12], SessionLimits::default(), |stage| {
+        stage.with_pace(pace)
+    });
+    let mut one = swarm.open().await;
+    // An eighth of a second in the worker, six in the test's time.
+    one.feed(&[1], TOP1).await.unwrap();
+    let (opener, route) = (swarm.opener(), swarm.route());
+    let opening = tokio::time::timeout(Duration::from_secs(1), opener.open_route(KIND, &route));
+    assert!(opening.await.is_err());
+    one.next_logits().await.unwrap();
+    drop(one);
+    swarm.assert_empty().await;
+    let (to, slot) = tokio::sync::oneshot::channel();
+    let reply: engine::Reply<engine::Slot> = Box::new(|slot| drop(to.send(slot)));
+    swarm.nodes[0].worker.open(8, 0..12, reply).unwrap();
+    assert_eq!(
+        slot.await.unwrap(),
+        Ok(engine::Slot(1)),
+        "one was opened before"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -375,12 +355,74 @@ async fn a_client_that_reads_nothing_is_stopped_and_then_ended() {
     }
     let failure = loop {
         match session.up.frame::<Up>().await.unwrap() {
-            Some(Up::Failed(failure)) => break failure,
-            Some(Up::Ack { .. }) => {}
+            Some(Up::Lost { failure, .. }) => break failure,
+            Some(Up::Ack { .. } | Up::Working) => {}
             other => panic!("{other:?}"),
         }
     };
     assert_eq!((failure.at, failure.fault), (1, Fault::Caller), "{failure}");
     assert_eq!(failure.code, FailureCode::Deadline, "{failure}");
+    swarm.assert_empty().await;
+}
+
+/// A vocabulary of which 32 whole rows are more than one frame may ask for.
+const LARGE_VOCAB: u32 = 50_000;
+const ALL_WHOLE: Want = Want {
+    rows: WantRows::All,
+    form: Form::Full,
+};
+
+async fn large() -> (Swarm, crate::session::ClientSession) {
+    let large = |_| ChainStage::new(N_LAYER, N_EMBD, LARGE_VOCAB, 0..N_LAYER, SEED);
+    let swarm = Swarm::with(&[0, 12], SessionLimits::default(), large);
+    let kind = Kind {
+        n_vocab: LARGE_VOCAB,
+        ..KIND
+    };
+    let opening = swarm.opener();
+    let session = opening.open_route(kind, &swarm.route()).await.unwrap();
+    (swarm, session)
+}
+
+#[tokio::test(start_paused = true)]
+async fn whole_rows_of_a_large_vocabulary_come_in_smaller_frames() {
+    let _clock = Clock::start();
+    let (swarm, mut session) = large().await;
+    session.feed(&[1; 50], ALL_WHOLE).await.unwrap();
+    for pos in 0..50 {
+        let row = session.next_logits().await.unwrap();
+        assert_eq!((row.pos, row.full.len()), (pos, LARGE_VOCAB as usize));
+        session.recycle(row);
+    }
+    drop(session);
+    swarm.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn logits_that_nobody_reads_are_bounded() {
+    let _clock = Clock::start();
+    let (swarm, mut session) = large().await;
+    let n_rows = ALL_WHOLE.rows_max(LARGE_VOCAB);
+    for frame in 0..8 {
+        let rows = Rows {
+            session: session.id(),
+            epoch: Epoch(0),
+            pos0: frame * u32::from(n_rows),
+            n_rows,
+            content: Content::Tokens,
+            want: ALL_WHOLE,
+            spent_us: 0,
+        };
+        session.up.push_with(&Down::Rows(rows), |out| {
+            out.extend(vec![0; 4 * usize::from(n_rows)]);
+        });
+    }
+    session.up.flush().await.unwrap();
+    let failed =
+        async { while let Some(Up::Ack { .. }) = session.up.frame::<Up>().await.unwrap() {} };
+    failed.await;
+    // Each row computed was kept for the client: two frames' worth, by the byte limit.
+    let computed = swarm.nodes[0].worker.stats().rows;
+    assert!(computed <= 2 * u64::from(n_rows), "{computed} rows wait");
     swarm.assert_empty().await;
 }

@@ -1,24 +1,28 @@
 //! Frames that no honest peer sends, at hops and at the client: a clear error on the right side,
 //! nothing left behind.
 
+use std::time::Duration;
+
 use swarm_proto::{
     Answer, Attach, Content, Down, Dtype, Epoch, FailureCode, Fault, Form, FrameLimits, Logits,
-    LogitsForm, Open, Rows, SessionId, Up, Want, WantRows,
+    LogitsForm, Open, Peer, Rows, SessionId, Up, Want, WantRows,
 };
 use tokio::io::AsyncWriteExt;
 
 use super::swarm::*;
 use crate::net::{Proto, Stream};
-use crate::session::{ClientError, Kind, wire::Pipe};
+use crate::session::{ClientError, Deadlines, Kind, SessionLimits, wire::Pipe};
 
 const SESSION: SessionId = SessionId([9; 16]);
+/// Less than a frame's most rows.
+const N_CTX: u32 = 20;
 const WIDE: FrameLimits = FrameLimits {
     header_max: 65_535,
     payload_max: 1 << 20,
 };
 
 /// A hand-made peer: whatever it writes is its own.
-async fn raw(swarm: &Swarm, from: swarm_proto::Peer, to: usize, proto: Proto) -> Pipe {
+async fn raw(swarm: &Swarm, from: Peer, to: usize, proto: Proto) -> Pipe {
     let stream = swarm
         .wires
         .dialer(from)
@@ -32,9 +36,10 @@ fn open(swarm: &Swarm) -> Open {
     Open {
         session: SESSION,
         epoch: Epoch(0),
+        resume: 0,
         client: CLIENT,
         model: MODEL,
-        n_ctx: 100,
+        n_ctx: N_CTX,
         dtype: Dtype::F32,
         hops: swarm.route(),
         at: 0,
@@ -59,7 +64,12 @@ fn rows(n_rows: u16) -> Rows {
 
 async fn answer(pipe: &mut Pipe) -> Up {
     pipe.flush().await.unwrap();
-    pipe.frame::<Up>().await.unwrap().expect("an answer")
+    loop {
+        match pipe.frame::<Up>().await.unwrap().expect("an answer") {
+            Up::Working => {}
+            answer => return answer,
+        }
+    }
 }
 
 async fn opened(pipe: &mut Pipe) {
@@ -71,7 +81,7 @@ async fn opened(pipe: &mut Pipe) {
 
 #[track_caller]
 fn refused(up: &Up, at: u8, fault: Fault, code: FailureCode) -> String {
-    let Up::Failed(failure) = up else {
+    let (Up::Failed(failure) | Up::Lost { failure, .. }) = up else {
         panic!("{up:?}")
     };
     assert_eq!(
@@ -132,6 +142,55 @@ async fn bad_openings_are_refused_by_name() {
     swarm.assert_empty().await;
 }
 
+/// The second hop takes the first one's word on who the client is: neither the places of everybody
+/// nor those of a client can be used up by a member that invents clients.
+#[tokio::test(start_paused = true)]
+async fn a_member_that_invents_clients_gets_its_part_and_no_more() {
+    let _clock = Clock::start();
+    let limits = SessionLimits {
+        sessions_max: 6,
+        per_client_max: 2,
+        per_upstream_max: 3,
+        deadlines: Deadlines {
+            // Nobody attaches here: the sessions must outlive the test.
+            pair: Duration::from_secs(3600),
+            ..Deadlines::default()
+        },
+        ..SessionLimits::default()
+    };
+    let swarm = Swarm::with(&[0, 4, 12], limits, |stage| stage);
+    let open_as = async |upstream: Peer, client: Peer, n: u8| {
+        let mut open = open(&swarm);
+        (open.at, open.client, open.session) = (1, client, SessionId([n; 16]));
+        open.hops[0].peer = upstream;
+        let mut pipe = raw(&swarm, upstream, 1, Proto::Session).await;
+        pipe.push(&Down::Open(open));
+        let answer = answer(&mut pipe).await;
+        (pipe, answer)
+    };
+    let (liar, honest) = (peer(66), peer(67));
+    let mut open = Vec::new();
+    for (n, client) in [(1, CLIENT), (2, CLIENT), (3, peer(101))] {
+        let (pipe, up) = open_as(liar, client, n).await;
+        assert!(matches!(up, Up::Opened { .. }), "{up:?}");
+        open.push(pipe);
+    }
+    let (_, up) = open_as(liar, peer(102), 4).await;
+    let text = refused(&up, 1, Fault::Local, FailureCode::Full);
+    assert!(text.contains("peer before this hop"), "{text}");
+    for n in 5..7 {
+        let (pipe, up) = open_as(honest, CLIENT, n).await;
+        assert!(matches!(up, Up::Opened { .. }), "{up:?}");
+        open.push(pipe);
+    }
+    let (_, up) = open_as(honest, CLIENT, 7).await;
+    let text = refused(&up, 1, Fault::Local, FailureCode::Full);
+    assert!(text.contains("this client has 2"), "{text}");
+    assert_eq!(swarm.nodes[1].sessions.count(), 5);
+    drop(open);
+    swarm.assert_empty().await;
+}
+
 /// An open session of the test's own, and its swarm.
 async fn hop_zero() -> (Swarm, Pipe) {
     let swarm = Swarm::new(&[0, 4, 12]);
@@ -161,7 +220,7 @@ async fn bad_frames_end_the_session_with_a_word() {
         (rows(1), 400, "payload of 400 bytes, 4 expected"),
         (with(&|r| r.content = hidden), 192, "hidden states in f32"),
         (with(&|r| r.pos0 = 7), 4, "frame at position 7"),
-        (rows(101), 404, "context of 100"),
+        (rows(21), 84, "context of 20"),
     ];
     for (rows, bytes, words) in cases {
         let (swarm, mut pipe) = hop_zero().await;
@@ -220,6 +279,26 @@ async fn nonsense_and_oversize_are_refused_before_they_are_kept() {
             swarm.assert_empty().await;
         }
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_frame_of_more_rows_than_a_step_is_refused_by_its_length() {
+    let _clock = Clock::start();
+    let (swarm, pipe) = hop_zero().await;
+    // What 32 rows in f32 and the largest header, an opening's, come to, and a byte.
+    let longest = 2 + swarm_proto::session::OPEN_BYTES_MAX as u32 + 32 * N_EMBD * 4;
+    let mut stream = pipe.into_stream().unwrap();
+    stream
+        .write_all(&(longest + 1).to_le_bytes())
+        .await
+        .unwrap();
+    let up = answer(&mut Pipe::new(stream, WIDE)).await;
+    let text = refused(&up, 0, Fault::Caller, FailureCode::BadFrame);
+    assert!(
+        text.contains(&format!("the limit here is {longest}")),
+        "{text}"
+    );
+    swarm.assert_empty().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -288,15 +367,15 @@ async fn rows_before_opening_and_a_second_opening_are_refused() {
         &answer(&mut twin).await,
         0,
         Fault::Caller,
-        FailureCode::BadFrame,
+        FailureCode::WrongSession,
     );
-    assert!(text.contains("already open"), "{text}");
+    assert!(text.contains("this session is at 0"), "{text}");
     pipe.push(&Down::Open(open(&swarm)));
     refused(
         &answer(&mut pipe).await,
         0,
         Fault::Caller,
-        FailureCode::BadFrame,
+        FailureCode::WrongSession,
     );
     swarm.assert_empty().await;
 }
@@ -364,6 +443,7 @@ async fn bad_tail(reply: impl FnOnce(&mut Pipe, Epoch)) -> ClientError {
                 pipe.push(&Up::Opened {
                     n_embd: N_EMBD,
                     n_vocab: N_VOCAB,
+                    held: 0,
                 });
                 pipe.flush().await.unwrap();
                 up = Some(pipe);

@@ -4,4 +4,7 @@
 mod chain;
 mod faults;
 mod hostile;
+mod lost;
+mod middle;
 mod swarm;
+mod waiting;

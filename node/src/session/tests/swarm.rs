@@ -206,6 +206,30 @@ impl Swarm {
         self.nodes.iter().map(hop).collect()
     }
 
+    /// Another node that holds `layers`.
+    pub(super) fn stand_in(&mut self, n: u8, layers: Range<u32>) -> Hop {
+        let stage = ChainStage::new(N_LAYER, N_EMBD, N_VOCAB, layers.clone(), SEED);
+        let worker = Worker::spawn(Box::new(stage), self.limits.worker_queue()).unwrap();
+        let sessions = Sessions::new(peer(n), self.wires.dialer(peer(n)), self.limits);
+        sessions.serve(Served::new(MODEL, worker.clone()));
+        self.wires.set(peer(n), Behaviour::Serves(sessions.clone()));
+        let hop = Hop {
+            peer: peer(n),
+            addrs: Vec::new(),
+            layers: LayerRange {
+                start: layers.start as u16,
+                end: layers.end as u16,
+            },
+        };
+        self.nodes.push(Node {
+            peer: peer(n),
+            sessions,
+            worker,
+            layers,
+        });
+        hop
+    }
+
     pub(super) fn opener(&self) -> Opener {
         self.wires.opener(CLIENT, self.limits.deadlines)
     }
@@ -215,19 +239,30 @@ impl Swarm {
     }
 
     pub(super) async fn open_as(&self, client: Peer, n_ctx: u32, dtype: Dtype) -> ClientSession {
+        self.open_over(client, n_ctx, dtype, &self.route()).await
+    }
+
+    /// Over the first `hops` nodes, which hold everything.
+    pub(super) async fn open_route(&self, hops: usize) -> ClientSession {
+        let route = &self.route()[..hops];
+        self.open_over(CLIENT, 1024, Dtype::F32, route).await
+    }
+
+    async fn open_over(
+        &self,
+        client: Peer,
+        n_ctx: u32,
+        dtype: Dtype,
+        route: &[Hop],
+    ) -> ClientSession {
         let opener = self.wires.opener(client, self.limits.deadlines);
-        opener
-            .open_route(
-                Kind {
-                    model: MODEL,
-                    n_ctx,
-                    dtype,
-                    n_vocab: N_VOCAB,
-                },
-                &self.route(),
-            )
-            .await
-            .unwrap()
+        let kind = Kind {
+            model: MODEL,
+            n_ctx,
+            dtype,
+            n_vocab: N_VOCAB,
+        };
+        opener.open_route(kind, route).await.unwrap()
     }
 
     /// Every hop forgot every session, and freed its KV.

@@ -1,0 +1,319 @@
+//! A session on one hop, from its first opening to its end, over as many routes as it takes.
+//!
+//! ```text
+//!            ┌────────── opened again ◀───────────┐
+//!            ▼                                    │
+//!  Run ─ below or upstream lost ─▶ Keep ─ client comes back, in a higher epoch
+//!   └─ closed, failed ─▶ End ◀── nobody came in time
+//! ```
+//!
+//! What a hop holds (KV, retained frames) outlives its streams, so that losing one hop costs the
+//! others nothing. Only the client raises the epoch: a stream of an older one finds nobody.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use swarm_proto::{Failure, FailureCode, Fault, Open, Peer, SessionId};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{
+    admit::admit,
+    failure::fail,
+    hop::{Lease, Served, Shared},
+    relay::{Below, End, Relay},
+    tail::Place,
+    wire::Pipe,
+};
+
+/// Openings that may wait for a session's task: a client that is in a hurry sends one, then another.
+const COMEBACKS_MAX: usize = 2;
+
+/// An opening of a session that is held here already, on a stream of its own.
+pub(super) struct Comeback {
+    pub(super) from: Peer,
+    pub(super) open: Open,
+    pub(super) up: Pipe,
+}
+
+/// Whose session: the client, and the number it drew.
+type Key = (Peer, SessionId);
+
+/// Where openings of sessions that are held here are handed over.
+#[derive(Clone, Default)]
+pub(super) struct Desks(Arc<Mutex<HashMap<Key, mpsc::Sender<Comeback>>>>);
+
+/// A session's place among them, given up when dropped.
+pub(super) struct Desk {
+    desks: Desks,
+    key: Key,
+    ours: mpsc::WeakSender<Comeback>,
+}
+
+impl Desks {
+    /// Openings of this session come to the receiver from now on.
+    pub(super) fn take(&self, key: Key) -> (Desk, mpsc::Receiver<Comeback>) {
+        let (to, comebacks) = mpsc::channel(COMEBACKS_MAX);
+        let ours = to.downgrade();
+        self.lock().insert(key, to);
+        let desks = self.clone();
+        (Desk { desks, key, ours }, comebacks)
+    }
+
+    /// Hands an opening to the task that holds its session; gives it back where there is none.
+    pub(super) fn hand_over(&self, key: Key, from: Peer, open: Open, up: Pipe) -> Option<Comeback> {
+        let come = Comeback { from, open, up };
+        let Some(to) = self.lock().get(&key).cloned() else {
+            return Some(come);
+        };
+        match to.try_send(come) {
+            Ok(()) => None,
+            // Its task is ending, or busy with two others: this one is a session of its own.
+            Err(mpsc::error::TrySendError::Closed(come)) => Some(come),
+            Err(mpsc::error::TrySendError::Full(_)) => None,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, mpsc::Sender<Comeback>>> {
+        // Single inserts and removals: no invariant spans a panic.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Desk {
+    fn drop(&mut self) {
+        let mut desks = self.desks.lock();
+        // A later session of the same name may sit here already.
+        let ours = |to: &mpsc::Sender<Comeback>| {
+            self.ours
+                .upgrade()
+                .is_some_and(|mine| mine.same_channel(to))
+        };
+        if desks.get(&self.key).is_some_and(ours) {
+            desks.remove(&self.key);
+        }
+    }
+}
+
+/// A session that is held here.
+pub(super) struct Held {
+    pub(super) shared: Arc<Shared>,
+    pub(super) served: Served,
+    pub(super) relay: Relay,
+    /// Who is upstream.
+    pub(super) from: Peer,
+    pub(super) comebacks: mpsc::Receiver<Comeback>,
+    /// Our place in the pairing table, when we are the tail.
+    pub(super) place: Option<Place>,
+    /// When what is kept is given up; set when something is lost, unset when it runs again.
+    pub(super) kept_until: Option<Instant>,
+    pub(super) _desk: Desk,
+    pub(super) _lease: Lease,
+}
+
+/// The opening message, and the stream that it came on if that is a new one.
+type Again = (Open, Option<(Peer, Pipe)>);
+
+/// What a held session does next.
+enum Turn {
+    Run,
+    Keep,
+    /// Opened again.
+    Reopen(Box<Again>),
+    End(End),
+}
+
+impl Held {
+    /// Runs the session to its end.
+    pub(super) async fn run(mut self) {
+        let stopping = self.shared.stopping.clone();
+        let end = tokio::select! {
+            end = self.turns() => end,
+            () = stopping.cancelled() => End::Failed(self.shared.going_down(self.relay.at())),
+        };
+        self.shared.log(self.relay.at(), &end);
+        self.relay.finish(&end).await;
+    }
+
+    async fn turns(&mut self) -> End {
+        let mut turn = Turn::Run;
+        loop {
+            turn = match turn {
+                Turn::Run => self.running().await,
+                Turn::Keep => self.keep().await,
+                Turn::Reopen(again) => self.reopen(again.0, again.1).await,
+                Turn::End(end) => return end,
+            };
+        }
+    }
+
+    async fn running(&mut self) -> Turn {
+        let end = tokio::select! {
+            end = self.relay.run() => end,
+            Some(come) = self.comebacks.recv() => return come.into(),
+        };
+        self.after(end)
+    }
+
+    /// Nothing runs: waits for the client, who may find another route.
+    async fn keep(&mut self) -> Turn {
+        let keep = self.shared.limits.deadlines.keep;
+        let until = *self.kept_until.get_or_insert_with(|| Instant::now() + keep);
+        let end = tokio::select! {
+            end = self.relay.hear() => end,
+            Some(come) = self.comebacks.recv() => return come.into(),
+            () = sleep_until(until) => return Turn::End(self.given_up()),
+        };
+        if end == End::UpstreamLost {
+            // Its stream has nothing more to say; another may.
+            return tokio::select! {
+                Some(come) = self.comebacks.recv() => come.into(),
+                () = sleep_until(until) => Turn::End(End::UpstreamLost),
+            };
+        }
+        self.after(end)
+    }
+
+    fn given_up(&self) -> End {
+        let keep = self.shared.limits.deadlines.keep;
+        let message = format!("the route below was lost, and no other was opened within {keep:?}");
+        End::Failed(fail(
+            self.relay.at(),
+            Fault::Caller,
+            FailureCode::Deadline,
+            message,
+        ))
+    }
+
+    fn after(&mut self, end: End) -> Turn {
+        match end {
+            End::Reopen(open) => Turn::Reopen(Box::new((*open, None))),
+            End::BelowLost(failure) => {
+                tracing::debug!(at = failure.at, why = %failure.message, "the route below is lost");
+                self.relay.say_lost(failure);
+                Turn::Keep
+            }
+            End::UpstreamLost => {
+                tracing::debug!("the upstream is lost");
+                Turn::Keep
+            }
+            End::Closed | End::Failed(_) => Turn::End(end),
+        }
+    }
+
+    async fn reopen(&mut self, open: Open, stream: Option<(Peer, Pipe)>) -> Turn {
+        if let Err(failure) = self.admit_again(&open, stream.as_ref().map(|(from, _)| *from)) {
+            let Some((_, up)) = stream else {
+                return Turn::End(End::Failed(failure));
+            };
+            // A stranger, or a late one: the session does not notice.
+            let shared = self.shared.clone();
+            tokio::spawn(async move { shared.refuse(up, failure).await });
+            return if self.kept_until.is_some() {
+                Turn::Keep
+            } else {
+                Turn::Run
+            };
+        }
+        tracing::debug!(epoch = open.epoch.0, resume = open.resume, "opened again");
+        if let Some((from, up)) = stream {
+            self.from = from;
+            self.relay.take_upstream(up);
+        }
+        let current = self.current_below(&open);
+        // The old epoch's place in the pairing table is nobody's any more.
+        self.place = None;
+        let step = self.relay.step_deadline();
+        match timeout(step, self.relay.rewind(open.clone())).await {
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => return Turn::End(End::Failed(failure)),
+            Err(_) => {
+                let message = format!("the stage worker was busy for {step:?}");
+                let failure = fail(open.at, Fault::Local, FailureCode::Deadline, message);
+                return Turn::End(End::Failed(failure));
+            }
+        }
+        self.kept_until
+            .get_or_insert_with(|| Instant::now() + self.shared.limits.deadlines.keep);
+        let chain = {
+            let chain = self.shared.below(&open, &self.served, current);
+            tokio::select! {
+                chain = chain => chain,
+                // The client lost patience, or is gone.
+                end = self.relay.hear() => return match end {
+                    End::UpstreamLost => Turn::Keep,
+                    end => self.after(end),
+                },
+                Some(come) = self.comebacks.recv() => return come.into(),
+            }
+        };
+        let resumed = chain.and_then(|chain| {
+            self.place = chain.place;
+            self.relay.resume(chain.below, chain.held)
+        });
+        match resumed {
+            Ok(()) => {
+                self.kept_until = None;
+                Turn::Run
+            }
+            Err(failure) if failure.at > open.at => self.after(End::BelowLost(failure)),
+            Err(failure) => Turn::End(End::Failed(failure)),
+        }
+    }
+
+    /// Whether a session that is held may go on so.
+    fn admit_again(&self, open: &Open, from: Option<Peer>) -> Result<(), Failure> {
+        let ours = self.relay.open();
+        let wrong = |code, message: String| Err(fail(open.at, Fault::Caller, code, message));
+        if open.epoch <= ours.epoch {
+            let message = format!(
+                "epoch {}, this session is at {}",
+                open.epoch.0, ours.epoch.0
+            );
+            return wrong(FailureCode::WrongSession, message);
+        }
+        let same = (
+            open.session,
+            open.client,
+            open.model,
+            open.n_ctx,
+            open.dtype,
+        ) == (
+            ours.session,
+            ours.client,
+            ours.model,
+            ours.n_ctx,
+            ours.dtype,
+        );
+        let layers = |open: &Open| open.hops.get(usize::from(open.at)).map(|hop| hop.layers);
+        if !same || layers(open) != layers(ours) {
+            let message = "it is held here for another client, model, context, dtype or layers";
+            return wrong(FailureCode::WrongSession, message.into());
+        }
+        let from = from.unwrap_or(self.from);
+        admit(open, from, self.shared.me, Some(&self.served)).map(|_| ())
+    }
+
+    /// The stream below, where the new route goes on with the same hop.
+    fn current_below(&mut self, open: &Open) -> Option<Pipe> {
+        let next = |open: &Open| {
+            let hop = open.hops.get(usize::from(open.at) + 1)?;
+            Some((hop.peer, hop.layers))
+        };
+        let same = next(open) == next(self.relay.open());
+        match self.relay.detach() {
+            Below::Next(pipe) if same => Some(pipe),
+            _ => None,
+        }
+    }
+}
+
+impl From<Comeback> for Turn {
+    fn from(come: Comeback) -> Self {
+        Turn::Reopen(Box::new((come.open, Some((come.from, come.up)))))
+    }
+}
