@@ -77,8 +77,8 @@ struct WireReport {
 /// A stage that holds everything, run as a route would run it.
 struct Segments<'a> {
     stage: &'a mut dyn Stage,
-    slot: Slot,
-    cuts: Vec<Range<u32>>,
+    /// The layers of each hop, and its session.
+    hops: Vec<(Range<u32>, Slot)>,
     n_layer: u32,
     n_embd: u32,
     wire: Vec<u8>,
@@ -102,13 +102,15 @@ pub fn main(args: Args) -> anyhow::Result<()> {
     let bar = terminal::bar_of(blueprint.n_layer().into(), "loading layers");
     let source = node::load::Verified(store.reader(id)?);
     let all = 0..blueprint.n_layer();
-    let mut stage = LlamaStage::load(&blueprint, all.clone(), &source, &options, &mut |_| {
-        bar.inc(1)
-    })?;
+    let mut stage = LlamaStage::load(&blueprint, all, &source, &options, &mut |_| bar.inc(1))?;
     bar.finish_and_clear();
+    let hops = share_out(blueprint.n_layer(), args.hops);
+    let hops = hops
+        .into_iter()
+        .map(|layers| Ok((layers.clone(), stage.open(n_ctx, layers)?)))
+        .collect::<anyhow::Result<Vec<_>>>()?;
     let mut segments = Segments {
-        slot: stage.open(n_ctx, all)?,
-        cuts: share_out(blueprint.n_layer(), args.hops),
+        hops,
         n_layer: blueprint.n_layer(),
         n_embd: blueprint.n_embd(),
         stage: &mut stage,
@@ -116,7 +118,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
     };
     let mut report = Report {
         model: args.model.model.clone(),
-        hops: u32::try_from(segments.cuts.len())?,
+        hops: u32::try_from(segments.hops.len())?,
         n_ctx,
         windows: windows.len(),
         tokens: windows.iter().map(|window| window.len() - 1).sum(),
@@ -231,14 +233,14 @@ impl Segments<'_> {
     ) -> anyhow::Result<()> {
         let n_rows = u32::try_from(tokens.len())?;
         let mut entering: Vec<f32> = Vec::new();
-        for layers in self.cuts.clone() {
+        for (layers, slot) in self.hops.clone() {
             let input = if layers.start == 0 {
                 Input::Tokens(tokens)
             } else {
                 Input::Hidden(&entering)
             };
             let step = Step {
-                slot: self.slot,
+                slot,
                 layers,
                 pos0,
                 n_rows,
