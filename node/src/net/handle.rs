@@ -406,8 +406,8 @@ impl Net {
         let _ = tokio::time::timeout(LEAVE_DEADLINE, withdrawn).await;
     }
 
-    /// Refuses new streams, withdraws our advert, lets the last messages out, closes all connections. Bounded: about a
-    /// second at most.
+    /// Refuses new streams, withdraws our advert, closes all connections. What was written to a stream
+    /// arrives for certain only if the other side closed it before. Bounded: about a second at most.
     pub async fn shutdown(&self) {
         self.inner.acceptors.close();
         self.withdraw().await;

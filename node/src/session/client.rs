@@ -239,10 +239,15 @@ impl ClientSession {
         }
     }
 
-    /// Says goodbye to every hop. Dropping the session does so too, without waiting.
+    /// Says goodbye to every hop, and waits until the first has heard it. Dropping the session says it
+    /// too, without waiting: a connection closed right after may take it along.
     pub async fn close(mut self) {
         self.up.push(&Down::Close);
-        let _ = timeout(self.deadlines.close, self.up.close()).await;
+        let heard = async {
+            let _ = self.up.close().await;
+            while let Ok(Some(_)) = self.up.frame::<Up>().await {}
+        };
+        let _ = timeout(self.deadlines.close, heard).await;
     }
 
     fn enqueue(&mut self, tokens: &[u32], want: Want) -> Result<(), ClientError> {
