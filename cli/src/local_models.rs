@@ -36,7 +36,7 @@ pub fn find(home: &Path, text: &str) -> anyhow::Result<ModelId> {
 /// As the store resolves it, with the demo made when it is asked for.
 pub fn resolve(home: &Path, store: &Store, text: &str) -> anyhow::Result<Resolved> {
     match store.resolve(text) {
-        Err(UnknownModel::Unknown { .. }) if text == DEMO => {
+        _ if node::demo::is_meant(home, store, text) => {
             Ok(Resolved::Model(node::demo::ensure(home, store)?))
         }
         Err(UnknownModel::Unknown { text, known }) => Err(unknown(&text, known).into()),

@@ -35,7 +35,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
-const COMMANDS: [&[&str]; 15] = [
+const COMMANDS: [&[&str]; 16] = [
     &["run"],
     &["chat"],
     &["status"],
@@ -49,6 +49,7 @@ const COMMANDS: [&[&str]; 15] = [
     &["bench"],
     &["bench", "hops"],
     &["bench", "decode"],
+    &["bench", "pipeline"],
     &["bench", "wire"],
     &["completions"],
 ];

@@ -123,9 +123,7 @@ impl std::fmt::Display for Bytes {
 /// See [`LoadError`]; an unknown name lists those that are known.
 pub fn find(store: &Store, home: &Path, text: &str) -> Result<Found, LoadError> {
     let resolved = match store.resolve(text) {
-        Err(UnknownModel::Unknown { .. }) if text == demo::NAME => {
-            Ok(Resolved::Model(demo::ensure(home, store)?))
-        }
+        _ if demo::is_meant(home, store, text) => Ok(Resolved::Model(demo::ensure(home, store)?)),
         Err(UnknownModel::Unknown { text, mut known }) => {
             known.extend((!known.iter().any(|k| k == demo::NAME)).then(|| demo::NAME.to_owned()));
             Err(UnknownModel::Unknown { text, known })

@@ -1,6 +1,7 @@
 //! `shoal bench pipeline`: two prompts in flight over two nodes that share the layers so that each reads
 //! about as many bytes a token, against one prompt on one node that holds them all, in alternating rounds
-//! of one run.
+//! of one run. What two nodes that hold them all manage side by side is what the machine can do at most:
+//! cores that share a memory bus slow each other down.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -27,7 +28,8 @@ Examples:
   shoal bench pipeline --model llama-1b --json
 
 While one node computes the first half of one prompt's token, the other computes the second half of the
-other's: with a free core for each node the throughput should come close to twice one node's.")]
+other's: with a free core for each node the throughput should come close to twice one node's, or to what
+two separate nodes reach side by side where cores share too much for that.")]
 pub struct Args {
     #[command(flatten)]
     model: Measured,
@@ -49,8 +51,12 @@ struct Report {
     tokens_per_round: u32,
     one_node_tokens_per_s: f64,
     two_nodes_tokens_per_s: f64,
+    /// Two nodes that hold everything, one prompt each.
+    side_by_side_tokens_per_s: f64,
     /// Median over rounds of the throughput of two nodes over one node's of the same round.
     ratio: f64,
+    /// The same of two nodes side by side: the most that this machine allows.
+    ratio_side_by_side: f64,
     /// Each prompt gave the tokens that one node gives.
     same_tokens: bool,
 }
@@ -69,61 +75,103 @@ pub fn main(args: Args) -> anyhow::Result<()> {
     }
 }
 
+/// Tokens a second of each round.
+#[derive(Default)]
+struct Rates {
+    single: Vec<f64>,
+    pair: Vec<f64>,
+    side_by_side: Vec<f64>,
+    same_tokens: bool,
+}
+
+impl Rates {
+    /// How many times one node's throughput `rates` are.
+    fn ratio(&self, rates: &[f64]) -> f64 {
+        median(
+            rates
+                .iter()
+                .zip(&self.single)
+                .map(|(rate, single)| rate / single),
+        )
+    }
+}
+
 async fn measure(args: &Args, file: &Path, blueprint: &Blueprint) -> anyhow::Result<Report> {
     let n_layer = blueprint.n_layer();
     let layer_bytes: Vec<u64> = (0..n_layer).map(|i| blueprint.layer_bytes(i)).collect();
     let cut = balanced_cut(&layer_bytes, blueprint.head_bytes());
-    let one = Nodes::start(file, &share_out(n_layer, 1), 1)?;
-    let two = Nodes::start(file, &[0..cut, cut..n_layer], 1)?;
-    let (of_one, of_two) = (
-        one.client().join_quietly().await?,
-        two.client().join_quietly().await?,
-    );
-    let mut alone = open(args, &of_one).await?;
-    let mut first = open(args, &of_two).await?;
-    let mut second = open(args, &of_two).await?;
-    let bar = terminal::bar_of(u64::from(args.rounds) + 1, "rounds");
-    let (mut singles, mut pairs, mut same_tokens) = (Vec::new(), Vec::new(), true);
-    for round in 0..=args.rounds {
-        let begun = Instant::now();
-        let reference = node_round(&mut alone, args.tokens).await?;
-        let single = rate(&[&reference], begun);
-        let begun = Instant::now();
-        let (a, b) = tokio::try_join!(
-            node_round(&mut first, args.tokens),
-            node_round(&mut second, args.tokens)
-        )?;
-        let pair = rate(&[&a, &b], begun);
-        // The first round warms all up.
-        if round > 0 {
-            singles.push(single);
-            pairs.push(pair);
-            same_tokens &= a.tokens == reference.tokens && b.tokens == reference.tokens;
-        }
-        bar.inc(1);
+    let whole = share_out(n_layer, 1);
+    let nodes = [
+        Nodes::start(file, &whole, 1)?,
+        Nodes::start(file, &whole, 1)?,
+        Nodes::start(file, &[0..cut, cut..n_layer], 1)?,
+    ];
+    let mut members = Vec::new();
+    for nodes in &nodes {
+        members.push(nodes.client().join_quietly().await?);
     }
-    bar.finish_and_clear();
-    for session in [alone, first, second] {
+    let mut sessions = Vec::new();
+    for member in [0, 1, 2, 2] {
+        sessions.push(open(args, &members[member]).await?);
+    }
+    let rates = rounds(args, &mut sessions).await?;
+    for session in sessions {
         session.close().await;
     }
-    let model = of_one.model(None).await?.name;
-    of_one.leave().await;
-    of_two.leave().await;
-    let ratio = median(
-        singles
-            .iter()
-            .zip(&pairs)
-            .map(|(single, pair)| pair / single),
-    );
+    let model = members[0].model(None).await?.name;
+    for member in members {
+        member.leave().await;
+    }
     Ok(Report {
         model,
         rounds: args.rounds,
         tokens_per_round: args.tokens,
-        one_node_tokens_per_s: median(singles.into_iter()),
-        two_nodes_tokens_per_s: median(pairs.into_iter()),
-        ratio,
-        same_tokens,
+        ratio: rates.ratio(&rates.pair),
+        ratio_side_by_side: rates.ratio(&rates.side_by_side),
+        one_node_tokens_per_s: median(rates.single.into_iter()),
+        two_nodes_tokens_per_s: median(rates.pair.into_iter()),
+        side_by_side_tokens_per_s: median(rates.side_by_side.into_iter()),
+        same_tokens: rates.same_tokens,
     })
+}
+
+/// Runs the rounds: two sessions on a whole node each, then two over the same two halves.
+async fn rounds(args: &Args, sessions: &mut [Session]) -> anyhow::Result<Rates> {
+    let [alone, beside, first, second] = sessions else {
+        anyhow::bail!("four sessions are measured")
+    };
+    let bar = terminal::bar_of(u64::from(args.rounds) + 1, "rounds");
+    let mut rates = Rates {
+        same_tokens: true,
+        ..Rates::default()
+    };
+    for round in 0..=args.rounds {
+        let begun = Instant::now();
+        let reference = node_round(alone, args.tokens).await?;
+        let single = rate(&[&reference], begun);
+        let begun = Instant::now();
+        let (a, b) = tokio::try_join!(
+            node_round(first, args.tokens),
+            node_round(second, args.tokens)
+        )?;
+        let pair = rate(&[&a, &b], begun);
+        let begun = Instant::now();
+        let (c, d) = tokio::try_join!(
+            node_round(alone, args.tokens),
+            node_round(beside, args.tokens)
+        )?;
+        let side_by_side = rate(&[&c, &d], begun);
+        // The first round warms all up.
+        if round > 0 {
+            rates.single.push(single);
+            rates.pair.push(pair);
+            rates.side_by_side.push(side_by_side);
+            rates.same_tokens &= a.tokens == reference.tokens && b.tokens == reference.tokens;
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(rates)
 }
 
 /// Where to cut so that both halves read about as many bytes a token: the second also reads the head.
@@ -178,6 +226,10 @@ fn print(report: &Report) -> anyhow::Result<()> {
     terminal::say(format!(
         "  ratio                   {:>10.2}  {same}",
         report.ratio
+    ))?;
+    terminal::say(format!(
+        "  two whole nodes side by side {:>5.1} tokens/s: the ratio that this machine allows is {:.2}",
+        report.side_by_side_tokens_per_s, report.ratio_side_by_side
     ))?;
     Ok(())
 }
