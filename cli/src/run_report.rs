@@ -43,6 +43,15 @@ pub struct Hop {
     pub layers: String,
 }
 
+impl From<&swarm_proto::Hop> for Hop {
+    fn from(hop: &swarm_proto::Hop) -> Self {
+        Self {
+            peer: hop.peer.to_string(),
+            layers: hop.layers.to_string(),
+        }
+    }
+}
+
 /// A route that broke while the answer ran, and was replaced.
 #[derive(Clone, Debug, Serialize)]
 pub struct Recovery {
@@ -54,6 +63,8 @@ pub struct Recovery {
     pub replaced: usize,
     /// From the failure to the new route.
     pub took_ms: f64,
+    /// Whether all peers compute the same bits; else the text may differ in a close choice.
+    pub exact: bool,
 }
 
 impl From<&node::Recovery> for Recovery {
@@ -63,6 +74,7 @@ impl From<&node::Recovery> for Recovery {
             lost: figures::printable(&recovery.lost, 300),
             replaced: recovery.replaced,
             took_ms: (recovery.took.as_secs_f64() * 1e6).round() / 1e3,
+            exact: recovery.exact,
         }
     }
 }
@@ -97,6 +109,8 @@ pub struct RunReport {
     pub route: Vec<Hop>,
     /// How many there were.
     pub hops: usize,
+    /// Who stood by for which layers; they can read the prompt too.
+    pub standbys: Vec<Hop>,
     /// Hops that were lost while it ran; `route` is the last one.
     pub recoveries: Vec<Recovery>,
     /// Who could read the prompt.
@@ -127,22 +141,27 @@ pub struct Timings {
 /// What people are told of losses, after the answer; nothing where there were none.
 pub fn recoveries_line(recoveries: &[Recovery]) -> Option<String> {
     let longest = recoveries.iter().map(|r| r.took_ms).fold(0.0, f64::max);
+    let inexact = if recoveries.iter().all(|r| r.exact) {
+        ""
+    } else {
+        "; peers of another CPU type took part, so that close choices may have fallen otherwise"
+    };
     match recoveries {
         [] => None,
         [one] => Some(format!(
-            "a hop was lost on the way ({}); the answer went on after {longest:.0} ms",
+            "a hop was lost on the way ({}); the answer went on after {longest:.0} ms{inexact}",
             one.lost
         )),
         many => Some(format!(
-            "the route was lost {} times on the way; the answer went on each time, after {longest:.0} ms at most",
+            "the route was lost {} times on the way; the answer went on each time, after {longest:.0} ms at most{inexact}",
             many.len()
         )),
     }
 }
 
-/// `…Ab3dEf 0..3 → …Zz91kQ 3..8 · open: these peers can read the prompt · wire f32`.
-pub fn route_line(route: &[Hop], privacy: Privacy, wire: &str) -> String {
-    let consequence = privacy.consequence(route.len());
+/// `…Ab3dEf 0..3 → …Zz91kQ 3..8, 2 stand by · open: these peers can read the prompt · wire f32`.
+pub fn route_line(route: &[Hop], standbys: &[Hop], privacy: Privacy, wire: &str) -> String {
+    let consequence = privacy.consequence(route.len() + standbys.len());
     if privacy == Privacy::Local {
         return format!("route: this process · {consequence}");
     }
@@ -150,7 +169,13 @@ pub fn route_line(route: &[Hop], privacy: Privacy, wire: &str) -> String {
         .iter()
         .map(|hop| format!("{} {}", figures::short_peer(&hop.peer), hop.layers))
         .collect();
-    format!("route: {} · {consequence} · wire {wire}", hops.join(" → "))
+    let by = match standbys.len() {
+        0 => String::new(),
+        1 => ", 1 stands by".into(),
+        n => format!(", {n} stand by"),
+    };
+    let hops = hops.join(" → ");
+    format!("route: {hops}{by} · {consequence} · wire {wire}")
 }
 
 #[cfg(test)]
@@ -171,15 +196,15 @@ mod tests {
             hop("12D3KooWAAAz91kQx", "3..8"),
         ];
         assert_eq!(
-            route_line(&route, Privacy::Open, "f32"),
-            "route: …Ab3dEf 0..3 → …z91kQx 3..8 · open: these peers can read the prompt · wire f32"
+            route_line(&route, &route, Privacy::Open, "f32"),
+            "route: …Ab3dEf 0..3 → …z91kQx 3..8, 2 stand by · open: these peers can read the prompt · wire f32"
         );
         assert!(
-            route_line(&route[..1], Privacy::Trusted, "q8_0")
+            route_line(&route[..1], &[], Privacy::Trusted, "q8_0")
                 .contains("trusted: this peer can read the prompt")
         );
         assert_eq!(
-            route_line(&[], Privacy::Local, "f32"),
+            route_line(&[], &[], Privacy::Local, "f32"),
             "route: this process · local: the prompt stays in this process"
         );
     }

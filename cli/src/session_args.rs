@@ -5,6 +5,7 @@ use std::time::Duration;
 use swarm_proto::Dtype;
 
 use crate::run_report::Privacy;
+use crate::swarm::Ask;
 
 /// Whom the session may pass, how its rows travel, how long it waits for a place.
 #[derive(clap::Args, Clone, Debug)]
@@ -23,9 +24,30 @@ pub struct SessionArgs {
     #[arg(long, env = "SHOAL_WIRE", value_name = "TYPE", default_value_t = Dtype::F32)]
     pub wire: Dtype,
 
+    /// Whether other holders of the hops' layers stand by, so that a lost hop costs no pause: auto (where
+    /// there are any), off.
+    #[arg(
+        long,
+        env = "SHOAL_STANDBY",
+        value_enum,
+        value_name = "WHEN",
+        default_value_t = Standby::Auto,
+        hide_possible_values = true
+    )]
+    standby: Standby,
+
     /// How long to wait for a place where every holder of some layers is busy; 0 fails at once.
     #[arg(long, env = "SHOAL_WAIT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(..=WAIT_S_MAX))]
     wait: u32,
+}
+
+/// When other peers stand by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Standby {
+    /// Nobody does: less work and KV on other peers, a pause when a hop is lost.
+    Off,
+    /// For each hop whose layers another peer with room to spare holds too.
+    Auto,
 }
 
 /// A day: whoever says more means for ever, and should not find a forgotten client years later.
@@ -37,8 +59,13 @@ impl SessionArgs {
         self.privacy == Some(Privacy::Trusted)
     }
 
-    /// How long to wait for a place.
-    pub fn patience(&self) -> Duration {
-        Duration::from_secs(self.wait.into())
+    /// What these flags ask of a session of `n_ctx` positions.
+    pub fn ask(&self, n_ctx: u32) -> Ask {
+        Ask {
+            n_ctx,
+            dtype: self.wire,
+            standby: self.standby == Standby::Auto,
+            patience: Duration::from_secs(self.wait.into()),
+        }
     }
 }

@@ -89,14 +89,15 @@ impl Source {
     /// Who computes what, in order; nobody else where it is this process.
     pub fn route(&self) -> Vec<Hop> {
         match &self.kind {
-            Kind::Swarm(session) => session
-                .route()
-                .iter()
-                .map(|hop| Hop {
-                    peer: hop.peer.to_string(),
-                    layers: hop.layers.to_string(),
-                })
-                .collect(),
+            Kind::Swarm(session) => session.route().iter().map(Hop::from).collect(),
+            Kind::Local(..) => Vec::new(),
+        }
+    }
+
+    /// Who stands by for which layers.
+    pub fn standbys(&self) -> Vec<Hop> {
+        match &self.kind {
+            Kind::Swarm(session) => session.standbys().iter().map(Hop::from).collect(),
             Kind::Local(..) => Vec::new(),
         }
     }

@@ -160,6 +160,31 @@ const LOG_DEFAULT: &str = "error";
 /// Folder of the client's identity in the home directory.
 pub const CLIENT_DIR: &str = "client";
 
+/// What is asked of a session.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask {
+    /// Positions that it must hold.
+    pub n_ctx: u32,
+    /// How rows travel between hops.
+    pub dtype: Dtype,
+    /// Whether other peers stand by.
+    pub standby: bool,
+    /// How long to wait for a place.
+    pub patience: Duration,
+}
+
+impl Ask {
+    /// Exact rows, nobody stands by, no waiting: for measurements.
+    pub fn plain(n_ctx: u32) -> Self {
+        Self {
+            n_ctx,
+            dtype: Dtype::F32,
+            standby: false,
+            patience: Duration::ZERO,
+        }
+    }
+}
+
 /// A model of the swarm with what a client needs of it.
 pub struct SwarmModel {
     /// Its id.
@@ -246,17 +271,13 @@ impl Member {
         })
     }
 
-    /// Opens a session with it; where everybody is busy, waits up to `patience` for a place.
-    pub async fn open(
-        &self,
-        model: &SwarmModel,
-        n_ctx: u32,
-        dtype: Dtype,
-        patience: Duration,
-    ) -> anyhow::Result<Session> {
+    /// Opens a session with it; where everybody is busy, waits for a place.
+    pub async fn open(&self, model: &SwarmModel, ask: Ask) -> anyhow::Result<Session> {
+        let patience = ask.patience;
         let spec = SessionSpec {
-            dtype,
-            ..SessionSpec::new(model.id, &model.manifest, n_ctx)
+            dtype: ask.dtype,
+            standby: ask.standby,
+            ..SessionSpec::new(model.id, &model.manifest, ask.n_ctx)
         };
         let wheel = terminal::wheel(format!("opening a route for {}", model.name));
         let busy = |layers: &[LayerRange]| {

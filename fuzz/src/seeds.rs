@@ -96,6 +96,15 @@ fn open() -> Open {
         dtype: Dtype::Q8_0,
         hops: vec![hop(1, 0, 2), hop(2, 2, 300), hop(3, 300, 301)],
         at: 1,
+        standbys: Standbys {
+            peers: vec![Standby {
+                at: 2,
+                peer: Peer([4; 32]),
+                addrs: vec!["/ip4/127.0.0.1/tcp/4002".into()],
+            }],
+            batch: 16,
+        },
+        standing_by: false,
         trace: Some(TraceParent::new([1; 16], [2; 8], true)),
     }
 }

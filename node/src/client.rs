@@ -3,18 +3,21 @@
 
 use std::{sync::Arc, time::Duration};
 
+use gguf::TensorType;
 use shard_registry::{
     Manifest, Snapshot,
-    route::{Query, plan, spread},
+    route::{Query, plan, spread, standbys},
 };
-use swarm_proto::{Advert, Dtype, Hop, LayerRange, ModelId, Peer};
+use swarm_proto::{
+    Advert, Dtype, Hop, LayerRange, ModelId, Peer, Standby, Standbys, session::STANDBYS_MAX,
+};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
     known_peers::KnownPeers,
     net::{FetchError, Net, NetConfig, NetError},
     recovery::Session,
-    session::{ClientError, Deadlines, Kind, Opener},
+    session::{ClientError, Deadlines, Kind, Opener, Route},
 };
 
 /// How long connecting waits for a first peer's adverts.
@@ -23,6 +26,10 @@ const SYNC_DEADLINE: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How much dearer a peer's compute may be drawn, so that clients with the same view spread.
 const JITTER: f32 = 0.3;
+
+/// Rows decoded one by one that a standby gets at once: it is at most so many steps behind, and reads its
+/// weights once for all of them.
+const STANDBY_BATCH: u16 = 16;
 
 /// More than every layer of any model takes for the longest context.
 const FREE_CELLS_IDLE: u64 = 1 << 48;
@@ -63,6 +70,11 @@ pub struct SessionSpec {
     pub dtype: Dtype,
     /// Peers not to use.
     pub avoid: Vec<Peer>,
+    /// Whether other holders of the hops' layers are fed along, to take over at once.
+    pub standby: bool,
+    /// Decoded rows that a standby may compute as one step: the kernels of the model's types give them
+    /// the same bits.
+    pub batch: u16,
 }
 
 impl SessionSpec {
@@ -76,8 +88,23 @@ impl SessionSpec {
             n_ctx,
             dtype: Dtype::F32,
             avoid: Vec::new(),
+            standby: true,
+            batch: if batches_are_exact(manifest) {
+                STANDBY_BATCH
+            } else {
+                1
+            },
         }
     }
+}
+
+/// Whether rows have the same bits in a batch and one by one, with the kernels of this build: seen for
+/// these types, in frames of less than 64 rows; not for the K quants.
+fn batches_are_exact(manifest: &Manifest) -> bool {
+    manifest
+        .tensors
+        .iter()
+        .all(|t| matches!(t.ty, TensorType::F32 | TensorType::Q8_0 | TensorType::Q4_0))
 }
 
 /// A client; clones share the network.
@@ -200,7 +227,16 @@ impl Client {
         };
         let opened = self
             .opener
-            .open_waiting(kind, patience, |avoid| self.plan(spec, avoid, seed), busy)
+            .open_waiting(
+                kind,
+                patience,
+                |avoid| {
+                    let hops = self.plan(spec, avoid, seed)?;
+                    let standbys = self.standbys(spec, &hops, avoid, &Route::default());
+                    Ok(Route { hops, standbys })
+                },
+                busy,
+            )
             .await?;
         let opener = self.opener.clone();
         Ok(Session::new(self.clone(), opener, spec.clone(), opened))
@@ -227,26 +263,12 @@ impl Client {
         avoid: &[Peer],
         seed: u64,
     ) -> Result<Vec<Hop>, ClientError> {
-        let micros = |d: Duration| u32::try_from(d.as_micros()).unwrap_or(u32::MAX);
-        let rtts: Vec<(Peer, u32)> = self
-            .net
-            .rtts()
-            .into_iter()
-            .map(|(peer, rtt)| (peer, micros(rtt)))
-            .collect();
         let avoid: Vec<Peer> = spec.avoid.iter().chain(avoid).copied().collect();
+        let rtts = self.rtts();
         let query = Query {
-            frame_bytes: spec.dtype.row_len(spec.n_embd) as u64,
-            n_ctx: spec.n_ctx,
-            avoid: &avoid,
-            allow: match &self.privacy {
-                Privacy::Open => None,
-                Privacy::Trusted(list) => Some(list),
-            },
-            rtts: &rtts,
             jitter: JITTER,
             seed,
-            ..Query::new(spec.model, spec.n_layer)
+            ..self.query(spec, &avoid, &rtts)
         };
         let planned = match spread(snapshot, &query) {
             Err(none) if !none.full.is_empty() => spread(&idle(snapshot), &query),
@@ -257,6 +279,70 @@ impl Client {
             Err(none) => Err(self
                 .untrusted(snapshot, &query)
                 .unwrap_or(ClientError::NoRoute(none))),
+        }
+    }
+
+    /// Who stands by on a route, as far as there is somebody; who did so `before` goes on.
+    pub(crate) fn standbys(
+        &self,
+        spec: &SessionSpec,
+        hops: &[Hop],
+        avoid: &[Peer],
+        before: &Route,
+    ) -> Standbys {
+        if !spec.standby {
+            return Standbys::default();
+        }
+        let avoid: Vec<Peer> = spec.avoid.iter().chain(avoid).copied().collect();
+        let rtts = self.rtts();
+        let query = self.query(spec, &avoid, &rtts);
+        let found = standbys(&self.adverts(), &query, hops);
+        let mut taken: Vec<Peer> = hops
+            .iter()
+            .map(|hop| hop.peer)
+            .chain(avoid.clone())
+            .collect();
+        let mut peers = Vec::new();
+        for ((at, hop), found) in (0u8..).zip(hops).zip(found) {
+            let stood = before.standby_for(hop.layers);
+            let stands = stood
+                .into_iter()
+                .chain(found)
+                .find(|p| !taken.contains(&p.peer));
+            if let Some(Hop { peer, addrs, .. }) = stands {
+                taken.push(peer);
+                peers.push(Standby { at, peer, addrs });
+            }
+        }
+        peers.truncate(STANDBYS_MAX);
+        Standbys {
+            peers,
+            batch: spec.batch,
+        }
+    }
+
+    fn rtts(&self) -> Vec<(Peer, u32)> {
+        let micros = |d: Duration| u32::try_from(d.as_micros()).unwrap_or(u32::MAX);
+        let rtts = self.net.rtts().into_iter();
+        rtts.map(|(peer, rtt)| (peer, micros(rtt))).collect()
+    }
+
+    fn query<'a>(
+        &'a self,
+        spec: &SessionSpec,
+        avoid: &'a [Peer],
+        rtts: &'a [(Peer, u32)],
+    ) -> Query<'a> {
+        Query {
+            frame_bytes: spec.dtype.row_len(spec.n_embd) as u64,
+            n_ctx: spec.n_ctx,
+            avoid,
+            allow: match &self.privacy {
+                Privacy::Open => None,
+                Privacy::Trusted(list) => Some(list),
+            },
+            rtts,
+            ..Query::new(spec.model, spec.n_layer)
         }
     }
 

@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     client::{Client, SessionSpec},
-    session::{ClientError, ClientSession, LogitsRow, Opener},
+    session::{ClientError, ClientSession, LogitsRow, Opener, Route},
 };
 
 /// How long a session waits, without any progress, for a route to come back.
@@ -27,6 +27,10 @@ const SHUNNED: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(500);
 /// A hop that says of so many different neighbours that they are lost is not believed any more.
 const ACCUSED_MAX: usize = 2;
+
+/// How much the log-probability of the last answer may differ when peers of another numerics class compute
+/// it again: honest ones stay well below, another model's answer does not.
+const CLASSES_DIFFER: f32 = 0.5;
 
 /// What a session tells of while it recovers.
 #[derive(Debug)]
@@ -55,6 +59,9 @@ pub struct Recovery {
     pub replaced: usize,
     /// From the failure to the new route.
     pub took: Duration,
+    /// Whether all peers of both routes compute the same bits; else what follows may differ in a close
+    /// choice from what the first route would have said.
+    pub exact: bool,
 }
 
 /// Who hears of it.
@@ -67,6 +74,8 @@ pub struct Session {
     spec: SessionSpec,
     inner: ClientSession,
     shunned: Shunned,
+    /// The numerics class of every peer that was on a route.
+    classes: HashMap<Peer, u64>,
     recoveries: Vec<Recovery>,
     listener: Option<Listener>,
 }
@@ -78,15 +87,19 @@ impl Session {
         spec: SessionSpec,
         inner: ClientSession,
     ) -> Self {
-        Self {
+        let mut session = Self {
             client,
             opener,
             spec,
             inner,
             shunned: Shunned::default(),
+            classes: HashMap::new(),
             recoveries: Vec::new(),
             listener: None,
-        }
+        };
+        let hops = session.inner.route().hops.clone();
+        session.note_classes(&hops);
+        session
     }
 
     /// Tells `listener` of failures and recoveries from now on.
@@ -101,7 +114,15 @@ impl Session {
 
     /// The hops, in order.
     pub fn route(&self) -> &[Hop] {
-        self.inner.route()
+        &self.inner.route().hops
+    }
+
+    /// Who stands by for which of them, each as the hop it would be.
+    pub fn standbys(&self) -> Vec<Hop> {
+        let route = self.inner.route();
+        let hops = route.hops.iter();
+        hops.filter_map(|hop| route.standby_for(hop.layers))
+            .collect()
     }
 
     /// Positions that the session holds.
@@ -171,21 +192,22 @@ impl Session {
     async fn recover(&mut self, first: ClientError) -> Result<(), ClientError> {
         let begin = Instant::now();
         let deadline = begin + PATIENCE;
-        let (pos, before) = (self.inner.pos(), self.inner.route().to_vec());
+        let (pos, before) = (self.inner.pos(), self.inner.route().clone());
         self.tell(Event::Lost(&first));
-        self.shunned.blame(&first, &before, begin);
+        self.shunned.blame(&first, &before.hops, begin);
         let mut told = false;
         let mut changes = self.client.net().adverts().changes();
         loop {
             let failed = match self.plan(&before) {
-                Ok(route) => match self.opener.reopen(&mut self.inner, &route).await {
-                    Ok(()) => {
-                        let kept = |hop: &Hop| before.iter().any(|old| same(old, hop));
+                Ok(route) => match self.reopen(&route).await {
+                    Ok(exact) => {
+                        let kept = |hop: &Hop| before.hops.iter().any(|old| same(old, hop));
                         let recovery = Recovery {
                             pos,
                             lost: first.to_string(),
-                            replaced: route.iter().filter(|hop| !kept(hop)).count(),
+                            replaced: route.hops.iter().filter(|hop| !kept(hop)).count(),
                             took: begin.elapsed(),
+                            exact,
                         };
                         tracing::info!(took = ?recovery.took, replaced = recovery.replaced, "went on along another route");
                         self.tell(Event::Recovered(&recovery));
@@ -195,7 +217,7 @@ impl Session {
                     Err(error) if !error.is_recoverable() => return Err(error),
                     Err(error) => {
                         tracing::info!(%error, "another route failed to open");
-                        self.shunned.blame(&error, &route, Instant::now());
+                        self.shunned.blame(&error, &route.hops, Instant::now());
                         error
                     }
                 },
@@ -220,26 +242,57 @@ impl Session {
         }
     }
 
-    /// A route that keeps what it can of the old one; where there is none, any.
-    fn plan(&self, before: &[Hop]) -> Result<Vec<Hop>, ClientError> {
+    /// Opens the session along `route`; whether all peers so far compute the same bits.
+    async fn reopen(&mut self, route: &Route) -> Result<bool, ClientError> {
+        self.note_classes(&route.hops);
+        let mut classes = self.classes.values();
+        let first = classes.next();
+        let exact = classes.all(|class| Some(class) == first);
+        self.inner
+            .tolerate(if exact { 0.0 } else { CLASSES_DIFFER });
+        self.opener.reopen(&mut self.inner, route.clone()).await?;
+        Ok(exact)
+    }
+
+    fn note_classes(&mut self, hops: &[Hop]) {
+        let snapshot = self.client.adverts();
+        for hop in hops {
+            let advert = snapshot.adverts.iter().find(|a| a.peer == hop.peer);
+            let models = advert.into_iter().flat_map(|a| &a.models);
+            if let Some(model) = models.into_iter().find(|m| m.model == self.spec.model) {
+                self.classes.insert(hop.peer, model.numerics);
+            }
+        }
+    }
+
+    /// A route that keeps what it can of the old one, and who stood by for what is lost; where there is
+    /// none, any.
+    fn plan(&self, before: &Route) -> Result<Route, ClientError> {
         let now = Instant::now();
         let avoid = self.shunned.at(now);
-        let keep: Vec<Hop> = before
-            .iter()
-            .filter(|hop| !avoid.contains(&hop.peer))
-            .cloned()
-            .collect();
+        let good = |hop: &Hop| !avoid.contains(&hop.peer);
+        let kept = |hop: &Hop| {
+            let stood = || before.standby_for(hop.layers).filter(good);
+            if good(hop) {
+                Some(hop.clone())
+            } else {
+                stood()
+            }
+        };
+        let keep: Vec<Hop> = before.hops.iter().filter_map(kept).collect();
         let snapshot = self.client.adverts();
         let keeping = keeping(&snapshot, &self.spec.model, &keep);
         let plan = |snapshot: &Snapshot, avoid: &[Peer]| {
             self.client
                 .plan_in(snapshot, &self.spec, avoid, rand::random())
         };
-        plan(&keeping, &avoid)
+        let hops = plan(&keeping, &avoid)
             .map(|route| cut_at(route, &keep))
             .or_else(|_| plan(&snapshot, &avoid))
             // Nobody else is left: perhaps it was only slow, or is back.
-            .or_else(|_| plan(&snapshot, &[]))
+            .or_else(|_| plan(&snapshot, &[]))?;
+        let standbys = self.client.standbys(&self.spec, &hops, &avoid, before);
+        Ok(Route { hops, standbys })
     }
 }
 

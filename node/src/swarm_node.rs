@@ -518,7 +518,7 @@ mod tests {
             addrs: node.net().listen_addrs(),
             layers: LayerRange { start: 0, end: 8 },
         };
-        let refused = opener.open_route(kind, &[hop]).await.map(drop);
+        let refused = opener.open_route(kind, vec![hop]).await.map(drop);
         let error = refused.unwrap_err();
         let crate::ClientError::Hop { failure, .. } = &error else {
             panic!("{error}")

@@ -86,7 +86,7 @@ async fn visit(client: &Net, server: &Net, closes: bool) {
         addrs: server.listen_addrs(),
         layers: LayerRange { start: 0, end: 2 },
     };
-    let mut session = opener.open_route(kind, &[hop]).await.unwrap();
+    let mut session = opener.open_route(kind, vec![hop]).await.unwrap();
     let want = Want {
         rows: WantRows::Last,
         form: Form::Top(1),

@@ -86,7 +86,7 @@ async fn open(client: &Net, nodes: &[Node], n_ctx: u32) -> ClientSession {
         dtype: Dtype::F32,
         n_vocab: nodes[0].worker.shape().n_vocab,
     };
-    opener.open_route(kind, &route(nodes)).await.unwrap()
+    opener.open_route(kind, route(nodes)).await.unwrap()
 }
 
 async fn client() -> Net {

@@ -21,8 +21,10 @@ use std::{collections::HashMap, fmt::Write as _, time::Duration};
 use swarm_proto::{Advert, Hop, LayerRange, ModelAdvert, ModelId, Peer, session};
 
 mod search;
+mod standby;
 
 use self::search::search;
+pub use self::standby::standbys;
 use crate::adverts::Snapshot;
 
 /// What a hop costs beyond compute and wire (waking up, copying): the budget of the session code.

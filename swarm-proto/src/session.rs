@@ -9,6 +9,9 @@
 //! A session outlives its streams. When a hop is lost, those above say so and keep what they hold;
 //! the client opens the same session again in a higher epoch, along a route around the lost one.
 //! Hops that are on both routes keep their KV, and each link goes on where the lower side stands.
+//!
+//! A standby is a hop that is opened before it is needed: whoever is before the hop it stands by for
+//! sends it the same rows, and it has nobody below until the session is opened again with it.
 
 use std::fmt;
 
@@ -24,6 +27,8 @@ use crate::{
 pub const HOPS_MAX: usize = 128;
 /// Most addresses of a hop: a peer behind more is not reachable through the fifth either.
 pub const HOP_ADDRS_MAX: usize = 4;
+/// Most standbys of a route: with their addresses they must fit into the open message beside the hops.
+pub const STANDBYS_MAX: usize = 16;
 /// Longest address: a DNS name, a port, a transport and a peer id stay below.
 pub const ADDR_BYTES_MAX: usize = 128;
 /// Most rows of one frame: what an engine takes in one step, so that a hop buffers no frame that it
@@ -164,6 +169,57 @@ pub struct Hop {
     pub layers: LayerRange,
 }
 
+/// Another holder of a hop's layers, who can take its place at once.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Standby {
+    /// For which hop of the route.
+    pub at: u8,
+    /// Who.
+    pub peer: Peer,
+    /// As a hop's.
+    pub addrs: Vec<String>,
+}
+
+/// Who stands by on a route.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Standbys {
+    /// At most one for each hop, in order.
+    pub peers: Vec<Standby>,
+    /// Decoded rows that are sent to a standby as one frame: more than one only where the model's kernels
+    /// give them the same bits as one by one. 0 is 1.
+    pub batch: u16,
+}
+
+impl Standbys {
+    /// Who stands by for hop `at`.
+    pub fn of(&self, at: u8) -> Option<&Standby> {
+        self.peers.iter().find(|standby| standby.at == at)
+    }
+
+    fn check_shape(&self, hops: &[Hop]) -> Result<(), CheckError> {
+        at_most("standbys of a route", self.peers.len(), STANDBYS_MAX)?;
+        at_most("rows of a batch", self.batch.into(), ROWS_MAX.into())?;
+        let mut next = 0;
+        for standby in &self.peers {
+            check_addrs(&standby.addrs, HOP_ADDRS_MAX)?;
+            let at = usize::from(standby.at);
+            if at < next || at >= hops.len() {
+                let hops = hops.len();
+                return Err(wrong(format!("a standby for hop {at} of {hops}")));
+            }
+            let on_the_route = hops.iter().any(|hop| hop.peer == standby.peer);
+            let earlier = self.peers.iter().take_while(|other| other.at < standby.at);
+            if on_the_route || earlier.clone().any(|other| other.peer == standby.peer) {
+                return Err(wrong(format!(
+                    "the standby for hop {at} has another part in the route"
+                )));
+            }
+            next = at + 1;
+        }
+        Ok(())
+    }
+}
+
 /// Opens a session on a hop, which opens the next hop in turn; or, in a higher epoch, opens it again:
 /// a hop that holds the session for the same layers keeps what it holds before `resume`.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -186,6 +242,11 @@ pub struct Open {
     pub hops: Vec<Hop>,
     /// Which hop this message is for.
     pub at: u8,
+    /// Who stands by; each is opened by the hop before, or by the client.
+    pub standbys: Standbys,
+    /// The hop this message is for stands by: it computes and keeps what it is sent, and opens nobody
+    /// below.
+    pub standing_by: bool,
     /// The sender's span.
     pub trace: Option<TraceParent>,
 }
@@ -232,7 +293,7 @@ impl Open {
             }
             next = layers.end;
         }
-        Ok(())
+        self.standbys.check_shape(&self.hops)
     }
 }
 

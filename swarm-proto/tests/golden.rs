@@ -43,15 +43,26 @@ fn session_messages() {
         dtype: Dtype::Q8_0,
         hops: vec![hop(1, "0..2"), hop(2, "2..300")],
         at: 1,
+        standbys: Standbys {
+            peers: vec![Standby {
+                at: 1,
+                peer: Peer([3; 32]),
+                addrs: vec!["/ip4/1.2.3.4/tcp/9".into()],
+            }],
+            batch: 16,
+        },
+        standing_by: true,
         trace: Some(TraceParent::new([0x11; 16], [0x22; 8], true)),
     };
     let addr = "12 2f6970342f312e322e332e342f7463702f39";
     let expected = format!(
-        "00 {S} 01 07 {} {} fb0004 02 02 {} 01 {addr} 00 02 {} 01 {addr} 02 fb2c01 01 01 {} {} 01",
+        "00 {S} 01 07 {} {} fb0004 02 02 {} 01 {addr} 00 02 {} 01 {addr} 02 fb2c01 01 \
+         01 01 {} 01 {addr} 10 01 01 {} {} 01",
         "cc".repeat(32),
         "ab".repeat(32),
         "01".repeat(32),
         "02".repeat(32),
+        "03".repeat(32),
         "11".repeat(16),
         "22".repeat(8),
     );

@@ -112,8 +112,30 @@ fn open(layers: &[(u16, u16)]) -> Open {
         dtype: Dtype::F32,
         hops: layers.iter().map(hop).collect(),
         at: 0,
+        standbys: Standbys::default(),
+        standing_by: false,
         trace: None,
     }
+}
+
+#[test]
+fn standbys_that_are_none() {
+    let why = |at: &[u8], peer: u8| {
+        let standby = |at: &u8| Standby {
+            at: *at,
+            peer: Peer([peer + at; 32]),
+            addrs: vec![],
+        };
+        let mut open = open(&[(0, 2), (2, 4)]);
+        open.standbys.peers = at.iter().map(standby).collect();
+        open.check(4).err().map(|e| e.to_string())
+    };
+    assert_eq!(why(&[0, 1], 7), None);
+    assert_eq!(why(&[2], 7).unwrap(), "a standby for hop 2 of 2");
+    assert_eq!(why(&[1, 1], 7).unwrap(), "a standby for hop 1 of 2");
+    let twice = "the standby for hop 0 has another part in the route";
+    assert_eq!(why(&[0], 1).unwrap(), twice);
+    assert!(why(&[0; 17], 7).unwrap().contains("standbys of a route"));
 }
 
 #[test]

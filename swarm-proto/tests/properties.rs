@@ -56,6 +56,8 @@ prop_compose! {
             dtype: [Dtype::F32, Dtype::Bf16, Dtype::Q8_0][epoch as usize % 3],
             at: at.index(hops.len()) as u8,
             hops,
+            standbys: Standbys::default(),
+            standing_by: epoch % 2 == 1,
             trace: trace.map(|(t, s, sampled)| TraceParent::new(t, s, sampled)),
         }
     }

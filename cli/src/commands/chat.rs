@@ -108,12 +108,11 @@ impl Args {
         model: &SwarmModel,
         n_ctx: u32,
     ) -> anyhow::Result<Source> {
-        let session = member
-            .open(model, n_ctx, self.session.wire, self.session.patience())
-            .await?;
+        let session = member.open(model, self.session.ask(n_ctx)).await?;
         let source = Source::swarm(session, answer::top(&self.generation));
         terminal::note(route_line(
             &source.route(),
+            &source.standbys(),
             member.privacy(),
             &self.session.wire.to_string(),
         ));

@@ -118,11 +118,12 @@ async fn run(args: Args) -> anyhow::Result<()> {
         .await?;
     let route = ready.source.route();
     let wire = args.session.wire.to_string();
-    terminal::note(route_line(&route, ready.privacy, &wire));
+    let standbys = ready.source.standbys();
+    terminal::note(route_line(&route, &standbys, ready.privacy, &wire));
     let seed = args.generation.seed();
     let answer = args.ask(&mut ready, seed, &interrupt).await;
     let n_ctx = ready.source.n_ctx();
-    let route = ready.source.route();
+    let (route, standbys) = (ready.source.route(), ready.source.standbys());
     let recoveries: Vec<Recovery> = ready.source.recoveries().iter().map(Into::into).collect();
     ready.source.close().await;
     if let Some(member) = ready.member {
@@ -156,6 +157,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
             timings,
             hops: route.len(),
             route,
+            standbys,
             recoveries,
             privacy: ready.privacy,
             peers_can_read_prompt: ready.privacy != Privacy::Local,
@@ -304,9 +306,7 @@ impl Args {
         let prompt = self.prompt_tokens(text, ids, model.vocab.as_ref())?;
         let n_ctx = self.generation.n_ctx(prompt.len(), model.n_ctx_max)?;
         let connected = Instant::now();
-        let session = member
-            .open(&model, n_ctx, self.session.wire, self.session.patience())
-            .await?;
+        let session = member.open(&model, self.session.ask(n_ctx)).await?;
         Ok(Ready {
             source: Source::swarm(session, answer::top(&self.generation)),
             prompt,

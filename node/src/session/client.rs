@@ -22,8 +22,8 @@ use std::{
 
 use engine::PREFILL_CHUNK;
 use swarm_proto::{
-    Answer, Content, Down, Dtype, Epoch, Failure, FailureCode, Fault, Form, Hop, ModelId, Open,
-    Peer, Rows, SessionId, Up, Want, WantRows,
+    Answer, Content, Down, Dtype, Epoch, Failure, FailureCode, Fault, Form, ModelId, Rows,
+    SessionId, Up, Want, WantRows,
 };
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
@@ -32,11 +32,15 @@ use super::{
     error::ClientError,
     failure::fail,
     ledger::Outbox,
-    limits::UP,
+    open::Route,
     row::LogitsRow,
-    trace,
+    standby::Follower,
     wire::{Pipe, WireError},
 };
+
+mod again;
+
+use again::Fed;
 
 /// Frames sent and not yet acknowledged by the first hop: enough to keep its queue full while the
 /// acknowledgements travel, few enough that a truncation does not wait for a long prompt.
@@ -53,7 +57,9 @@ pub struct ClientSession {
     session: SessionId,
     model: ModelId,
     epoch: Epoch,
-    route: Vec<Hop>,
+    route: Route,
+    /// Who stands by for the first hop.
+    standby: Option<Follower>,
     dtype: Dtype,
     n_ctx: u32,
     n_vocab: u32,
@@ -66,6 +72,8 @@ pub struct ClientSession {
     frames: Vec<Frame>,
     /// The last row that came.
     last: Option<Answered>,
+    /// How far its log-probability may differ when it comes again.
+    tolerance: f32,
     /// Every row asked for before this position came.
     answered: u32,
     outbox: Outbox,
@@ -120,7 +128,8 @@ pub(super) struct Opened {
     pub(super) session: SessionId,
     pub(super) model: ModelId,
     pub(super) epoch: Epoch,
-    pub(super) route: Vec<Hop>,
+    pub(super) route: Route,
+    pub(super) standby: Option<Follower>,
     pub(super) dtype: Dtype,
     pub(super) n_ctx: u32,
     pub(super) n_vocab: u32,
@@ -137,6 +146,7 @@ impl ClientSession {
             model: o.model,
             epoch: o.epoch,
             route: o.route,
+            standby: o.standby,
             dtype: o.dtype,
             n_ctx: o.n_ctx,
             n_vocab: o.n_vocab,
@@ -146,6 +156,7 @@ impl ClientSession {
             tokens: Vec::new(),
             frames: Vec::new(),
             last: None,
+            tolerance: 0.0,
             answered: 0,
             outbox: Outbox::default(),
             asked: VecDeque::new(),
@@ -176,8 +187,8 @@ impl ClientSession {
         self.n_vocab
     }
 
-    /// The hops, in order.
-    pub fn route(&self) -> &[Hop] {
+    /// The hops, in order, and who stands by.
+    pub fn route(&self) -> &Route {
         &self.route
     }
 
@@ -242,6 +253,9 @@ impl ClientSession {
     /// Says goodbye to every hop, and waits until the first has heard it. Dropping the session says it
     /// too, without waiting: a connection closed right after may take it along.
     pub async fn close(mut self) {
+        if let Some(standby) = self.standby.take() {
+            standby.dismiss();
+        }
         self.up.push(&Down::Close);
         let heard = async {
             let _ = self.up.close().await;
@@ -358,6 +372,10 @@ impl ClientSession {
                 break;
             }
         }
+        if let Some(standby) = &mut self.standby {
+            let (tokens, frames) = (&self.tokens, &self.frames);
+            standby.poll(cx, &mut Fed { tokens, frames });
+        }
         self.poll_timer(cx)
     }
 
@@ -414,7 +432,11 @@ impl ClientSession {
             // Asked for again when the session was reopened.
             Some(last) if row.pos <= last.pos => {
                 if row.pos == last.pos && answered != Some(last) {
-                    return Err(self.differs(last, answered));
+                    let by = row.log_prob(last.token).unwrap_or(f32::NEG_INFINITY);
+                    let by = (by - last.log_prob).abs();
+                    if self.tolerance == 0.0 || by > self.tolerance {
+                        return Err(differs(last, answered, by));
+                    }
                 }
                 self.recycle(row);
             }
@@ -425,94 +447,6 @@ impl ClientSession {
             }
         }
         Ok(())
-    }
-
-    /// Forgets what was fed from `pos` on; what was answered there will be answered anew.
-    fn forget(&mut self, pos: u32) {
-        self.tokens.truncate(pos as usize);
-        while let Some(last) = self.frames.last_mut() {
-            if last.end() <= pos {
-                break;
-            }
-            if last.pos0 < pos {
-                last.n_rows = pos - last.pos0;
-                break;
-            }
-            self.frames.pop();
-        }
-        if self.last.is_some_and(|last| last.pos >= pos) {
-            self.last = None;
-        }
-        self.answered = self.answered.min(pos);
-    }
-
-    /// The opening message for another route, and the stream to its first hop where that stays. What
-    /// the session had of streams is gone after this.
-    pub(super) fn begin_again(&mut self, me: Peer, route: &[Hop]) -> (Open, u32, Option<Pipe>) {
-        self.epoch.0 += 1;
-        let first = |route: &[Hop]| route.first().map(|hop| (hop.peer, hop.layers));
-        let current = std::mem::replace(&mut self.up, Pipe::detached(UP));
-        let same = first(route) == first(&self.route) && current.has_stream();
-        self.answers = Pipe::detached(UP);
-        let open = Open {
-            session: self.session,
-            epoch: self.epoch,
-            resume: self.resume(),
-            client: me,
-            model: self.model,
-            n_ctx: self.n_ctx,
-            dtype: self.dtype,
-            hops: route.to_vec(),
-            at: 0,
-            trace: trace::current(),
-        };
-        (open, self.n_vocab, same.then_some(current))
-    }
-
-    /// Where the hops are to go on: with the frame of the last answer, which then comes again, or with
-    /// the first that is to be answered. What comes before needs no answer any more.
-    fn resume(&self) -> u32 {
-        let frame = match self.last {
-            Some(last) => self.frames.iter().rfind(|frame| frame.pos0 <= last.pos),
-            None => self
-                .frames
-                .iter()
-                .find(|frame| frame.want.rows != WantRows::None && frame.end() > self.answered),
-        };
-        frame.map_or(self.pos, |frame| frame.pos0)
-    }
-
-    /// The session is open again, its first hop holds positions up to `held`: what comes after is
-    /// queued.
-    pub(super) fn go_on(
-        &mut self,
-        up: Pipe,
-        answers: Pipe,
-        route: Vec<Hop>,
-        epoch: Epoch,
-        held: u32,
-    ) {
-        let resume = self.resume();
-        (self.up, self.answers, self.route, self.epoch) = (up, answers, route, epoch);
-        self.queue.clear();
-        self.outbox.clear();
-        self.asked.clear();
-        for frame in self.frames.iter().filter(|frame| frame.end() > held) {
-            let tokens = self.tokens.get(frame.pos0 as usize..frame.end() as usize);
-            self.queue.push_back(Chunk {
-                pos0: frame.pos0,
-                tokens: tokens.unwrap_or_default().to_vec(),
-                want: if frame.pos0 < resume {
-                    Want::NONE
-                } else {
-                    frame.want
-                },
-            });
-        }
-        self.failed = None;
-        self.answers_over = None;
-        let now = Instant::now();
-        (self.progress, self.heard) = (now, now);
     }
 
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Result<bool, ClientError> {
@@ -614,7 +548,7 @@ impl ClientSession {
     }
 
     fn ack_timeout(&self) -> Duration {
-        self.deadlines.acked(self.rows_max, self.route.len())
+        self.deadlines.acked(self.rows_max, self.route.hops.len())
     }
 
     /// Each hop may take its time; each watches the next, and reports it sooner than this.
@@ -642,7 +576,7 @@ impl ClientSession {
     }
 
     fn tail(&self) -> u8 {
-        u8::try_from(self.route.len().saturating_sub(1)).unwrap_or(u8::MAX)
+        u8::try_from(self.route.hops.len().saturating_sub(1)).unwrap_or(u8::MAX)
     }
 
     fn lost(&self, at: u8, why: &str) -> ClientError {
@@ -653,23 +587,12 @@ impl ClientSession {
         self.hop_failed(fail(at, Fault::Peer, FailureCode::BadFrame, what))
     }
 
-    fn differs(&self, last: Answered, again: Option<Answered>) -> ClientError {
-        ClientError::Differs {
-            pos: last.pos,
-            token: last.token,
-            again: again.map_or(u32::MAX, |again| again.token),
-            by: again.map_or(f32::INFINITY, |again| {
-                (again.log_prob - last.log_prob).abs()
-            }),
-        }
-    }
-
     fn bad_answer(&self, what: String) -> ClientError {
         self.bad_hop(self.tail(), &what)
     }
 
     fn hop_failed(&self, failure: Failure) -> ClientError {
-        ClientError::hop(&self.route, failure)
+        ClientError::hop(&self.route.hops, failure)
     }
 }
 
@@ -680,6 +603,15 @@ fn lost(at: u8, why: &str) -> Failure {
         FailureCode::DownstreamLost,
         format!("the connection was lost: {why}"),
     )
+}
+
+fn differs(last: Answered, again: Option<Answered>, by: f32) -> ClientError {
+    ClientError::Differs {
+        pos: last.pos,
+        token: last.token,
+        again: again.map_or(u32::MAX, |again| again.token),
+        by,
+    }
 }
 
 impl Answered {
@@ -696,6 +628,9 @@ impl Answered {
 impl Drop for ClientSession {
     fn drop(&mut self) {
         // A word of goodbye if the stream takes it at once; its end says the same a little later.
+        if let Some(standby) = self.standby.take() {
+            standby.dismiss();
+        }
         self.up.push(&Down::Close);
         let _ = self.up.poll_flush(&mut Context::from_waker(Waker::noop()));
     }

@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use swarm_proto::{Failure, FailureCode, Fault, Open, Peer, SessionId};
+use swarm_proto::{Failure, FailureCode, Fault, Hop, Open, Peer, SessionId};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until, timeout},
@@ -26,6 +26,7 @@ use super::{
     failure::fail,
     hop::{Lease, Served, Shared},
     relay::{Below, End, Relay},
+    standby::standby_open,
     tail::Place,
     wire::Pipe,
 };
@@ -224,7 +225,7 @@ impl Held {
             self.from = from;
             self.relay.take_upstream(up);
         }
-        let current = self.current_below(&open);
+        let (current, standby) = self.streams_below(&open);
         // The old epoch's place in the pairing table is nobody's any more.
         self.place = None;
         let step = self.relay.step_deadline();
@@ -258,6 +259,8 @@ impl Held {
         match resumed {
             Ok(()) => {
                 self.kept_until = None;
+                let standby = self.shared.standby(&open, &self.served, standby);
+                self.relay.stand_by(standby);
                 Turn::Run
             }
             Err(failure) if failure.at > open.at => self.after(End::BelowLost(failure)),
@@ -298,16 +301,32 @@ impl Held {
         admit(open, from, self.shared.me, Some(&self.served)).map(|_| ())
     }
 
-    /// The stream below, where the new route goes on with the same hop.
-    fn current_below(&mut self, open: &Open) -> Option<Pipe> {
-        let next = |open: &Open| {
-            let hop = open.hops.get(usize::from(open.at) + 1)?;
-            Some((hop.peer, hop.layers))
-        };
-        let same = next(open) == next(self.relay.open());
-        match self.relay.detach() {
-            Below::Next(pipe) if same => Some(pipe),
+    /// The streams to the next hop and to who stands by for it on the new route, where there are any
+    /// already. A standby may be the next hop now.
+    fn streams_below(&mut self, open: &Open) -> (Option<Pipe>, Option<Pipe>) {
+        let at = usize::from(open.at) + 1;
+        let next = open.hops.get(at);
+        let before = self.relay.open().hops.get(at).cloned();
+        let (below, standby) = self.relay.detach();
+        let same = |a: &Hop, b: &Hop| (a.peer, a.layers) == (b.peer, b.layers);
+        let current = match below {
+            Below::Next(pipe) if next.zip(before.as_ref()).is_some_and(|(a, b)| same(a, b)) => {
+                Some(pipe)
+            }
             _ => None,
+        };
+        let Some(standby) = standby else {
+            return (current, None);
+        };
+        let again = u8::try_from(at).ok().and_then(|at| standby_open(open, at));
+        let again = again.and_then(|open| open.hops.get(at).cloned());
+        if current.is_none() && next.is_some_and(|next| standby.feeds(next)) {
+            (standby.into_pipe(), None)
+        } else if again.is_some_and(|again| standby.feeds(&again)) {
+            (current, standby.into_pipe())
+        } else {
+            standby.dismiss();
+            (current, None)
         }
     }
 }

@@ -19,7 +19,7 @@ use std::{
 use engine::Worker;
 use futures::future::BoxFuture;
 use swarm_proto::{
-    Answer, Attach, Down, Epoch, Failure, FailureCode, Fault, ModelId, Open, Peer, Up,
+    Answer, Attach, Content, Down, Epoch, Failure, FailureCode, Fault, ModelId, Open, Peer, Up,
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -39,6 +39,7 @@ use super::{
     relay::{Below, End, Parts, Relay},
     retained::{Budget, Retained},
     slot::SlotGuard,
+    standby::{Follower, standby_open},
     tail::{Claim, Pairing, Place},
     topk::TopK,
     trace,
@@ -253,7 +254,8 @@ impl engine::SlotWaiter for KvWaiter {
     }
 }
 
-/// What the chain below a hop became.
+/// What the chain below a hop became; nothing, for one that stands by.
+#[derive(Default)]
 pub(super) struct Chain {
     pub(super) below: Below,
     /// Positions that the hop below holds.
@@ -366,6 +368,7 @@ impl Shared {
             (served.n_embd, served.n_vocab),
             admitted.content,
         );
+        let standby = self.standby(open, &served, None);
         let (open, limits) = (open.clone(), self.limits);
         Ok(move |up| {
             let relay = Relay::new(Parts {
@@ -377,6 +380,7 @@ impl Shared {
                 up,
                 below: chain.below,
                 below_held: chain.held,
+                standby,
                 retained: Retained::new(self.retained.clone()),
                 deadlines: limits.deadlines,
                 frames_in_flight: limits.frames_in_flight,
@@ -452,6 +456,9 @@ impl Shared {
         served: &Served,
         current: Option<Pipe>,
     ) -> Result<Chain, Failure> {
+        if open.standing_by {
+            return Ok(Chain::default());
+        }
         let next = open.at.saturating_add(1);
         let Some(hop) = open.hops.get(usize::from(next)) else {
             return self.client_below(open);
@@ -484,6 +491,31 @@ impl Shared {
             held: next.held,
             place: None,
         })
+    }
+
+    /// Opens who stands by for the next hop, while the session runs already: over `current` where that
+    /// is a stream to it.
+    pub(super) fn standby(
+        self: &Arc<Self>,
+        open: &Open,
+        served: &Served,
+        current: Option<Pipe>,
+    ) -> Option<Follower> {
+        let ask = standby_open(open, open.at.checked_add(1)?)?;
+        let shape = Shape {
+            n_embd: Some(served.n_embd),
+            n_vocab: served.n_vocab,
+        };
+        let content = Content::Hidden(open.dtype);
+        let dialer = self.dialer.clone();
+        let deadline = Instant::now() + self.limits.deadlines.opened(0);
+        Follower::open(
+            ask,
+            open.standbys.batch,
+            content,
+            shape,
+            (current, dialer, deadline),
+        )
     }
 
     /// A route may use two spans of one peer in a row; nobody dials itself.

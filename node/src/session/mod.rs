@@ -10,7 +10,7 @@
 //! | `wire` | frames over one stream |
 //! | `ledger`, `admit`, `failure`, `topk`, `row`, `payload` | rules that need neither streams nor clocks |
 //! | `hop`, `held`, `relay`, `retained`, `tail`, `slot` | the service that every node runs |
-//! | `chain` | opening the next hop, first or again |
+//! | `chain`, `standby` | opening the next hop, first or again, and feeding who stands by for it |
 //! | `open`, `client`, `error` | opening and driving a session |
 //! | `bench` | what a hop costs |
 
@@ -31,6 +31,7 @@ mod relay;
 mod retained;
 mod row;
 mod slot;
+mod standby;
 mod tail;
 mod topk;
 mod trace;
@@ -41,7 +42,7 @@ pub use client::ClientSession;
 pub use config::{Deadlines, SessionLimits};
 pub use error::{ClientError, HopName};
 pub use hop::{Dialer, Served, Sessions};
-pub use open::{Kind, Opener};
+pub use open::{Kind, Opener, Route};
 pub use row::{BadRow, LogitsRow};
 
 #[cfg(test)]

@@ -5,8 +5,8 @@
 use std::{sync::Arc, time::Duration};
 
 use swarm_proto::{
-    Answer, Attach, Dtype, Epoch, Failure, FailureCode, Fault, Hop, LayerRange, ModelId, Open,
-    Peer, SessionId,
+    Answer, Attach, Content, Dtype, Epoch, Failure, FailureCode, Fault, Hop, LayerRange, ModelId,
+    Open, Peer, SessionId, Standbys,
 };
 use tokio::time::{Instant, sleep_until, timeout_at};
 
@@ -17,7 +17,9 @@ use super::{
     error::{ClientError, HopName},
     failure::fail,
     hop::{Dialer, dial_code},
-    limits, trace,
+    limits,
+    standby::{Follower, standby_open},
+    trace,
     wire::{Pipe, WireError},
 };
 use crate::net::Proto;
@@ -57,6 +59,41 @@ pub struct Kind {
     pub n_vocab: u32,
 }
 
+/// Along which peers a session is opened.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Route {
+    /// In order.
+    pub hops: Vec<Hop>,
+    /// Who stands by for which of them.
+    pub standbys: Standbys,
+}
+
+impl Route {
+    /// Who stands by for the hop of these layers, as that hop.
+    pub fn standby_for(&self, layers: LayerRange) -> Option<Hop> {
+        let at = self.hops.iter().position(|hop| hop.layers == layers)?;
+        let standby = self.standbys.of(u8::try_from(at).ok()?)?;
+        Some(Hop {
+            peer: standby.peer,
+            addrs: standby.addrs.clone(),
+            layers,
+        })
+    }
+}
+
+impl From<Vec<Hop>> for Route {
+    fn from(hops: Vec<Hop>) -> Self {
+        let standbys = Standbys::default();
+        Self { hops, standbys }
+    }
+}
+
+impl From<&[Hop]> for Route {
+    fn from(hops: &[Hop]) -> Self {
+        hops.to_vec().into()
+    }
+}
+
 /// Peers that hold these layers were asked and have no room.
 struct NoRoom {
     layers: Vec<LayerRange>,
@@ -79,10 +116,10 @@ impl Opener {
     ///
     /// # Cancel safety
     /// As [`Opener::open_route`].
-    pub async fn open(
+    pub async fn open<R: Into<Route>>(
         &self,
         kind: Kind,
-        plan: impl FnMut(&[Peer]) -> Result<Vec<Hop>, ClientError>,
+        plan: impl FnMut(&[Peer]) -> Result<R, ClientError>,
     ) -> Result<ClientSession, ClientError> {
         self.open_waiting(kind, Duration::ZERO, plan, |_| {}).await
     }
@@ -92,11 +129,11 @@ impl Opener {
     ///
     /// # Errors
     /// As [`Opener::open`].
-    pub async fn open_waiting(
+    pub async fn open_waiting<R: Into<Route>>(
         &self,
         kind: Kind,
         patience: Duration,
-        mut plan: impl FnMut(&[Peer]) -> Result<Vec<Hop>, ClientError>,
+        mut plan: impl FnMut(&[Peer]) -> Result<R, ClientError>,
         busy: impl FnOnce(&[LayerRange]),
     ) -> Result<ClientSession, ClientError> {
         let deadline = Instant::now() + patience;
@@ -127,11 +164,11 @@ impl Opener {
 
     /// Tries routes until one opens or none is left. Peers that failed join `broken`; peers without
     /// room are avoided in this round only.
-    async fn round(
+    async fn round<R: Into<Route>>(
         &self,
         kind: Kind,
         broken: &mut Vec<(Peer, ClientError)>,
-        plan: &mut impl FnMut(&[Peer]) -> Result<Vec<Hop>, ClientError>,
+        plan: &mut impl FnMut(&[Peer]) -> Result<R, ClientError>,
     ) -> Result<Result<ClientSession, NoRoom>, ClientError> {
         let mut full: Vec<(HopName, ClientError)> = Vec::new();
         loop {
@@ -142,19 +179,19 @@ impl Opener {
             } else {
                 Err(ClientError::NothingAsked)
             };
-            let route = match planned {
-                Ok(route) => route,
+            let route: Route = match planned {
+                Ok(route) => route.into(),
                 Err(none) => {
                     let none = exhausted(broken).unwrap_or(none);
                     return NoRoom::of(full).map(Err).ok_or(none);
                 }
             };
-            let error = match self.open_route(kind, &route).await {
+            let error = match self.open_route(kind, route.clone()).await {
                 Ok(session) => return Ok(Ok(session)),
                 Err(error) => error,
             };
             tracing::info!(%error, "a route failed to open");
-            match (error.without_room(), error.culprit(&route)) {
+            match (error.without_room(), error.culprit(&route.hops)) {
                 (Some(hop), _) => full.push((hop, error)),
                 (None, Some(culprit)) => broken.push((culprit, error)),
                 (None, None) => return Err(error),
@@ -172,8 +209,9 @@ impl Opener {
     pub async fn open_route(
         &self,
         kind: Kind,
-        route: &[Hop],
+        route: impl Into<Route>,
     ) -> Result<ClientSession, ClientError> {
+        let route = route.into();
         let session = SessionId(rand::random());
         let epoch = Epoch(0);
         let open = Open {
@@ -184,30 +222,23 @@ impl Opener {
             model: kind.model,
             n_ctx: kind.n_ctx,
             dtype: kind.dtype,
-            hops: route.to_vec(),
+            hops: route.hops.clone(),
             at: 0,
+            standbys: route.standbys.clone(),
+            standing_by: false,
             trace: trace::current(),
         };
-        let deadline = Instant::now() + self.deadlines.opened(route.len());
-        // The tail greets when the chain reaches it: if the chain does not, that is the news.
-        let greeting = deadline + self.deadlines.per_hop;
-        let both = async {
-            tokio::try_join!(
-                self.chain(open, kind.n_vocab, None, deadline),
-                self.answers(route, session, epoch, greeting)
-            )
-        };
-        let (next, mut answers) = both
-            .await
-            .map_err(|failure| ClientError::hop(route, failure))?;
-        answers.set_limits(limits::answers(kind.n_vocab));
+        let deadline = Instant::now() + self.deadlines.opened(route.hops.len());
+        let opened = self.both_ends(&open, kind.n_vocab, None, deadline).await;
+        let (next, answers) = opened.map_err(|failure| ClientError::hop(&route.hops, failure))?;
         Ok(ClientSession::new(Opened {
             up: next.pipe,
             answers,
             model: kind.model,
             session,
             epoch,
-            route: route.to_vec(),
+            standby: self.standby(&open, kind.n_vocab, None),
+            route,
             dtype: kind.dtype,
             n_ctx: kind.n_ctx,
             n_vocab: kind.n_vocab,
@@ -226,24 +257,50 @@ impl Opener {
     pub async fn reopen(
         &self,
         session: &mut ClientSession,
-        route: &[Hop],
+        route: impl Into<Route>,
     ) -> Result<(), ClientError> {
-        let (open, n_vocab, current) = session.begin_again(self.me, route);
-        let (epoch, id) = (open.epoch, open.session);
-        let deadline = Instant::now() + self.deadlines.reopened(route.len());
-        let greeting = deadline + self.deadlines.per_hop;
-        let both = async {
-            tokio::try_join!(
-                self.chain(open, n_vocab, current, deadline),
-                self.answers(route, id, epoch, greeting)
-            )
-        };
-        let (next, mut answers) = both
-            .await
-            .map_err(|failure| ClientError::hop(route, failure))?;
-        answers.set_limits(limits::answers(n_vocab));
-        session.go_on(next.pipe, answers, route.to_vec(), epoch, next.held);
+        let route = route.into();
+        let again = session.begin_again(self.me, &route);
+        let (open, n_vocab) = (again.open, again.n_vocab);
+        let deadline = Instant::now() + self.deadlines.reopened(route.hops.len());
+        let opened = self
+            .both_ends(&open, n_vocab, again.current, deadline)
+            .await;
+        let (next, answers) = opened.map_err(|failure| ClientError::hop(&route.hops, failure))?;
+        let standby = self.standby(&open, n_vocab, again.standby);
+        session.go_on(next.pipe, answers, route, open.epoch, next.held, standby);
         Ok(())
+    }
+
+    /// The chain from the first hop on and the answer stream of the tail, at the same time.
+    async fn both_ends(
+        &self,
+        open: &Open,
+        n_vocab: u32,
+        current: Option<Pipe>,
+        deadline: Instant,
+    ) -> Result<(Next, Pipe), Failure> {
+        // The tail greets when the chain reaches it: if the chain does not, that is the news.
+        let greeting = deadline + self.deadlines.per_hop;
+        let (next, mut answers) = tokio::try_join!(
+            self.chain(open.clone(), n_vocab, current, deadline),
+            self.answers(&open.hops, open.session, open.epoch, greeting)
+        )?;
+        answers.set_limits(limits::answers(n_vocab));
+        Ok((next, answers))
+    }
+
+    /// Opens who stands by for the first hop.
+    fn standby(&self, open: &Open, n_vocab: u32, current: Option<Pipe>) -> Option<Follower> {
+        let ask = standby_open(open, 0)?;
+        let shape = Shape {
+            n_embd: None,
+            n_vocab,
+        };
+        let (dialer, batch) = (self.dialer.clone(), open.standbys.batch);
+        let deadline = Instant::now() + self.deadlines.opened(0);
+        let how = (current, dialer, deadline);
+        Follower::open(ask, batch, Content::Tokens, shape, how)
     }
 
     async fn chain(

@@ -40,12 +40,14 @@ use super::{
     payload::{decode, micros, push_logits},
     retained::Retained,
     slot::SlotGuard,
+    standby::Follower,
     topk::{TopK, log_sum_exp},
     wire::{Pipe, WireError},
 };
 use crate::net::Stream;
 
 mod again;
+mod blame;
 
 /// Unread acknowledgements that an upstream may pile up before we stop reading its frames.
 const ACK_BACKLOG_MAX: usize = 16 * 1024;
@@ -85,8 +87,10 @@ enum Halt {
 }
 
 /// Where results go.
+#[derive(Default)]
 pub(super) enum Below {
-    /// Nobody: the route is broken here.
+    /// Nobody: the route is broken here, or we stand by.
+    #[default]
     Nobody,
     /// The next hop.
     Next(Pipe),
@@ -113,6 +117,8 @@ pub(super) struct Parts {
     pub(super) below: Below,
     /// Positions that the hop below holds.
     pub(super) below_held: u32,
+    /// Who stands by for the hop below.
+    pub(super) standby: Option<Follower>,
     pub(super) retained: Retained,
     pub(super) deadlines: Deadlines,
     pub(super) frames_in_flight: usize,
@@ -208,6 +214,9 @@ impl Relay {
         {
             self.p.up.push(&Up::Failed(failure.clone()));
         }
+        if let Some(standby) = self.p.standby.take() {
+            standby.dismiss();
+        }
         // Nobody below waits for a client that did not come back here.
         match &mut self.p.below {
             Below::Nobody => {}
@@ -262,6 +271,9 @@ impl Relay {
             if !busy {
                 break;
             }
+        }
+        if let Some(standby) = &mut self.p.standby {
+            standby.poll(cx, &mut self.p.retained);
         }
         self.poll_timer(cx)?;
         Ok(Poll::Pending)
@@ -356,7 +368,8 @@ impl Relay {
     /// Writes the buffer out; once it is on its way, the upstream hears of it.
     fn poll_forward(&mut self, cx: &mut Context<'_>) -> Result<(), Halt> {
         let sent = match &mut self.p.below {
-            Below::Nobody => false,
+            // A standby: what it computed is kept here.
+            Below::Nobody => true,
             Below::Next(pipe) => match pipe.poll_flush(cx) {
                 Poll::Ready(Err(e)) => {
                     // What it said before it went is worth more than the broken pipe.
@@ -486,6 +499,9 @@ impl Relay {
         if rows.pos0 < self.p.ledger.end() {
             // Written anew: what the hop below holds from here on is not this.
             self.p.below_held = self.p.below_held.min(rows.pos0);
+            if let Some(standby) = &mut self.p.standby {
+                standby.truncate(rows.pos0);
+            }
         }
         let payload = self.p.up.payload();
         let input = match self.p.ledger.accept(&rows, payload.len()) {
@@ -655,45 +671,5 @@ impl Relay {
             )));
         }
         Ok(())
-    }
-
-    fn bad_frame(&self, what: &str) -> Failure {
-        fail(self.at(), Fault::Caller, FailureCode::BadFrame, what)
-    }
-
-    fn bad_below(&self, what: &str) -> Halt {
-        Halt::Below(fail(
-            self.at() + 1,
-            Fault::Peer,
-            FailureCode::BadFrame,
-            format!("its upstream refused: {what}"),
-        ))
-    }
-
-    fn lost_below(&self, why: &impl std::fmt::Display) -> Halt {
-        Halt::Below(fail(
-            self.at() + 1,
-            Fault::Peer,
-            FailureCode::DownstreamLost,
-            format!("connection lost: {why}"),
-        ))
-    }
-
-    fn client_gone(&self) -> Halt {
-        let message = "the client closed its answer stream";
-        Halt::Below(fail(
-            self.at(),
-            Fault::Caller,
-            FailureCode::DownstreamLost,
-            message,
-        ))
-    }
-
-    fn engine_failure(&self, e: &EngineError) -> Halt {
-        let (fault, code) = match e.fault() {
-            engine::Fault::Caller => (Fault::Caller, FailureCode::BadFrame),
-            engine::Fault::Local => (Fault::Local, FailureCode::Engine),
-        };
-        Halt::Ours(fail(self.at(), fault, code, e.to_string()))
     }
 }

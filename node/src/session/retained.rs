@@ -21,6 +21,8 @@ use std::{
 
 use swarm_proto::Rows;
 
+use super::standby::Sent;
+
 /// Bytes taken from a budget at once.
 const PIECE: usize = 256 * 1024;
 
@@ -99,6 +101,20 @@ pub(super) struct Retained {
     len: u64,
 }
 
+impl Sent for Retained {
+    fn end(&self) -> u32 {
+        Retained::end(self).unwrap_or(0)
+    }
+
+    fn rows_at(&self, pos: u32) -> Option<u16> {
+        self.at(pos).map(|frame| frame.n_rows)
+    }
+
+    fn append(&mut self, pos: u32, out: &mut Vec<u8>) -> io::Result<()> {
+        self.read(pos, out).map(drop)
+    }
+}
+
 /// Where the payloads lie, one after the other.
 #[derive(Debug)]
 enum Store {
@@ -143,7 +159,7 @@ impl Retained {
         if self.end() != Some(rows.pos0) {
             return;
         }
-        if let Err(why) = self.append(payload) {
+        if let Err(why) = self.store(payload) {
             tracing::info!(%why, "frames are no longer retained; a failure below costs a new prefill");
             self.lose();
             return;
@@ -180,40 +196,41 @@ impl Retained {
         }
     }
 
-    /// The frame that begins at `pos`, its payload in `out`: position and rows.
+    /// Appends the payload of the frame that begins at `pos` to `out`; gives its rows.
     ///
     /// # Errors
     /// No frame begins there, or the disk fails.
-    pub(super) fn read(&mut self, pos: u32, out: &mut Vec<u8>) -> io::Result<(u32, u16)> {
-        let index = self.frames.partition_point(|frame| frame.pos0 < pos);
-        let frame = self.frames.get(index).filter(|frame| frame.pos0 == pos);
+    pub(super) fn read(&mut self, pos: u32, out: &mut Vec<u8>) -> io::Result<u16> {
         let Some(&Kept {
-            pos0,
-            n_rows,
-            len,
-            at,
-        }) = frame
+            n_rows, len, at, ..
+        }) = self.at(pos)
         else {
             let why = format!("no retained frame begins at position {pos}");
             return Err(io::Error::new(io::ErrorKind::NotFound, why));
         };
-        out.clear();
         match &mut self.store {
             Store::Memory { bytes, .. } => {
                 let begin = at as usize;
                 out.extend_from_slice(bytes.get(begin..begin + len).unwrap_or_default());
             }
             Store::Disk { file, .. } => {
-                out.resize(len, 0);
+                let begin = out.len();
+                out.resize(begin + len, 0);
                 file.seek(SeekFrom::Start(at))?;
-                file.read_exact(out)?;
+                file.read_exact(out.get_mut(begin..).unwrap_or_default())?;
             }
             Store::Lost => {}
         }
-        Ok((pos0, n_rows))
+        Ok(n_rows)
     }
 
-    fn append(&mut self, payload: &[u8]) -> io::Result<()> {
+    /// The frame that begins at `pos`.
+    fn at(&self, pos: u32) -> Option<&Kept> {
+        let index = self.frames.partition_point(|frame| frame.pos0 < pos);
+        self.frames.get(index).filter(|frame| frame.pos0 == pos)
+    }
+
+    fn store(&mut self, payload: &[u8]) -> io::Result<()> {
         let end = self.len + payload.len() as u64;
         if let Store::Memory { bytes, taken } = &mut self.store {
             if grow(&self.budget.memory, taken, end) {
@@ -323,7 +340,8 @@ mod tests {
     fn check(kept: &mut Retained, frames: u32, row: usize) {
         let mut out = Vec::new();
         for i in 0..frames {
-            assert_eq!(kept.read(i * 4, &mut out).unwrap(), (i * 4, 4));
+            out.clear();
+            assert_eq!(kept.read(i * 4, &mut out).unwrap(), 4);
             assert_eq!(out, payload(i * 4, 4, row), "frame {i}");
         }
         assert!(kept.read(frames * 4, &mut out).is_err());
@@ -352,12 +370,10 @@ mod tests {
             kept.push(&rows(6, 1), &[77; 8]);
             assert_eq!(kept.end(), Some(7));
             let mut out = Vec::new();
-            assert_eq!(
-                kept.read(4, &mut out).unwrap(),
-                (4, 2),
-                "cut at the position"
-            );
+            let cut = kept.read(4, &mut out).unwrap();
+            assert_eq!(cut, 2, "cut at the position");
             assert_eq!(out, payload(4, 2, 8));
+            out.clear();
             kept.read(6, &mut out).unwrap();
             assert_eq!(out, [77; 8]);
             kept.push(&rows(0, 1), &[5; 8]);

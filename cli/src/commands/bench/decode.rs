@@ -2,18 +2,19 @@
 //! alternating rounds of one run, so that a busy machine slows both.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context;
 use engine::WholeModel;
 use node::{Session, runtime};
 use serde::Serialize;
-use swarm_proto::{Dtype, Form, Want, WantRows};
+use swarm_proto::{Form, Want, WantRows};
 
 use super::nodes::Nodes;
 use super::{Measured, percentile, sameness, say_title, temporary};
 use crate::local_models;
 use crate::model_facts::ModelFacts;
+use crate::swarm::Ask;
 use crate::terminal;
 
 /// Measure decode speed: a node holding everything against a plain loop.
@@ -108,9 +109,7 @@ async fn measure(args: &Args, nodes: &Nodes, file: &Path) -> anyhow::Result<Repo
     let member = nodes.client().join_quietly().await?;
     let model = member.model(None).await?;
     let n_ctx = context(args.tokens).min(model.n_ctx_max);
-    let mut session = member
-        .open(&model, n_ctx, Dtype::F32, Duration::ZERO)
-        .await?;
+    let mut session = member.open(&model, Ask::plain(n_ctx)).await?;
     let mut whole = WholeModel::load(file, n_ctx, args.threads)?;
     let n = n_ctx - PROMPT.len() as u32;
     let bar = terminal::bar_of(u64::from(args.rounds) + 1, "rounds");

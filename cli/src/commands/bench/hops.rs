@@ -1,6 +1,6 @@
 //! `shoal bench hops`: what a hop costs beyond compute.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use node::runtime;
 use serde::Serialize;
@@ -9,6 +9,7 @@ use swarm_proto::{Dtype, Form, Want, WantRows};
 use super::nodes::Nodes;
 use super::{Measured, Quantiles, say_title, share_out, temporary};
 use crate::local_models;
+use crate::swarm::Ask;
 use crate::terminal::{self, DIM, paint};
 
 /// Measure the overhead of a hop beyond compute, on loopback, encrypted.
@@ -83,7 +84,13 @@ async fn measure(args: &Args, nodes: &Nodes) -> anyhow::Result<Report> {
     let model = member.model(None).await?;
     let n_ctx = (args.steps + WARM_UP).min(model.n_ctx_max);
     let mut session = member
-        .open(&model, n_ctx, args.wire, Duration::ZERO)
+        .open(
+            &model,
+            Ask {
+                dtype: args.wire,
+                ..Ask::plain(n_ctx)
+            },
+        )
         .await?;
     let hops = session.route().len();
     let bar = terminal::bar_of(args.steps.into(), "steps");

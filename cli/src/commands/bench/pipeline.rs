@@ -4,19 +4,18 @@
 //! cores that share a memory bus slow each other down.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context;
 use engine::Blueprint;
 use node::{Session, runtime};
 use serde::Serialize;
-use swarm_proto::Dtype;
 
 use super::decode::{Round, context, median, node_round};
 use super::nodes::Nodes;
 use super::{Measured, sameness, say_title, share_out, temporary};
 use crate::local_models;
-use crate::swarm::Member;
+use crate::swarm::{Ask, Member};
 use crate::terminal;
 
 /// Measure throughput: two prompts over two nodes against one prompt on one node.
@@ -192,12 +191,7 @@ async fn open(args: &Args, member: &Member) -> anyhow::Result<Session> {
     let model = member.model(None).await?;
     let n_ctx = context(args.tokens);
     member
-        .open(
-            &model,
-            n_ctx.min(model.n_ctx_max),
-            Dtype::F32,
-            Duration::ZERO,
-        )
+        .open(&model, Ask::plain(n_ctx.min(model.n_ctx_max)))
         .await
         .context("opening a session")
 }

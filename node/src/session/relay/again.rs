@@ -13,6 +13,7 @@ use super::{BACKLOG_MAX, Below, End, Halt, Relay};
 use crate::session::{
     failure::fail,
     limits::down_rows,
+    standby::Follower,
     wire::{Pipe, WireError},
 };
 
@@ -28,9 +29,15 @@ impl Relay {
         self.p.deadlines.acked(self.p.ledger.rows_max(), 0)
     }
 
-    /// Takes what is below away. Nothing is sent until [`Relay::resume`].
-    pub(in crate::session) fn detach(&mut self) -> Below {
-        std::mem::replace(&mut self.p.below, Below::Nobody)
+    /// Takes what is below away, and the standby. Nothing is sent until [`Relay::resume`].
+    pub(in crate::session) fn detach(&mut self) -> (Below, Option<Follower>) {
+        let below = std::mem::replace(&mut self.p.below, Below::Nobody);
+        (below, self.p.standby.take())
+    }
+
+    /// Feeds a standby of the next hop from now on.
+    pub(in crate::session) fn stand_by(&mut self, standby: Option<Follower>) {
+        self.p.standby = standby;
     }
 
     /// Waits for what is in the worker, keeps it, and goes back to where `open` resumes.
@@ -134,8 +141,9 @@ impl Relay {
                 break;
             }
             any = true;
+            self.scratch.clear();
             let read = self.p.retained.read(pos, &mut self.scratch);
-            let (pos0, n_rows) = read.map_err(|e| {
+            let n_rows = read.map_err(|e| {
                 let message = format!("retained frames: {e}");
                 Halt::Ours(fail(
                     self.p.open.at,
@@ -147,7 +155,7 @@ impl Relay {
             let header = Rows {
                 session: self.p.ledger.session,
                 epoch: self.p.ledger.epoch,
-                pos0,
+                pos0: pos,
                 n_rows,
                 content: Content::Hidden(self.p.open.dtype),
                 // The client has their answers, or asks for them again.
@@ -156,7 +164,7 @@ impl Relay {
             };
             let scratch = &self.scratch;
             pipe.push_with(&Down::Rows(header), |b| b.extend_from_slice(scratch));
-            let pos_end = pos0 + u32::from(n_rows);
+            let pos_end = pos + u32::from(n_rows);
             if self.outbox.is_empty() {
                 let now = Instant::now();
                 (self.progress, self.heard) = (now, now);

@@ -44,7 +44,7 @@ async fn a_hop_that_cannot_be_reached_is_named() {
         swarm.wires.set(peer(at + 1), Behaviour::Dead);
         let error = swarm
             .opener()
-            .open_route(KIND, &swarm.route())
+            .open_route(KIND, swarm.route())
             .await
             .err()
             .unwrap();
@@ -71,7 +71,7 @@ async fn a_hop_that_never_answers_an_opening_is_named_within_the_deadline() {
         let begin = Instant::now();
         let error = swarm
             .opener()
-            .open_route(KIND, &swarm.route())
+            .open_route(KIND, swarm.route())
             .await
             .err()
             .unwrap();
@@ -217,7 +217,10 @@ async fn a_client_that_vanishes_leaves_no_kv() {
     swarm.wires.set(peer(3), Behaviour::Hangs);
     let opener = swarm.opener();
     let route = swarm.route();
-    let opening = tokio::time::timeout(Duration::from_secs(1), opener.open_route(KIND, &route));
+    let opening = tokio::time::timeout(
+        Duration::from_secs(1),
+        opener.open_route(KIND, route.clone()),
+    );
     assert!(opening.await.is_err());
     swarm.assert_empty().await;
 }
@@ -233,7 +236,10 @@ async fn no_kv_is_set_up_for_a_client_that_left_the_queue() {
     // An eighth of a second in the worker, six in the test's time.
     one.feed(&[1], TOP1).await.unwrap();
     let (opener, route) = (swarm.opener(), swarm.route());
-    let opening = tokio::time::timeout(Duration::from_secs(1), opener.open_route(KIND, &route));
+    let opening = tokio::time::timeout(
+        Duration::from_secs(1),
+        opener.open_route(KIND, route.clone()),
+    );
     assert!(opening.await.is_err());
     one.next_logits().await.unwrap();
     drop(one);
@@ -279,7 +285,7 @@ async fn limits_are_told_and_given_back() {
     );
     let error = swarm
         .opener()
-        .open_route(KIND, &swarm.route())
+        .open_route(KIND, swarm.route())
         .await
         .err()
         .unwrap();
@@ -290,10 +296,10 @@ async fn limits_are_told_and_given_back() {
         n_ctx: 1500,
         ..KIND
     };
-    let error = other.open_route(large, &swarm.route()).await.err().unwrap();
+    let error = other.open_route(large, swarm.route()).await.err().unwrap();
     named(&error, 0, Fault::Local, FailureCode::Full);
-    let c = other.open_route(KIND, &swarm.route()).await.unwrap();
-    let error = other.open_route(KIND, &swarm.route()).await.err().unwrap();
+    let c = other.open_route(KIND, swarm.route()).await.unwrap();
+    let error = other.open_route(KIND, swarm.route()).await.err().unwrap();
     assert!(named(&error, 0, Fault::Local, FailureCode::Full).contains("limit here is 3"));
     drop((a, b, c));
     swarm.assert_empty().await;
@@ -311,7 +317,7 @@ async fn a_node_that_goes_down_refuses_finishes_and_then_says_so() {
     tokio::task::yield_now().await;
     let error = swarm
         .opener()
-        .open_route(KIND, &swarm.route())
+        .open_route(KIND, swarm.route())
         .await
         .err()
         .unwrap();
@@ -380,7 +386,7 @@ async fn large() -> (Swarm, crate::session::ClientSession) {
         ..KIND
     };
     let opening = swarm.opener();
-    let session = opening.open_route(kind, &swarm.route()).await.unwrap();
+    let session = opening.open_route(kind, swarm.route()).await.unwrap();
     (swarm, session)
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use swarm_proto::{
     Answer, Attach, Content, Down, Dtype, Epoch, FailureCode, Fault, Form, FrameLimits, Logits,
-    LogitsForm, Open, Peer, Rows, SessionId, Up, Want, WantRows,
+    LogitsForm, Open, Peer, Rows, SessionId, Standbys, Up, Want, WantRows,
 };
 use tokio::io::AsyncWriteExt;
 
@@ -43,6 +43,8 @@ fn open(swarm: &Swarm) -> Open {
         dtype: Dtype::F32,
         hops: swarm.route(),
         at: 0,
+        standbys: Standbys::default(),
+        standing_by: false,
         trace: None,
     }
 }
@@ -451,7 +453,8 @@ async fn bad_tail(reply: impl FnOnce(&mut Pipe, Epoch)) -> ClientError {
         }
         (up.unwrap(), answers.unwrap())
     };
-    let (session, (mut up, mut answers)) = tokio::join!(opener.open_route(kind, &route), tail);
+    let (session, (mut up, mut answers)) =
+        tokio::join!(opener.open_route(kind, route.clone()), tail);
     let mut session = session.unwrap();
     session.feed(&[1, 2], TOP1).await.unwrap();
     up.frame::<Down>().await.unwrap().unwrap();

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use swarm_proto::{Epoch, Hop, Open};
+use swarm_proto::{Epoch, Open, Standbys};
 use tokio::time::Instant;
 
 use super::{
@@ -13,7 +13,7 @@ use super::{
 use crate::{
     net::Proto,
     session::{
-        ClientSession,
+        ClientSession, Route,
         chain::{Shape, open_next},
     },
 };
@@ -21,12 +21,12 @@ use crate::{
 const CUTS: [u32; 4] = [0, 4, 9, 12];
 
 /// Decodes `n` tokens greedily, each checked; on a failure the session goes on along `route`.
-async fn decode_over(
+pub(super) async fn decode_over(
     swarm: &Swarm,
     session: &mut ClientSession,
     all: &mut Vec<u32>,
     n: usize,
-    routes: &mut Vec<Vec<Hop>>,
+    routes: &mut Vec<Route>,
 ) {
     let whole = reference();
     let mut answers = 0;
@@ -38,7 +38,7 @@ async fn decode_over(
                 let route = routes
                     .pop()
                     .unwrap_or_else(|| panic!("no other route: {error}"));
-                swarm.opener().reopen(session, &route).await.unwrap();
+                swarm.opener().reopen(session, route).await.unwrap();
                 continue;
             }
         };
@@ -56,7 +56,7 @@ async fn decode_over(
     }
 }
 
-fn computed(swarm: &Swarm) -> Vec<u64> {
+pub(super) fn computed(swarm: &Swarm) -> Vec<u64> {
     swarm
         .nodes
         .iter()
@@ -80,7 +80,7 @@ async fn any_hop_may_be_lost_and_the_others_compute_nothing_again() {
         let before = computed(&swarm);
         let mut route = swarm.route()[..3].to_vec();
         route[lost] = stand_in;
-        let mut routes = vec![route];
+        let mut routes = vec![route.into()];
         decode_over(&swarm, &mut session, &mut all, 9, &mut routes).await;
         assert!(routes.is_empty(), "hop {lost} was not lost");
         let after = computed(&swarm);
@@ -119,7 +119,7 @@ async fn several_may_share_the_layers_of_one_and_two_neighbours_may_go_at_once()
     let mut route = vec![whole[0].clone()];
     route.extend(shared);
     route.push(whole[3].clone());
-    decode_over(&swarm, &mut session, &mut all, 5, &mut vec![route]).await;
+    decode_over(&swarm, &mut session, &mut all, 5, &mut vec![route.into()]).await;
     session.close().await;
 }
 
@@ -136,7 +136,7 @@ async fn the_whole_route_may_go_and_is_rebuilt_from_the_tokens() {
     for switch in &switches {
         switch.send(Mode::Cut).unwrap();
     }
-    decode_over(&swarm, &mut session, &mut all, 5, &mut vec![others]).await;
+    decode_over(&swarm, &mut session, &mut all, 5, &mut vec![others.into()]).await;
     session.close().await;
 }
 
@@ -159,7 +159,7 @@ async fn a_hop_lost_during_the_prompt_costs_only_its_own_part() {
         switch.send(Mode::Cut).unwrap();
         let mut route = swarm.route()[..3].to_vec();
         route[lost] = stand_in;
-        decode_over(&swarm, &mut session, &mut all, 4, &mut vec![route]).await;
+        decode_over(&swarm, &mut session, &mut all, 4, &mut vec![route.into()]).await;
         session.close().await;
     }
 }
@@ -178,7 +178,14 @@ async fn a_client_that_was_away_comes_back_to_what_it_had() {
         .wires
         .set(peer(1), Behaviour::Serves(swarm.nodes[0].sessions.clone()));
     let before = computed(&swarm);
-    decode_over(&swarm, &mut session, &mut all, 4, &mut vec![swarm.route()]).await;
+    decode_over(
+        &swarm,
+        &mut session,
+        &mut all,
+        4,
+        &mut vec![swarm.route().into()],
+    )
+    .await;
     for (at, more) in computed(&swarm)
         .iter()
         .zip(before)
@@ -222,7 +229,7 @@ async fn a_hop_that_thaws_finds_its_place_taken() {
     switch.send(Mode::Hang).unwrap();
     let mut route = swarm.route()[..3].to_vec();
     route[1] = stand_in;
-    decode_over(&swarm, &mut session, &mut all, 3, &mut vec![route]).await;
+    decode_over(&swarm, &mut session, &mut all, 3, &mut vec![route.into()]).await;
     switch.send(Mode::Pass).unwrap();
     decode_over(&swarm, &mut session, &mut all, 20, &mut Vec::new()).await;
     session.close().await;
@@ -256,6 +263,8 @@ async fn nobody_takes_over_the_session_of_another() {
             dtype: session.dtype(),
             hops: swarm.route(),
             at: 0,
+            standbys: Standbys::default(),
+            standing_by: false,
             trace: None,
         };
         let dialer = swarm.wires.dialer(thief);

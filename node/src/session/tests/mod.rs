@@ -6,5 +6,6 @@ mod faults;
 mod hostile;
 mod lost;
 mod middle;
+mod standby;
 mod swarm;
 mod waiting;

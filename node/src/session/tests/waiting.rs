@@ -108,7 +108,7 @@ async fn only_peers_that_failed_are_avoided_for_good() {
         avoiding(&dead_route, avoid).or_else(|_| avoiding(&route, avoid))
     };
     let opened = swarm.opener().open_waiting(KIND, HOUR, plan, |_| {}).await;
-    assert_eq!(opened.unwrap().route().len(), 2);
+    assert_eq!(opened.unwrap().route().hops.len(), 2);
     let rounds = rounds.into_inner();
     assert_eq!(
         rounds[..4],
