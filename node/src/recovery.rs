@@ -15,8 +15,8 @@ use swarm_proto::{Advert, Fault, Hop, LayerRange, ModelId, Peer, Want};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    client::{Client, SessionSpec},
-    session::{ClientError, ClientSession, LogitsRow, Opener},
+    routes::{Routes, SessionSpec},
+    session::{ClientError, ClientSession, LogitsRow},
 };
 
 /// How long a session waits, without any progress, for a route to come back.
@@ -62,8 +62,7 @@ pub type Listener = Box<dyn FnMut(Event<'_>) + Send>;
 
 /// A session over the swarm that finds another route when a hop is lost.
 pub struct Session {
-    client: Client,
-    opener: Opener,
+    routes: Routes,
     spec: SessionSpec,
     inner: ClientSession,
     shunned: Shunned,
@@ -72,15 +71,9 @@ pub struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(
-        client: Client,
-        opener: Opener,
-        spec: SessionSpec,
-        inner: ClientSession,
-    ) -> Self {
+    pub(crate) fn new(routes: Routes, spec: SessionSpec, inner: ClientSession) -> Self {
         Self {
-            client,
-            opener,
+            routes,
             spec,
             inner,
             shunned: Shunned::default(),
@@ -175,10 +168,10 @@ impl Session {
         self.tell(Event::Lost(&first));
         self.shunned.blame(&first, &before, begin);
         let mut told = false;
-        let mut changes = self.client.net().adverts().changes();
+        let mut changes = self.routes.view().changes();
         loop {
             let failed = match self.plan(&before) {
-                Ok(route) => match self.opener.reopen(&mut self.inner, &route).await {
+                Ok(route) => match self.routes.opener().reopen(&mut self.inner, &route).await {
                     Ok(()) => {
                         let kept = |hop: &Hop| before.iter().any(|old| same(old, hop));
                         let recovery = Recovery {
@@ -229,11 +222,11 @@ impl Session {
             .filter(|hop| !avoid.contains(&hop.peer))
             .cloned()
             .collect();
-        let snapshot = self.client.adverts();
+        let snapshot = self.routes.view().adverts();
         let keeping = keeping(&snapshot, &self.spec.model, &keep);
         let plan = |snapshot: &Snapshot, avoid: &[Peer]| {
-            self.client
-                .plan_in(snapshot, &self.spec, avoid, rand::random())
+            let seed = self.routes.opener().random.u64();
+            self.routes.plan_in(snapshot, &self.spec, avoid, seed)
         };
         plan(&keeping, &avoid)
             .map(|route| cut_at(route, &keep))

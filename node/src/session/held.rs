@@ -78,6 +78,11 @@ impl Desks {
         }
     }
 
+    /// Sessions that are held.
+    pub(super) fn len(&self) -> usize {
+        self.lock().len()
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<Key, mpsc::Sender<Comeback>>> {
         // Single inserts and removals: no invariant spans a panic.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -132,6 +137,7 @@ impl Held {
     pub(super) async fn run(mut self) {
         let stopping = self.shared.stopping.clone();
         let end = tokio::select! {
+            biased;
             end = self.turns() => end,
             () = stopping.cancelled() => End::Failed(self.shared.going_down(self.relay.at())),
         };
@@ -153,6 +159,7 @@ impl Held {
 
     async fn running(&mut self) -> Turn {
         let end = tokio::select! {
+            biased;
             end = self.relay.run() => end,
             Some(come) = self.comebacks.recv() => return come.into(),
         };
@@ -164,6 +171,7 @@ impl Held {
         let keep = self.shared.limits.deadlines.keep;
         let until = *self.kept_until.get_or_insert_with(|| Instant::now() + keep);
         let end = tokio::select! {
+            biased;
             end = self.relay.hear() => end,
             Some(come) = self.comebacks.recv() => return come.into(),
             () = sleep_until(until) => return Turn::End(self.given_up()),
@@ -171,6 +179,7 @@ impl Held {
         if end == End::UpstreamLost {
             // Its stream has nothing more to say; another may.
             return tokio::select! {
+                biased;
                 Some(come) = self.comebacks.recv() => come.into(),
                 () = sleep_until(until) => Turn::End(End::UpstreamLost),
             };
@@ -242,6 +251,7 @@ impl Held {
         let chain = {
             let chain = self.shared.below(&open, &self.served, current);
             tokio::select! {
+                biased;
                 chain = chain => chain,
                 // The client lost patience, or is gone.
                 end = self.relay.hear() => return match end {

@@ -20,7 +20,7 @@ use super::{
     limits, trace,
     wire::{Pipe, WireError},
 };
-use crate::net::Proto;
+use crate::{net::Proto, random::Random};
 
 /// Routes that may fail before giving up, not counting those that failed for want of room: after a
 /// power cut many peers are gone whose adverts are still believed, and most of them refuse at once.
@@ -42,6 +42,8 @@ pub struct Opener {
     pub dialer: Arc<dyn Dialer>,
     /// The deadlines.
     pub deadlines: Deadlines,
+    /// What session ids and pauses are drawn from.
+    pub random: Random,
 }
 
 /// What kind of session.
@@ -119,7 +121,7 @@ impl Opener {
                 busy(&layers);
             }
             // Half to one and a half of it: those who were refused together do not come back together.
-            let drawn = pause.mul_f64(0.5 + rand::random::<f64>());
+            let drawn = pause.mul_f64(0.5 + self.random.fraction());
             sleep_until((now + drawn).min(deadline)).await;
             pause = (pause * 2).min(PAUSE_MAX);
         }
@@ -174,7 +176,7 @@ impl Opener {
         kind: Kind,
         route: &[Hop],
     ) -> Result<ClientSession, ClientError> {
-        let session = SessionId(rand::random());
+        let session = SessionId(self.random.bytes());
         let epoch = Epoch(0);
         let open = Open {
             session,
