@@ -170,40 +170,34 @@ impl Session {
         let mut told = false;
         let mut changes = self.routes.view().changes();
         loop {
-            let failed = match self.plan(&before) {
-                Ok(route) => match self.routes.opener().reopen(&mut self.inner, &route).await {
-                    Ok(()) => {
-                        let kept = |hop: &Hop| before.iter().any(|old| same(old, hop));
-                        let recovery = Recovery {
-                            pos,
-                            lost: first.to_string(),
-                            replaced: route.iter().filter(|hop| !kept(hop)).count(),
-                            took: begin.elapsed(),
-                        };
-                        tracing::info!(took = ?recovery.took, replaced = recovery.replaced, "went on along another route");
-                        self.tell(Event::Recovered(&recovery));
-                        self.recoveries.push(recovery);
-                        return Ok(());
+            let (failed, hopeful) = match self.plan(&before) {
+                Ok((route, hopeful)) => {
+                    match self.routes.opener().reopen(&mut self.inner, &route).await {
+                        Ok(()) => {
+                            self.recovered(&first, (pos, &before), &route, begin);
+                            return Ok(());
+                        }
+                        Err(error) if !error.is_recoverable() => return Err(error),
+                        Err(error) => {
+                            tracing::info!(%error, "another route failed to open");
+                            let learned = self.shunned.blame(&error, &route, Instant::now());
+                            (error, hopeful && learned)
+                        }
                     }
-                    Err(error) if !error.is_recoverable() => return Err(error),
-                    Err(error) => {
-                        tracing::info!(%error, "another route failed to open");
-                        self.shunned.blame(&error, &route, Instant::now());
-                        error
-                    }
-                },
+                }
                 Err(none) => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     if !told {
                         self.tell(Event::Waiting { why: &none, left });
                         told = true;
                     }
-                    let news =
-                        timeout_at((Instant::now() + RETRY).min(deadline), changes.changed());
-                    let _ = news.await;
-                    none
+                    (none, false)
                 }
             };
+            if !hopeful {
+                let news = timeout_at((Instant::now() + RETRY).min(deadline), changes.changed());
+                let _ = news.await;
+            }
             if Instant::now() >= deadline {
                 return Err(ClientError::Exhausted {
                     tries: self.recoveries.len() + 1,
@@ -213,10 +207,29 @@ impl Session {
         }
     }
 
-    /// A route that keeps what it can of the old one; where there is none, any.
-    fn plan(&self, before: &[Hop]) -> Result<Vec<Hop>, ClientError> {
-        let now = Instant::now();
-        let avoid = self.shunned.at(now);
+    fn recovered(
+        &mut self,
+        first: &ClientError,
+        (pos, before): (u32, &[Hop]),
+        route: &[Hop],
+        begin: Instant,
+    ) {
+        let kept = |hop: &Hop| before.iter().any(|old| same(old, hop));
+        let recovery = Recovery {
+            pos,
+            lost: first.to_string(),
+            replaced: route.iter().filter(|hop| !kept(hop)).count(),
+            took: begin.elapsed(),
+        };
+        tracing::info!(took = ?recovery.took, replaced = recovery.replaced, "went on along another route");
+        self.tell(Event::Recovered(&recovery));
+        self.recoveries.push(recovery);
+    }
+
+    /// A route that keeps what it can of the old one, else any; and whether it uses nobody who is
+    /// shunned.
+    fn plan(&self, before: &[Hop]) -> Result<(Vec<Hop>, bool), ClientError> {
+        let avoid = self.shunned.at(Instant::now());
         let keep: Vec<Hop> = before
             .iter()
             .filter(|hop| !avoid.contains(&hop.peer))
@@ -224,15 +237,47 @@ impl Session {
             .collect();
         let snapshot = self.routes.view().adverts();
         let keeping = keeping(&snapshot, &self.spec.model, &keep);
-        let plan = |snapshot: &Snapshot, avoid: &[Peer]| {
-            let seed = self.routes.opener().random.u64();
-            self.routes.plan_in(snapshot, &self.spec, avoid, seed)
-        };
-        plan(&keeping, &avoid)
+        self.plan_in(&keeping, &avoid)
             .map(|route| cut_at(route, &keep))
-            .or_else(|_| plan(&snapshot, &avoid))
-            // Nobody else is left: perhaps it was only slow, or is back.
-            .or_else(|_| plan(&snapshot, &[]))
+            .or_else(|_| self.plan_in(&snapshot, &avoid))
+            .map(|route| (route, true))
+            .or_else(|none| Ok((self.plan_forgiving(&snapshot, avoid, none)?, false)))
+    }
+
+    /// Nobody else is left: perhaps one who is shunned was only slow, or is back. As few as needed are
+    /// forgiven, those first whose time is over first.
+    fn plan_forgiving(
+        &self,
+        snapshot: &Snapshot,
+        mut avoid: Vec<Peer>,
+        mut none: ClientError,
+    ) -> Result<Vec<Hop>, ClientError> {
+        loop {
+            let ClientError::NoRoute(no_route) = &none else {
+                return Err(none);
+            };
+            let holds = |peer: &Peer| {
+                let advert = snapshot.adverts.iter().find(|advert| advert.peer == *peer);
+                let models = advert.into_iter().flat_map(|advert| &advert.models);
+                models
+                    .flat_map(|model| &model.live)
+                    .any(|live| no_route.excluded.iter().any(|range| meet(live, range)))
+            };
+            // `avoid` is sorted by the time left.
+            let Some(at) = avoid.iter().position(holds) else {
+                return Err(none);
+            };
+            avoid.remove(at);
+            match self.plan_in(snapshot, &avoid) {
+                Ok(route) => return Ok(route),
+                Err(error) => none = error,
+            }
+        }
+    }
+
+    fn plan_in(&self, snapshot: &Snapshot, avoid: &[Peer]) -> Result<Vec<Hop>, ClientError> {
+        let seed = self.routes.opener().random.u64();
+        self.routes.plan_in(snapshot, &self.spec, avoid, seed)
     }
 }
 
@@ -255,21 +300,29 @@ struct Shunned {
     until: HashMap<Peer, (Instant, u32)>,
     /// Who was accused by whom.
     accused: HashMap<Peer, Vec<Peer>>,
+    /// Who said once that it could not feed the hop below it.
+    forgetful: Vec<Peer>,
 }
 
 impl Shunned {
-    /// Notes who is to be avoided after this failure on this route.
-    fn blame(&mut self, error: &ClientError, route: &[Hop], now: Instant) {
+    /// Notes who is to be avoided after this failure on this route; whether another try has better
+    /// prospects now.
+    fn blame(&mut self, error: &ClientError, route: &[Hop], now: Instant) -> bool {
         let Some(culprit) = error.culprit(route) else {
-            return;
+            return false;
         };
+        if error.is_not_retained() && !self.forgetful.contains(&culprit) {
+            // It gave the session up with this, and begins anew when it is asked again.
+            self.forgetful.push(culprit);
+            return true;
+        }
         self.shun(culprit, now);
         let ClientError::Hop { hop, failure } = error else {
-            return;
+            return true;
         };
         let reporter = hop.at.checked_sub(1).and_then(|at| route.get(at));
         let Some(reporter) = reporter.filter(|_| failure.fault == Fault::Peer) else {
-            return;
+            return true;
         };
         let accused = self.accused.entry(reporter.peer).or_default();
         if !accused.contains(&culprit) {
@@ -279,6 +332,7 @@ impl Shunned {
         if accused.len() > ACCUSED_MAX {
             self.shun(reporter.peer, now);
         }
+        true
     }
 
     fn shun(&mut self, peer: Peer, now: Instant) {
@@ -287,9 +341,12 @@ impl Shunned {
         *until = now + SHUNNED * (1 << (*times - 1));
     }
 
+    /// Who is avoided now, those first whose time is over first.
     fn at(&self, now: Instant) -> Vec<Peer> {
         let shunned = self.until.iter().filter(|(_, (until, _))| *until > now);
-        shunned.map(|(peer, _)| *peer).collect()
+        let mut shunned: Vec<_> = shunned.map(|(peer, (until, _))| (*until, *peer)).collect();
+        shunned.sort_unstable();
+        shunned.into_iter().map(|(_, peer)| peer).collect()
     }
 }
 
@@ -322,6 +379,10 @@ fn keeping(snapshot: &Snapshot, model: &ModelId, keep: &[Hop]) -> Snapshot {
     Snapshot {
         adverts: snapshot.adverts.iter().map(advert).collect(),
     }
+}
+
+fn meet(a: &LayerRange, b: &LayerRange) -> bool {
+    a.start < b.end && b.start < a.end
 }
 
 fn without(span: LayerRange, hole: LayerRange) -> impl Iterator<Item = LayerRange> {

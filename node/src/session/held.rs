@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use swarm_proto::{Failure, FailureCode, Fault, Open, Peer, SessionId};
+use swarm_proto::{Failure, FailureCode, Fault, LayerRange, Open, Peer, SessionId};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until, timeout},
@@ -40,8 +40,15 @@ pub(super) struct Comeback {
     pub(super) up: Pipe,
 }
 
-/// Whose session: the client, and the number it drew.
-type Key = (Peer, SessionId);
+/// Whose session: the client, the number it drew, and the layers, for a peer may be on a route twice.
+type Key = (Peer, SessionId, LayerRange);
+
+/// Where this opening belongs.
+pub(super) fn key(open: &Open) -> Key {
+    let hop = open.hops.get(usize::from(open.at));
+    let layers = hop.map_or(LayerRange { start: 0, end: 0 }, |hop| hop.layers);
+    (open.client, open.session, layers)
+}
 
 /// Where openings of sessions that are held here are handed over.
 #[derive(Clone, Default)]

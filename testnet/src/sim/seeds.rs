@@ -66,8 +66,11 @@ impl std::fmt::Display for Stuck {
 
 impl std::error::Error for Stuck {}
 
-/// Runs the seeds on so many threads; `seen` hears of each that ended. Stops after the first that breaks
-/// a rule, once those under way have ended.
+/// Seeds that break a rule before no more are started: enough to see whether it is one fault or several.
+const BROKEN_MAX: usize = 8;
+
+/// Runs the seeds on so many threads; `seen` hears of each that ended. Stops early where too many break a
+/// rule.
 ///
 /// # Errors
 /// A seed does not end; its thread is left behind.
@@ -112,8 +115,8 @@ pub fn run_seeds(
         match outcomes.recv_timeout(Duration::from_secs(1)) {
             Ok(outcome) => {
                 seen(&outcome);
-                stop.fetch_or(outcome.violation.is_some(), Ordering::Relaxed);
                 summary.add(outcome);
+                stop.store(summary.broken.len() >= BROKEN_MAX, Ordering::Relaxed);
             }
             Err(RecvTimeoutError::Timeout) => {
                 let running = lock(&running);

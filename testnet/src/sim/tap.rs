@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 use node::Proto;
 use swarm_proto::session::{OPEN_BYTES_MAX, SESSION_HEADER_MAX};
 use swarm_proto::{
-    Answer, Attach, Down, Epoch, FrameDecoder, FrameLimits, Peer, SessionId, Up, decode_header,
+    Answer, Attach, Down, Epoch, FrameDecoder, FrameLimits, LayerRange, Peer, SessionId, Up,
+    decode_header,
 };
 
 use super::log::{Log, lock};
@@ -36,8 +37,8 @@ pub(super) enum Seen {
     Other,
 }
 
-/// Whose session.
-pub(super) type Key = (Peer, SessionId);
+/// Whose session, and where on its route: a machine may be there twice.
+pub(super) type Key = (Peer, SessionId, LayerRange);
 
 /// The highest epoch of each session that each machine accepted.
 #[derive(Default)]
@@ -197,7 +198,7 @@ impl Tap {
 
     fn broken(&self, invariant: &str, detail: &str) {
         let [from, to] = self.at;
-        let key = self.key.map(|(_, session)| session.to_string());
+        let key = self.key.map(|(_, session, _)| session.to_string());
         self.log.broken(
             invariant,
             format_args!(
@@ -212,7 +213,11 @@ fn decode(proto: Proto, side: usize, header: &[u8]) -> Result<Seen, String> {
     let text = |e: swarm_proto::FrameError| e.to_string();
     Ok(match (proto, side) {
         (Proto::Session, 0) => match decode_header::<Down>(header).map_err(text)? {
-            Down::Open(open) => Seen::Open((open.client, open.session), open.epoch),
+            Down::Open(open) => {
+                let hop = open.hops.get(usize::from(open.at));
+                let layers = hop.map(|hop| hop.layers).ok_or("a hop beyond its route")?;
+                Seen::Open((open.client, open.session, layers), open.epoch)
+            }
             Down::Rows(rows) => Seen::Rows {
                 epoch: rows.epoch,
                 pos0: rows.pos0,

@@ -26,6 +26,9 @@ use super::tap::{Seen, Tap};
 /// What a stream takes before its reader has read: as yamux does at the start.
 const WINDOW_BYTES: usize = 256 * 1024;
 
+/// What one packet takes. Less than a reader asks for at once, so that a packet arrives whole.
+const PACKET_BYTES: usize = 8 * 1024;
+
 /// How the bytes of a lane end.
 #[derive(Clone, Copy)]
 enum Ended {
@@ -248,7 +251,8 @@ impl AsyncWrite for End {
         {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        let n = bytes.len().min(WINDOW_BYTES.saturating_sub(lane.bytes));
+        let room = WINDOW_BYTES.saturating_sub(lane.bytes).min(PACKET_BYTES);
+        let n = bytes.len().min(room);
         if n == 0 && !bytes.is_empty() {
             lane.writer = Some(cx.waker().clone());
             return Poll::Pending;
