@@ -33,7 +33,7 @@ use super::{
     failure::fail,
     ledger::Outbox,
     limits::UP,
-    row::LogitsRow,
+    row::{Answered, LogitsRow},
     trace,
     wire::{Pipe, WireError},
 };
@@ -53,6 +53,8 @@ pub struct ClientSession {
     session: SessionId,
     model: ModelId,
     epoch: Epoch,
+    /// The last epoch that opened, and in which rows were sent.
+    ran: Epoch,
     route: Vec<Hop>,
     dtype: Dtype,
     n_ctx: u32,
@@ -98,14 +100,6 @@ impl Frame {
     }
 }
 
-/// What a row said: enough to know it again.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Answered {
-    pos: u32,
-    token: u32,
-    log_prob: f32,
-}
-
 /// Tokens of one frame.
 struct Chunk {
     pos0: u32,
@@ -136,6 +130,7 @@ impl ClientSession {
             session: o.session,
             model: o.model,
             epoch: o.epoch,
+            ran: o.epoch,
             route: o.route,
             dtype: o.dtype,
             n_ctx: o.n_ctx,
@@ -453,6 +448,7 @@ impl ClientSession {
             session: self.session,
             epoch: self.epoch,
             resume: self.resume(),
+            since: self.ran,
             client: me,
             model: self.model,
             n_ctx: self.n_ctx,
@@ -489,6 +485,7 @@ impl ClientSession {
     ) {
         let resume = self.resume();
         (self.up, self.answers, self.route, self.epoch) = (up, answers, route, epoch);
+        self.ran = epoch;
         self.queue.clear();
         self.outbox.clear();
         self.asked.clear();
@@ -675,17 +672,6 @@ fn lost(at: u8, why: &str) -> Failure {
         FailureCode::DownstreamLost,
         format!("the connection was lost: {why}"),
     )
-}
-
-impl Answered {
-    fn of(row: &LogitsRow) -> Option<Self> {
-        let token = row.argmax()?;
-        Some(Self {
-            pos: row.pos,
-            token,
-            log_prob: row.log_prob(token)?,
-        })
-    }
 }
 
 impl Drop for ClientSession {

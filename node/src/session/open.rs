@@ -182,6 +182,7 @@ impl Opener {
             session,
             epoch,
             resume: 0,
+            since: epoch,
             client: self.me,
             model: kind.model,
             n_ctx: kind.n_ctx,

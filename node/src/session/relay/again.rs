@@ -51,8 +51,11 @@ impl Relay {
             Poll::Ready(Ok(()))
         })
         .await?;
-        self.p.ledger.reopen(open.epoch, open.resume);
-        self.p.retained.truncate(open.resume);
+        // Who missed what ran last may hold what was taken back meanwhile.
+        let missed = self.p.open.epoch < open.since;
+        let keep = if missed { 0 } else { open.resume };
+        self.p.ledger.reopen(open.epoch, keep);
+        self.p.retained.truncate(keep);
         self.p.open = open;
         self.outbox.clear();
         self.to_ack.clear();

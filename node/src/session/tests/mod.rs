@@ -6,5 +6,6 @@ mod faults;
 mod hostile;
 mod lost;
 mod middle;
+mod rewritten;
 mod swarm;
 mod waiting;
