@@ -12,7 +12,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use shard_registry::Snapshot;
 use swarm_proto::{Advert, Fault, Hop, LayerRange, ModelId, Peer, Want};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::{
     routes::{Routes, SessionSpec},
@@ -23,7 +23,7 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a peer that failed is not asked again; twice as long each further time.
 const SHUNNED: Duration = Duration::from_secs(10);
-/// Routes are planned at least so often while none works: what was shunned may be tried again.
+/// Routes are planned so often while none works: what was shunned may be tried again.
 const RETRY: Duration = Duration::from_millis(500);
 /// A hop that says of so many different neighbours that they are lost is not believed any more.
 const ACCUSED_MAX: usize = 2;
@@ -170,34 +170,33 @@ impl Session {
         let mut told = false;
         let mut changes = self.routes.view().changes();
         loop {
-            let (failed, hopeful) = match self.plan(&before) {
-                Ok((route, hopeful)) => {
-                    match self.routes.opener().reopen(&mut self.inner, &route).await {
-                        Ok(()) => {
-                            self.recovered(&first, (pos, &before), &route, begin);
-                            return Ok(());
-                        }
-                        Err(error) if !error.is_recoverable() => return Err(error),
-                        Err(error) => {
-                            tracing::info!(%error, "another route failed to open");
-                            let learned = self.shunned.blame(&error, &route, Instant::now());
-                            (error, hopeful && learned)
-                        }
+            let failed = match self.plan(&before) {
+                Ok((route, hopeful)) => match self.reopen(&route).await {
+                    Ok(()) => {
+                        self.recovered(&first, (pos, &before), &route, begin);
+                        return Ok(());
                     }
-                }
+                    Err(error) if !error.is_recoverable() => return Err(error),
+                    Err(error) => {
+                        tracing::info!(%error, "another route failed to open");
+                        let learned = self.shunned.blame(&error, &route, Instant::now());
+                        if !(hopeful && learned) {
+                            sleep_until((Instant::now() + RETRY).min(deadline)).await;
+                        }
+                        error
+                    }
+                },
                 Err(none) => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     if !told {
                         self.tell(Event::Waiting { why: &none, left });
                         told = true;
                     }
-                    (none, false)
+                    let soon = (Instant::now() + RETRY).min(deadline);
+                    let _ = timeout_at(soon, changes.changed()).await;
+                    none
                 }
             };
-            if !hopeful {
-                let news = timeout_at((Instant::now() + RETRY).min(deadline), changes.changed());
-                let _ = news.await;
-            }
             if Instant::now() >= deadline {
                 return Err(ClientError::Exhausted {
                     tries: self.recoveries.len() + 1,
@@ -205,6 +204,10 @@ impl Session {
                 });
             }
         }
+    }
+
+    async fn reopen(&mut self, route: &[Hop]) -> Result<(), ClientError> {
+        self.routes.opener().reopen(&mut self.inner, route).await
     }
 
     fn recovered(

@@ -625,10 +625,13 @@ impl ClientSession {
                 "no logits came, and no hop has any work left".into(),
             )
         } else {
-            (
-                0,
-                format!("no acknowledgement within {:?}", self.ack_timeout()),
-            )
+            let (late, silence) = (self.ack_timeout(), self.deadlines.silence);
+            let what = if Instant::now() >= self.progress + late {
+                format!("no acknowledgement within {late:?}")
+            } else {
+                format!("it has work and was silent for {silence:?}")
+            };
+            (0, what)
         };
         self.hop_failed(fail(at, Fault::Peer, FailureCode::Deadline, what))
     }

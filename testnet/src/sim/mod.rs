@@ -312,3 +312,67 @@ impl World {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: Settings = Settings {
+        nodes: 12,
+        sessions: 2,
+        tokens: 8,
+        faults: 0,
+        span: Duration::from_secs(5),
+    };
+
+    /// What a run notices when something is wrong from its beginning.
+    fn notices(spoil: impl FnOnce(&mut World)) -> Option<String> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .expect("a runtime");
+        let outcome = runtime.block_on(async {
+            let swarm = "test".parse().expect("a swarm id");
+            let mut world = World::new(5, &SMALL, &swarm);
+            spoil(&mut world);
+            world.run().await
+        });
+        outcome.violation.map(|violation| violation.invariant)
+    }
+
+    #[test]
+    fn a_small_run_breaks_no_rule() {
+        assert_eq!(notices(|_| ()), None);
+    }
+
+    #[test]
+    fn another_chain_is_noticed() {
+        let rule = notices(|world| world.model.seed += 1);
+        assert_eq!(
+            rule.as_deref(),
+            Some("each layer exactly once for each token")
+        );
+    }
+
+    #[test]
+    fn kv_that_is_never_given_back_is_noticed() {
+        let rule = notices(|world| {
+            let node = world.nodes[0].clone();
+            tokio::spawn(async move { node.fill(Duration::from_secs(1_000_000)).await });
+        });
+        assert_eq!(rule.as_deref(), Some("everything is given back"));
+    }
+
+    #[test]
+    fn a_request_may_fail_only_where_a_layer_has_no_holder() {
+        // One more layer than there is: nobody holds it.
+        assert_eq!(notices(|world| world.model.n_layer += 1), None);
+        // A longer context than anybody grants, with holders that have room.
+        let rule = notices(|world| world.model.n_ctx = 1 << 21);
+        assert_eq!(
+            rule.as_deref(),
+            Some("a request fails only for want of holders")
+        );
+    }
+}

@@ -242,3 +242,81 @@ fn decode(proto: Proto, side: usize, header: &[u8]) -> Result<Seen, String> {
         },
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EPOCH: Epoch = Epoch(2);
+
+    /// A session that is open between machines 0 and 1.
+    fn open(log: &Arc<Log>, epochs: &Arc<Epochs>) -> Tap {
+        let mut tap = Tap::new(log.clone(), epochs.clone(), Proto::Session, 0, 1);
+        let layers = LayerRange { start: 0, end: 4 };
+        let opening = Seen::Open((Peer([1; 32]), SessionId([2; 16]), layers), EPOCH);
+        tap.wrote(0, &opening, 0);
+        tap.delivered(0, &opening);
+        let opened = Seen::Opened { held: 3 };
+        tap.wrote(1, &opened, 0);
+        tap.delivered(1, &opened);
+        tap
+    }
+
+    fn rows(epoch: Epoch, pos0: u32) -> Seen {
+        let end = pos0 + 2;
+        Seen::Rows { epoch, pos0, end }
+    }
+
+    fn ack(epoch: Epoch, end: u32) -> Seen {
+        Seen::Ack { epoch, end }
+    }
+
+    /// The rule that is broken by what a machine writes on an open session.
+    fn broken_by(side: usize, frame: Seen) -> Option<String> {
+        let (log, epochs) = (Arc::new(Log::new()), Arc::default());
+        let mut tap = open(&log, &epochs);
+        tap.wrote(0, &rows(EPOCH, 3), 0);
+        tap.delivered(0, &rows(EPOCH, 3));
+        tap.wrote(side, &frame, 0);
+        log.violation().map(|violation| violation.invariant)
+    }
+
+    #[test]
+    fn what_is_right_breaks_no_rule() {
+        for (side, frame) in [
+            (0, rows(EPOCH, 5)),
+            (0, rows(EPOCH, 0)),
+            (1, ack(EPOCH, 5)),
+            (1, Seen::Other),
+        ] {
+            assert_eq!(broken_by(side, frame), None, "{frame:?}");
+        }
+    }
+
+    #[test]
+    fn each_rule_can_be_broken() {
+        for (side, frame, rule) in [
+            (0, rows(Epoch(1), 5), "rows carry the epoch of their stream"),
+            (0, rows(EPOCH, 6), "no position is left out"),
+            (1, ack(Epoch(1), 5), "no stale epoch is accepted"),
+            (1, ack(EPOCH, 6), "only rows that came are acknowledged"),
+            (1, Seen::Opened { held: 3 }, "no stale epoch is accepted"),
+        ] {
+            assert_eq!(broken_by(side, frame).as_deref(), Some(rule), "{frame:?}");
+        }
+    }
+
+    #[test]
+    fn an_epoch_that_was_left_on_another_stream_is_stale() {
+        let (log, epochs) = (Arc::new(Log::new()), Arc::default());
+        let mut old = open(&log, &epochs);
+        epochs.forget(0);
+        assert!(log.violation().is_none());
+        let key = old.key.expect("it is open");
+        epochs.accept(1, key, Epoch(3));
+        old.delivered(0, &rows(EPOCH, 3));
+        old.wrote(1, &ack(EPOCH, 5), 0);
+        let violation = log.violation().expect("a violation");
+        assert_eq!(violation.invariant, "no stale epoch is accepted");
+    }
+}
