@@ -39,7 +39,7 @@ pub use stage::{EngineError, Fault, Input, Slot, Stage, StageShape, StageStats, 
 pub use system::{Device, SystemInfo, numerics_class, physical_cores, system_info, threads_for};
 pub use vocab::{Detokenizer, TEXT_BYTES_MAX, Vocab, VocabError};
 pub use whole::WholeModel;
-pub use worker::{Busy, Done, Job, Reply, Rows, SlotWaiter, Worker};
+pub use worker::{Busy, Done, Job, Reply, Rows, SlotWaiter, Worker, WorkerByHand};
 
 /// Most rows in one step. Below 64, where flash attention begins to tile, so
 /// that replaying a prompt on its chunks gives the same bits.

@@ -8,8 +8,10 @@
 //! The interface is messages only: nothing the stage owns leaves the thread.
 //! Single rows (decode) go before longer steps (prefill) of other sessions, a
 //! bounded number of times; the steps of one session keep their order.
+//!
+//! The same queue and the same runner can do without the thread ([`Worker::by_hand`]): a simulator
+//! then says when a step runs, and how long it took.
 
-use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,8 +20,12 @@ use std::time::{Duration, Instant};
 
 use crate::stage::{EngineError, Input, Slot, Stage, StageShape, StageStats, Step};
 
-/// How often a step may be overtaken: keeps prefill going under many decoders.
-const OVERTAKEN_MAX: u32 = 4;
+mod by_hand;
+mod queue;
+
+pub use by_hand::WorkerByHand;
+use queue::{Item, Queue};
+
 /// The worker stays awake while the next item usually comes within this time, as it does from a client on
 /// the same machine: waking a thread takes some 35 µs, and a frame needs several on its way.
 const AWAKE_MAX: Duration = Duration::from_micros(300);
@@ -99,36 +105,21 @@ pub struct Worker {
 
 struct Handle {
     shared: Arc<Shared>,
-    thread: std::thread::JoinHandle<()>,
+    /// None where the worker is driven by hand.
+    thread: Option<std::thread::JoinHandle<()>>,
 }
 
 struct Shared {
     shape: StageShape,
     queue_max: usize,
     queue: Mutex<Queue>,
-    wake: Condvar,
+    wake: Wake,
 }
 
-#[derive(Default)]
-struct Queue {
-    items: VecDeque<Item>,
-    stats: StageStats,
-    closed: bool,
-    dead: bool,
-}
-
-enum Item {
-    Open {
-        n_ctx: u32,
-        layers: Range<u32>,
-        waiter: Box<dyn SlotWaiter>,
-    },
-    Close(Slot),
-    Run {
-        job: Job,
-        since: Instant,
-        overtaken: u32,
-    },
+/// Who is told that something waits.
+enum Wake {
+    Thread(Condvar),
+    Hand(Box<dyn Fn() + Send + Sync>),
 }
 
 impl Worker {
@@ -137,29 +128,31 @@ impl Worker {
     /// # Errors
     /// The system has no thread left.
     pub fn spawn(stage: Box<dyn Stage>, queue: usize) -> io::Result<Worker> {
-        let shared = Arc::new(Shared {
-            shape: stage.shape(),
-            queue_max: queue.max(1),
-            queue: Mutex::new(Queue {
-                stats: stage.stats(),
-                ..Queue::default()
-            }),
-            wake: Condvar::new(),
-        });
-        let ours = Arc::clone(&shared);
+        let runner = Runner::new(stage, queue, Wake::Thread(Condvar::new()));
+        let shared = Arc::clone(&runner.shared);
         let thread = std::thread::Builder::new()
             .name("stage".into())
-            .spawn(move || {
-                Thread {
-                    shared: ours,
-                    stage,
-                    spare: Vec::new(),
-                }
-                .run()
-            })?;
+            .spawn(move || runner.run())?;
+        let thread = Some(thread);
         Ok(Worker {
             handle: Arc::new(Handle { shared, thread }),
         })
+    }
+
+    /// A worker without a thread: whoever has its other end says when a step runs, and how long it
+    /// took. `wake` is called whenever something was queued or closed; it must not block.
+    pub fn by_hand(
+        stage: Box<dyn Stage>,
+        queue: usize,
+        wake: impl Fn() + Send + Sync + 'static,
+    ) -> (Worker, WorkerByHand) {
+        let runner = Runner::new(stage, queue, Wake::Hand(Box::new(wake)));
+        let shared = Arc::clone(&runner.shared);
+        let thread = None;
+        let worker = Worker {
+            handle: Arc::new(Handle { shared, thread }),
+        };
+        (worker, WorkerByHand::new(runner))
     }
 
     /// The stage's dimensions.
@@ -179,7 +172,10 @@ impl Worker {
 
     /// Whether the thread runs. Once it has panicked it takes no more work, and never will.
     pub fn is_alive(&self) -> bool {
-        !self.handle.thread.is_finished()
+        match &self.handle.thread {
+            Some(thread) => !thread.is_finished(),
+            None => !self.shared().lock().dead,
+        }
     }
 
     /// Queues a step. The reply is called in any case once this returns `Ok`.
@@ -222,7 +218,7 @@ impl Worker {
         }
         let dropped = queue.close(slot);
         drop(queue);
-        self.shared().wake.notify_one();
+        self.shared().notify();
         for job in dropped {
             (job.reply)(Err(EngineError::BadSlot(slot)));
         }
@@ -236,7 +232,7 @@ impl Worker {
 impl Drop for Handle {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
-        self.shared.wake.notify_one();
+        self.shared.notify();
     }
 }
 
@@ -260,12 +256,19 @@ impl Shared {
         }
         queue.items.push_back(item);
         drop(queue);
-        self.wake.notify_one();
+        self.notify();
         Ok(())
     }
 
-    /// The next item; `None` when all handles are gone. Looks out for it for `awake`, then sleeps.
-    fn pop(&self, awake: Duration) -> Option<Item> {
+    fn notify(&self) {
+        match &self.wake {
+            Wake::Thread(asleep) => asleep.notify_one(),
+            Wake::Hand(call) => call(),
+        }
+    }
+
+    /// Waits on the thread for the next item, looking out for it for `awake` before sleeping.
+    fn pop(&self, asleep: &Condvar, awake: Duration) -> Option<Item> {
         let begun = Instant::now();
         let mut queue = self.lock();
         while queue.items.is_empty() && !queue.closed && begun.elapsed() < awake {
@@ -280,108 +283,59 @@ impl Shared {
             if queue.closed {
                 return None;
             }
-            queue = self
-                .wake
-                .wait(queue)
-                .unwrap_or_else(PoisonError::into_inner);
+            queue = asleep.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
 
-impl Queue {
-    /// Puts the closing first, where it keeps nobody waiting for long and may
-    /// make room for an opening; gives back the slot's steps.
-    fn close(&mut self, slot: Slot) -> Vec<Job> {
-        let mut dropped = Vec::new();
-        for item in std::mem::take(&mut self.items) {
-            match item {
-                Item::Run { job, .. } if job.step.slot == slot => dropped.push(job),
-                other => self.items.push_back(other),
-            }
-        }
-        self.items.push_front(Item::Close(slot));
-        dropped
-    }
-
-    /// The first item, or a single row that may overtake it.
-    fn take(&mut self) -> Option<Item> {
-        let at = self.first_decode().unwrap_or(0);
-        for item in self.items.iter_mut().take(at) {
-            if let Item::Run { overtaken, .. } = item {
-                *overtaken += 1;
-            }
-        }
-        self.items.remove(at)
-    }
-
-    fn first_decode(&self) -> Option<usize> {
-        for (at, item) in self.items.iter().enumerate() {
-            match item {
-                Item::Run { job, .. } if job.step.n_rows == 1 => {
-                    let slot = job.step.slot;
-                    if !self
-                        .items
-                        .iter()
-                        .take(at)
-                        .any(|earlier| earlier.slot() == Some(slot))
-                    {
-                        return Some(at);
-                    }
-                }
-                Item::Run { overtaken, .. } if *overtaken >= OVERTAKEN_MAX => return None,
-                // Short, and somebody waits for it: at the head nothing overtakes it.
-                Item::Open { .. } | Item::Close(_) if at == 0 => return None,
-                _ => {}
-            }
-        }
-        None
-    }
-}
-
-impl Item {
-    fn slot(&self) -> Option<Slot> {
-        match self {
-            Item::Open { .. } => None,
-            Item::Close(slot) => Some(*slot),
-            Item::Run { job, .. } => Some(job.step.slot),
-        }
-    }
-
-    fn stopped(self) {
-        match self {
-            Item::Open { waiter, .. } => waiter.take(Err(EngineError::Stopped)),
-            Item::Close(_) => {}
-            Item::Run { job, .. } => (job.reply)(Err(EngineError::Stopped)),
-        }
-    }
-}
-
-struct Thread {
+/// Who has the stage and runs what the queue gives.
+struct Runner {
     shared: Arc<Shared>,
     stage: Box<dyn Stage>,
     spare: Vec<Vec<f32>>,
 }
 
-impl Thread {
+impl Runner {
+    fn new(stage: Box<dyn Stage>, queue: usize, wake: Wake) -> Self {
+        let shared = Shared {
+            shape: stage.shape(),
+            queue_max: queue.max(1),
+            queue: Mutex::new(Queue {
+                stats: stage.stats(),
+                ..Queue::default()
+            }),
+            wake,
+        };
+        Runner {
+            shared: Arc::new(shared),
+            stage,
+            spare: Vec::new(),
+        }
+    }
+
     fn run(mut self) {
+        let shared = Arc::clone(&self.shared);
+        let Wake::Thread(asleep) = &shared.wake else {
+            return;
+        };
         let mut awake = Duration::ZERO;
         loop {
             let begun = Instant::now();
-            let Some(item) = self.shared.pop(awake) else {
+            let Some(item) = shared.pop(asleep, awake) else {
                 return;
             };
             let soon = begun.elapsed() <= AWAKE_MAX;
             awake = if soon { AWAKE_MAX } else { Duration::ZERO };
-            if self.handle(item).is_err() {
+            if self.handle(item, None).is_err() {
                 self.die();
                 return;
             }
         }
     }
 
-    /// Handles one item; an error means the stage panicked and is not to be
-    /// used again.
-    fn handle(&mut self, item: Item) -> Result<(), ()> {
+    /// Handles one item, which took the time that is given or measured; an error means the stage
+    /// panicked and is not to be used again.
+    fn handle(&mut self, item: Item, took: Option<Duration>) -> Result<(), ()> {
         match item {
             Item::Open { waiter, .. } if !waiter.waits() => Ok(()),
             Item::Open {
@@ -412,7 +366,7 @@ impl Thread {
                     stage.run(&step, &input, &mut rows)?;
                     Ok(rows)
                 });
-                let compute = begin.elapsed();
+                let compute = took.unwrap_or_else(|| begin.elapsed());
                 if let Rows::Hidden(buffer) = input
                     && self.spare.len() < SPARE_MAX
                 {
@@ -458,6 +412,11 @@ impl Thread {
 
     fn die(&self) {
         tracing::error!("the stage worker's thread panicked; it takes no more work");
+        self.stop();
+    }
+
+    /// Takes no more work; what waits is told so.
+    fn stop(&self) {
         let items = {
             let mut queue = self.shared.lock();
             queue.dead = true;
@@ -643,40 +602,6 @@ mod tests {
         // The next slot is the first.
         assert_eq!(open(&worker), Slot(0));
         assert_eq!(worker.stats().sessions, 1);
-    }
-
-    #[test]
-    fn opening_and_closing_are_not_overtaken_for_ever() {
-        let slot = |n| Slot(n);
-        let row = |n| {
-            let item = job(slot(n), 0, &[1], Box::new(|_| ()));
-            Item::Run {
-                job: item,
-                since: Instant::now(),
-                overtaken: 0,
-            }
-        };
-        let mut queue = Queue::default();
-        queue.items.push_back(Item::Close(slot(9)));
-        queue.items.push_back(row(1));
-        let nobody: Reply<Slot> = Box::new(|_| ());
-        queue.items.push_back(Item::Open {
-            n_ctx: 64,
-            layers: 0..3,
-            waiter: Box::new(nobody),
-        });
-        // Single rows keep coming; what was there first still has its turn.
-        let mut taken = Vec::new();
-        for n in 2..5 {
-            queue.items.push_back(row(n));
-            taken.push(match queue.take() {
-                Some(Item::Close(_)) => "close",
-                Some(Item::Open { .. }) => "open",
-                Some(Item::Run { .. }) => "row",
-                None => "nothing",
-            });
-        }
-        assert_eq!(taken, ["close", "row", "open"]);
     }
 
     #[test]

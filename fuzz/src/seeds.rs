@@ -90,6 +90,7 @@ fn open() -> Open {
         session: SessionId([3; 16]),
         epoch: Epoch(2),
         resume: 77,
+        since: Epoch(0),
         client: Peer([9; 32]),
         model: ModelId(Hash([7; 32])),
         n_ctx: 4096,

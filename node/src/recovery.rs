@@ -12,18 +12,18 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use shard_registry::Snapshot;
 use swarm_proto::{Advert, Fault, Hop, LayerRange, ModelId, Peer, Want};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::{
-    client::{Client, SessionSpec},
-    session::{ClientError, ClientSession, LogitsRow, Opener, Route},
+    routes::{Routes, SessionSpec},
+    session::{ClientError, ClientSession, LogitsRow, Route},
 };
 
 /// How long a session waits, without any progress, for a route to come back.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a peer that failed is not asked again; twice as long each further time.
 const SHUNNED: Duration = Duration::from_secs(10);
-/// Routes are planned at least so often while none works: what was shunned may be tried again.
+/// Routes are planned so often while none works: what was shunned may be tried again.
 const RETRY: Duration = Duration::from_millis(500);
 /// A hop that says of so many different neighbours that they are lost is not believed any more.
 const ACCUSED_MAX: usize = 2;
@@ -69,8 +69,7 @@ pub type Listener = Box<dyn FnMut(Event<'_>) + Send>;
 
 /// A session over the swarm that finds another route when a hop is lost.
 pub struct Session {
-    client: Client,
-    opener: Opener,
+    routes: Routes,
     spec: SessionSpec,
     inner: ClientSession,
     shunned: Shunned,
@@ -81,15 +80,9 @@ pub struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(
-        client: Client,
-        opener: Opener,
-        spec: SessionSpec,
-        inner: ClientSession,
-    ) -> Self {
+    pub(crate) fn new(routes: Routes, spec: SessionSpec, inner: ClientSession) -> Self {
         let mut session = Self {
-            client,
-            opener,
+            routes,
             spec,
             inner,
             shunned: Shunned::default(),
@@ -196,28 +189,28 @@ impl Session {
         self.tell(Event::Lost(&first));
         self.shunned.blame(&first, &before.hops, begin);
         let mut told = false;
-        let mut changes = self.client.net().adverts().changes();
+        let mut changes = self.routes.view().changes();
         loop {
             let failed = match self.plan(&before) {
-                Ok(route) => match self.reopen(&route).await {
+                Ok((route, hopeful)) => match self.reopen(&route).await {
                     Ok(exact) => {
-                        let kept = |hop: &Hop| before.hops.iter().any(|old| same(old, hop));
                         let recovery = Recovery {
                             pos,
                             lost: first.to_string(),
-                            replaced: route.hops.iter().filter(|hop| !kept(hop)).count(),
+                            replaced: replaced(&before, &route),
                             took: begin.elapsed(),
                             exact,
                         };
-                        tracing::info!(took = ?recovery.took, replaced = recovery.replaced, "went on along another route");
-                        self.tell(Event::Recovered(&recovery));
-                        self.recoveries.push(recovery);
+                        self.recovered(recovery);
                         return Ok(());
                     }
                     Err(error) if !error.is_recoverable() => return Err(error),
                     Err(error) => {
                         tracing::info!(%error, "another route failed to open");
-                        self.shunned.blame(&error, &route.hops, Instant::now());
+                        let learned = self.shunned.blame(&error, &route.hops, Instant::now());
+                        if !(hopeful && learned) {
+                            sleep_until((Instant::now() + RETRY).min(deadline)).await;
+                        }
                         error
                     }
                 },
@@ -227,9 +220,8 @@ impl Session {
                         self.tell(Event::Waiting { why: &none, left });
                         told = true;
                     }
-                    let news =
-                        timeout_at((Instant::now() + RETRY).min(deadline), changes.changed());
-                    let _ = news.await;
+                    let soon = (Instant::now() + RETRY).min(deadline);
+                    let _ = timeout_at(soon, changes.changed()).await;
                     none
                 }
             };
@@ -250,12 +242,19 @@ impl Session {
         let exact = classes.all(|class| Some(class) == first);
         self.inner
             .tolerate(if exact { 0.0 } else { CLASSES_DIFFER });
-        self.opener.reopen(&mut self.inner, route.clone()).await?;
+        let opener = self.routes.opener();
+        opener.reopen(&mut self.inner, route.clone()).await?;
         Ok(exact)
     }
 
+    fn recovered(&mut self, recovery: Recovery) {
+        tracing::info!(took = ?recovery.took, replaced = recovery.replaced, "went on along another route");
+        self.tell(Event::Recovered(&recovery));
+        self.recoveries.push(recovery);
+    }
+
     fn note_classes(&mut self, hops: &[Hop]) {
-        let snapshot = self.client.adverts();
+        let snapshot = self.routes.view().adverts();
         for hop in hops {
             let advert = snapshot.adverts.iter().find(|a| a.peer == hop.peer);
             let models = advert.into_iter().flat_map(|a| &a.models);
@@ -265,11 +264,10 @@ impl Session {
         }
     }
 
-    /// A route that keeps what it can of the old one, and who stood by for what is lost; where there is
-    /// none, any.
-    fn plan(&self, before: &Route) -> Result<Route, ClientError> {
-        let now = Instant::now();
-        let avoid = self.shunned.at(now);
+    /// A route that keeps what it can of the old one, and who stood by for what is lost, else any; and
+    /// whether it uses nobody who is shunned.
+    fn plan(&self, before: &Route) -> Result<(Route, bool), ClientError> {
+        let avoid = self.shunned.at(Instant::now());
         let good = |hop: &Hop| !avoid.contains(&hop.peer);
         let kept = |hop: &Hop| {
             let stood = || before.standby_for(hop.layers).filter(good);
@@ -280,19 +278,55 @@ impl Session {
             }
         };
         let keep: Vec<Hop> = before.hops.iter().filter_map(kept).collect();
-        let snapshot = self.client.adverts();
+        let snapshot = self.routes.view().adverts();
         let keeping = keeping(&snapshot, &self.spec.model, &keep);
-        let plan = |snapshot: &Snapshot, avoid: &[Peer]| {
-            self.client
-                .plan_in(snapshot, &self.spec, avoid, rand::random())
-        };
-        let hops = plan(&keeping, &avoid)
+        let (hops, hopeful) = self
+            .plan_in(&keeping, &avoid)
             .map(|route| cut_at(route, &keep))
-            .or_else(|_| plan(&snapshot, &avoid))
-            // Nobody else is left: perhaps it was only slow, or is back.
-            .or_else(|_| plan(&snapshot, &[]))?;
-        let standbys = self.client.standbys(&self.spec, &hops, &avoid, before);
-        Ok(Route { hops, standbys })
+            .or_else(|_| self.plan_in(&snapshot, &avoid))
+            .map(|route| (route, true))
+            .or_else(|none| {
+                let route = self.plan_forgiving(&snapshot, avoid.clone(), none)?;
+                Ok((route, false))
+            })?;
+        let standbys = self.routes.standbys(&self.spec, &hops, &avoid, before);
+        Ok((Route { hops, standbys }, hopeful))
+    }
+
+    /// Nobody else is left: perhaps one who is shunned was only slow, or is back. As few as needed are
+    /// forgiven, those first whose time is over first.
+    fn plan_forgiving(
+        &self,
+        snapshot: &Snapshot,
+        mut avoid: Vec<Peer>,
+        mut none: ClientError,
+    ) -> Result<Vec<Hop>, ClientError> {
+        loop {
+            let ClientError::NoRoute(no_route) = &none else {
+                return Err(none);
+            };
+            let holds = |peer: &Peer| {
+                let advert = snapshot.adverts.iter().find(|advert| advert.peer == *peer);
+                let models = advert.into_iter().flat_map(|advert| &advert.models);
+                models
+                    .flat_map(|model| &model.live)
+                    .any(|live| no_route.excluded.iter().any(|range| meet(live, range)))
+            };
+            // `avoid` is sorted by the time left.
+            let Some(at) = avoid.iter().position(holds) else {
+                return Err(none);
+            };
+            avoid.remove(at);
+            match self.plan_in(snapshot, &avoid) {
+                Ok(route) => return Ok(route),
+                Err(error) => none = error,
+            }
+        }
+    }
+
+    fn plan_in(&self, snapshot: &Snapshot, avoid: &[Peer]) -> Result<Vec<Hop>, ClientError> {
+        let seed = self.routes.opener().random.u64();
+        self.routes.plan_in(snapshot, &self.spec, avoid, seed)
     }
 }
 
@@ -305,6 +339,12 @@ impl std::fmt::Debug for Session {
     }
 }
 
+/// Hops of the new route that were not on the old one.
+fn replaced(before: &Route, route: &Route) -> usize {
+    let kept = |hop: &Hop| before.hops.iter().any(|old| same(old, hop));
+    route.hops.iter().filter(|hop| !kept(hop)).count()
+}
+
 fn same(a: &Hop, b: &Hop) -> bool {
     (a.peer, a.layers) == (b.peer, b.layers)
 }
@@ -315,21 +355,29 @@ struct Shunned {
     until: HashMap<Peer, (Instant, u32)>,
     /// Who was accused by whom.
     accused: HashMap<Peer, Vec<Peer>>,
+    /// Who said once that it could not feed the hop below it.
+    forgetful: Vec<Peer>,
 }
 
 impl Shunned {
-    /// Notes who is to be avoided after this failure on this route.
-    fn blame(&mut self, error: &ClientError, route: &[Hop], now: Instant) {
+    /// Notes who is to be avoided after this failure on this route; whether another try has better
+    /// prospects now.
+    fn blame(&mut self, error: &ClientError, route: &[Hop], now: Instant) -> bool {
         let Some(culprit) = error.culprit(route) else {
-            return;
+            return false;
         };
+        if error.is_not_retained() && !self.forgetful.contains(&culprit) {
+            // It gave the session up with this, and begins anew when it is asked again.
+            self.forgetful.push(culprit);
+            return true;
+        }
         self.shun(culprit, now);
         let ClientError::Hop { hop, failure } = error else {
-            return;
+            return true;
         };
         let reporter = hop.at.checked_sub(1).and_then(|at| route.get(at));
         let Some(reporter) = reporter.filter(|_| failure.fault == Fault::Peer) else {
-            return;
+            return true;
         };
         let accused = self.accused.entry(reporter.peer).or_default();
         if !accused.contains(&culprit) {
@@ -339,6 +387,7 @@ impl Shunned {
         if accused.len() > ACCUSED_MAX {
             self.shun(reporter.peer, now);
         }
+        true
     }
 
     fn shun(&mut self, peer: Peer, now: Instant) {
@@ -347,9 +396,12 @@ impl Shunned {
         *until = now + SHUNNED * (1 << (*times - 1));
     }
 
+    /// Who is avoided now, those first whose time is over first.
     fn at(&self, now: Instant) -> Vec<Peer> {
         let shunned = self.until.iter().filter(|(_, (until, _))| *until > now);
-        shunned.map(|(peer, _)| *peer).collect()
+        let mut shunned: Vec<_> = shunned.map(|(peer, (until, _))| (*until, *peer)).collect();
+        shunned.sort_unstable();
+        shunned.into_iter().map(|(_, peer)| peer).collect()
     }
 }
 
@@ -382,6 +434,10 @@ fn keeping(snapshot: &Snapshot, model: &ModelId, keep: &[Hop]) -> Snapshot {
     Snapshot {
         adverts: snapshot.adverts.iter().map(advert).collect(),
     }
+}
+
+fn meet(a: &LayerRange, b: &LayerRange) -> bool {
+    a.start < b.end && b.start < a.end
 }
 
 fn without(span: LayerRange, hole: LayerRange) -> impl Iterator<Item = LayerRange> {

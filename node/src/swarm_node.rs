@@ -506,6 +506,7 @@ mod tests {
             me: near.me(),
             dialer: Arc::new(near.clone()),
             deadlines: Deadlines::default(),
+            random: crate::Random::of_system(),
         };
         let kind = Kind {
             model,

@@ -74,6 +74,7 @@ async fn visit(client: &Net, server: &Net, closes: bool) {
         me: client.me(),
         dialer: Arc::new(client.clone()),
         deadlines: Deadlines::default(),
+        random: node::Random::of_system(),
     };
     let kind = Kind {
         model: MODEL,

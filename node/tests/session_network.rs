@@ -79,6 +79,7 @@ async fn open(client: &Net, nodes: &[Node], n_ctx: u32) -> ClientSession {
         me: client.me(),
         dialer: Arc::new(client.clone()),
         deadlines: Deadlines::default(),
+        random: node::Random::of_system(),
     };
     let kind = Kind {
         model: MODEL,

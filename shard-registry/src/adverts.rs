@@ -105,10 +105,20 @@ impl AdvertTable {
         if self.peers.values().any(|entry| entry.signed == signed) {
             return Outcome::Stale;
         }
-        let advert = match signed.verify(&self.swarm) {
-            Ok(advert) => advert,
-            Err(e) => return Outcome::Refused(e.into()),
-        };
+        match signed.verify(&self.swarm) {
+            Ok(advert) => self.insert_verified(advert, signed, now_ms),
+            Err(e) => Outcome::Refused(e.into()),
+        }
+    }
+
+    /// Takes in what `signed` was found to say: everything but the signature is checked here. For who
+    /// has verified it already, and for simulations, which sign nothing.
+    pub fn insert_verified(
+        &mut self,
+        advert: Advert,
+        signed: SignedAdvert,
+        now_ms: u64,
+    ) -> Outcome {
         let peer = advert.peer;
         if let Some(off_ms) = clock_off(&advert, now_ms) {
             return Outcome::Refused(Refusal::Clock { peer, off_ms });

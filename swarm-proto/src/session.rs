@@ -230,6 +230,9 @@ pub struct Open {
     pub epoch: Epoch,
     /// Positions from here on are sent again by the client; 0 when the session is opened first.
     pub resume: u32,
+    /// The last epoch in which rows ran. A hop that was not there holds nothing of use: what it has may
+    /// have been written anew since.
+    pub since: Epoch,
     /// Who may attach to the tail.
     pub client: Peer,
     /// The model.
@@ -275,6 +278,12 @@ impl Open {
         }
         if self.n_ctx == 0 {
             return Err(wrong("a context of 0 positions"));
+        }
+        if self.since > self.epoch {
+            let (since, epoch) = (self.since.0, self.epoch.0);
+            return Err(wrong(format!(
+                "epoch {epoch} of a session that ran in {since}"
+            )));
         }
         if self.resume > self.n_ctx {
             let (resume, n_ctx) = (self.resume, self.n_ctx);

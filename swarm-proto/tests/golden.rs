@@ -37,6 +37,7 @@ fn session_messages() {
         session: SESSION,
         epoch: Epoch(1),
         resume: 7,
+        since: Epoch(1),
         client: Peer([0xcc; 32]),
         model: ModelId(Hash([0xab; 32])),
         n_ctx: 1024,
@@ -56,7 +57,7 @@ fn session_messages() {
     };
     let addr = "12 2f6970342f312e322e332e342f7463702f39";
     let expected = format!(
-        "00 {S} 01 07 {} {} fb0004 02 02 {} 01 {addr} 00 02 {} 01 {addr} 02 fb2c01 01 \
+        "00 {S} 01 07 01 {} {} fb0004 02 02 {} 01 {addr} 00 02 {} 01 {addr} 02 fb2c01 01 \
          01 01 {} 01 {addr} 10 01 01 {} {} 01",
         "cc".repeat(32),
         "ab".repeat(32),

@@ -106,6 +106,7 @@ fn open(layers: &[(u16, u16)]) -> Open {
         session: SessionId([0; 16]),
         epoch: Epoch(0),
         resume: 0,
+        since: Epoch(0),
         client: Peer([0; 32]),
         model: ModelId(Hash([0; 32])),
         n_ctx: 16,

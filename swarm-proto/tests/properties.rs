@@ -50,6 +50,7 @@ prop_compose! {
             session: SessionId(session),
             epoch: Epoch(epoch),
             resume: n_ctx - 1,
+            since: Epoch(0),
             client: Peer(model),
             model: ModelId(Hash(model)),
             n_ctx,

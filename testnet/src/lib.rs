@@ -5,8 +5,9 @@
 //!            └─────▶ client (the shoal binary, with a deadline)
 //! ```
 //!
-//! The library is what `shoal-testnet` and the end-to-end tests share. It names no crate of this workspace: it knows
-//! the binaries by their flags and by what they print, as a user does. It never prints.
+//! The library is what `shoal-testnet` and the end-to-end tests share. It knows the binaries by their flags and by what
+//! they print, as a user does; only `sim`, which runs a whole swarm in virtual time instead, links the product. It never
+//! prints.
 
 pub mod binaries;
 pub mod client;
@@ -16,4 +17,5 @@ pub mod plan;
 pub mod process;
 pub mod report;
 pub mod screen;
+pub mod sim;
 pub mod swarm;

@@ -14,12 +14,19 @@ use testnet::swarm::Swarm;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 mod scenario;
+mod simulate;
 
 /// Starts many nodes on this machine, asks them something through `shoal`, compares with the whole model in one
 /// process, and cleans up.
 #[derive(Debug, Parser)]
-#[command(name = "testnet/run.sh", version)]
+#[command(
+    name = "testnet/run.sh",
+    version,
+    args_conflicts_with_subcommands = true
+)]
 struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// How many nodes.
     #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=256))]
     nodes: u32,
@@ -46,6 +53,13 @@ struct Args {
     seed: u64,
 }
 
+/// What else it can do.
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Runs whole swarms with faults in virtual time, each from a seed, and checks every step. Starts nothing.
+    Sim(simulate::Args),
+}
+
 /// How the run ended, apart from an error.
 enum Ended {
     Compared { same: bool },
@@ -55,6 +69,9 @@ enum Ended {
 fn main() -> ExitCode {
     let args = Args::parse();
     let mut screen = Screen::new();
+    if let Some(Command::Sim(args)) = &args.command {
+        return simulate::run(args, &mut screen);
+    }
     match run(&args, &mut screen) {
         Ok(Ended::Compared { same: true }) => ExitCode::SUCCESS,
         Ok(Ended::Compared { same: false }) => ExitCode::FAILURE,

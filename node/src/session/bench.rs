@@ -21,6 +21,7 @@ use super::{ClientError, Deadlines, Kind, Opener, Served, SessionLimits, Session
 use crate::{
     identity::Identity,
     net::{Net, NetConfig, NetError, Proto},
+    random::Random,
 };
 
 /// Tokens of the chain's vocabulary: the tail's work on logits is not what is measured.
@@ -196,6 +197,7 @@ async fn steps(
         me: client.me(),
         dialer: Arc::new(client.clone()),
         deadlines: Deadlines::default(),
+        random: Random::of_system(),
     };
     let n_ctx = bench.warm_up.saturating_add(bench.steps).saturating_add(1);
     let kind = Kind {

@@ -33,14 +33,14 @@ use super::{
     failure::fail,
     ledger::Outbox,
     open::Route,
-    row::LogitsRow,
+    row::{Answered, LogitsRow},
     standby::Follower,
     wire::{Pipe, WireError},
 };
 
 mod again;
 
-use again::Fed;
+use again::History;
 
 /// Frames sent and not yet acknowledged by the first hop: enough to keep its queue full while the
 /// acknowledgements travel, few enough that a truncation does not wait for a long prompt.
@@ -57,6 +57,8 @@ pub struct ClientSession {
     session: SessionId,
     model: ModelId,
     epoch: Epoch,
+    /// The last epoch that opened, and in which rows were sent.
+    ran: Epoch,
     route: Route,
     /// Who stands by for the first hop.
     standby: Option<Follower>,
@@ -106,14 +108,6 @@ impl Frame {
     }
 }
 
-/// What a row said: enough to know it again.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Answered {
-    pos: u32,
-    token: u32,
-    log_prob: f32,
-}
-
 /// Tokens of one frame.
 struct Chunk {
     pos0: u32,
@@ -145,6 +139,7 @@ impl ClientSession {
             session: o.session,
             model: o.model,
             epoch: o.epoch,
+            ran: o.epoch,
             route: o.route,
             standby: o.standby,
             dtype: o.dtype,
@@ -374,7 +369,7 @@ impl ClientSession {
         }
         if let Some(standby) = &mut self.standby {
             let (tokens, frames) = (&self.tokens, &self.frames);
-            standby.poll(cx, &mut Fed { tokens, frames });
+            standby.poll(cx, &mut History { tokens, frames });
         }
         self.poll_timer(cx)
     }
@@ -567,10 +562,13 @@ impl ClientSession {
                 "no logits came, and no hop has any work left".into(),
             )
         } else {
-            (
-                0,
-                format!("no acknowledgement within {:?}", self.ack_timeout()),
-            )
+            let (late, silence) = (self.ack_timeout(), self.deadlines.silence);
+            let what = if Instant::now() >= self.progress + late {
+                format!("no acknowledgement within {late:?}")
+            } else {
+                format!("it has work and was silent for {silence:?}")
+            };
+            (0, what)
         };
         self.hop_failed(fail(at, Fault::Peer, FailureCode::Deadline, what))
     }
@@ -611,17 +609,6 @@ fn differs(last: Answered, again: Option<Answered>, by: f32) -> ClientError {
         token: last.token,
         again: again.map_or(u32::MAX, |again| again.token),
         by,
-    }
-}
-
-impl Answered {
-    fn of(row: &LogitsRow) -> Option<Self> {
-        let token = row.argmax()?;
-        Some(Self {
-            pos: row.pos,
-            token,
-            log_prob: row.log_prob(token)?,
-        })
     }
 }
 

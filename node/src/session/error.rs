@@ -157,6 +157,11 @@ impl ClientError {
             .map(|hop| hop.peer)
     }
 
+    /// Whether a hop could not feed the next one, for it no longer retains what it sent.
+    pub(crate) fn is_not_retained(&self) -> bool {
+        matches!(self, Self::Hop { failure, .. } if failure.code == FailureCode::NotRetained)
+    }
+
     /// The hop that has no room now and may have some later. A session larger than it ever takes is
     /// the caller's fault, and waiting does not help.
     pub(super) fn without_room(&self) -> Option<HopName> {

@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use swarm_proto::{Failure, FailureCode, Fault, Hop, Open, Peer, SessionId};
+use swarm_proto::{Failure, FailureCode, Fault, Hop, LayerRange, Open, Peer, SessionId};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until, timeout},
@@ -26,7 +26,7 @@ use super::{
     failure::fail,
     hop::{Lease, Served, Shared},
     relay::{Below, End, Relay},
-    standby::standby_open,
+    standby::{Fed, resume_at, standby_open},
     tail::Place,
     wire::Pipe,
 };
@@ -41,8 +41,15 @@ pub(super) struct Comeback {
     pub(super) up: Pipe,
 }
 
-/// Whose session: the client, and the number it drew.
-type Key = (Peer, SessionId);
+/// Whose session: the client, the number it drew, and the layers, for a peer may be on a route twice.
+type Key = (Peer, SessionId, LayerRange);
+
+/// Where this opening belongs.
+pub(super) fn key(open: &Open) -> Key {
+    let hop = open.hops.get(usize::from(open.at));
+    let layers = hop.map_or(LayerRange { start: 0, end: 0 }, |hop| hop.layers);
+    (open.client, open.session, layers)
+}
 
 /// Where openings of sessions that are held here are handed over.
 #[derive(Clone, Default)]
@@ -77,6 +84,11 @@ impl Desks {
             Err(mpsc::error::TrySendError::Closed(come)) => Some(come),
             Err(mpsc::error::TrySendError::Full(_)) => None,
         }
+    }
+
+    /// Sessions that are held.
+    pub(super) fn len(&self) -> usize {
+        self.lock().len()
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Key, mpsc::Sender<Comeback>>> {
@@ -133,6 +145,7 @@ impl Held {
     pub(super) async fn run(mut self) {
         let stopping = self.shared.stopping.clone();
         let end = tokio::select! {
+            biased;
             end = self.turns() => end,
             () = stopping.cancelled() => End::Failed(self.shared.going_down(self.relay.at())),
         };
@@ -154,6 +167,7 @@ impl Held {
 
     async fn running(&mut self) -> Turn {
         let end = tokio::select! {
+            biased;
             end = self.relay.run() => end,
             Some(come) = self.comebacks.recv() => return come.into(),
         };
@@ -165,6 +179,7 @@ impl Held {
         let keep = self.shared.limits.deadlines.keep;
         let until = *self.kept_until.get_or_insert_with(|| Instant::now() + keep);
         let end = tokio::select! {
+            biased;
             end = self.relay.hear() => end,
             Some(come) = self.comebacks.recv() => return come.into(),
             () = sleep_until(until) => return Turn::End(self.given_up()),
@@ -172,6 +187,7 @@ impl Held {
         if end == End::UpstreamLost {
             // Its stream has nothing more to say; another may.
             return tokio::select! {
+                biased;
                 Some(come) = self.comebacks.recv() => come.into(),
                 () = sleep_until(until) => Turn::End(End::UpstreamLost),
             };
@@ -221,6 +237,8 @@ impl Held {
             };
         }
         tracing::debug!(epoch = open.epoch.0, resume = open.resume, "opened again");
+        // Who stood by has not heard what was taken back since its stream was lost.
+        let anew = stream.is_some() && self.relay.open().standing_by;
         if let Some((from, up)) = stream {
             self.from = from;
             self.relay.take_upstream(up);
@@ -229,7 +247,7 @@ impl Held {
         // The old epoch's place in the pairing table is nobody's any more.
         self.place = None;
         let step = self.relay.step_deadline();
-        match timeout(step, self.relay.rewind(open.clone())).await {
+        match timeout(step, self.relay.rewind(open.clone(), anew)).await {
             Ok(Ok(())) => {}
             Ok(Err(failure)) => return Turn::End(End::Failed(failure)),
             Err(_) => {
@@ -241,8 +259,11 @@ impl Held {
         self.kept_until
             .get_or_insert_with(|| Instant::now() + self.shared.limits.deadlines.keep);
         let chain = {
-            let chain = self.shared.below(&open, &self.served, current);
+            let mut below = open.clone();
+            let current = resume_at(&mut below, current);
+            let chain = self.shared.below(&below, &self.served, current);
             tokio::select! {
+                biased;
                 chain = chain => chain,
                 // The client lost patience, or is gone.
                 end = self.relay.hear() => return match end {
@@ -303,7 +324,7 @@ impl Held {
 
     /// The streams to the next hop and to who stands by for it on the new route, where there are any
     /// already. A standby may be the next hop now.
-    fn streams_below(&mut self, open: &Open) -> (Option<Pipe>, Option<Pipe>) {
+    fn streams_below(&mut self, open: &Open) -> (Option<Fed>, Option<Fed>) {
         let at = usize::from(open.at) + 1;
         let next = open.hops.get(at);
         let before = self.relay.open().hops.get(at).cloned();
@@ -311,7 +332,8 @@ impl Held {
         let same = |a: &Hop, b: &Hop| (a.peer, a.layers) == (b.peer, b.layers);
         let current = match below {
             Below::Next(pipe) if next.zip(before.as_ref()).is_some_and(|(a, b)| same(a, b)) => {
-                Some(pipe)
+                let sent = u32::MAX;
+                Some(Fed { pipe, sent })
             }
             _ => None,
         };
@@ -321,9 +343,9 @@ impl Held {
         let again = u8::try_from(at).ok().and_then(|at| standby_open(open, at));
         let again = again.and_then(|open| open.hops.get(at).cloned());
         if current.is_none() && next.is_some_and(|next| standby.feeds(next)) {
-            (standby.into_pipe(), None)
+            (standby.into_stream(), None)
         } else if again.is_some_and(|again| standby.feeds(&again)) {
-            (current, standby.into_pipe())
+            (current, standby.into_stream())
         } else {
             standby.dismiss();
             (current, None)

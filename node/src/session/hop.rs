@@ -33,13 +33,13 @@ use super::{
     chain::{Shape, open_next},
     config::SessionLimits,
     failure::{fail, is_goodbye},
-    held::{Comeback, Desks, Held},
+    held::{self, Comeback, Desks, Held},
     ledger::Ledger,
     limits::{ATTACH, OPEN},
     relay::{Below, End, Parts, Relay},
     retained::{Budget, Retained},
     slot::SlotGuard,
-    standby::{Follower, standby_open},
+    standby::{Fed, Follower, standby_open},
     tail::{Claim, Pairing, Place},
     topk::TopK,
     trace,
@@ -119,6 +119,21 @@ pub struct Sessions {
     shared: Arc<Shared>,
 }
 
+/// What the sessions of a node hold together: all of it is given back in the end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Holdings {
+    /// Sessions that are open or being opened, at most [`SessionLimits::sessions_max`].
+    pub sessions: usize,
+    /// Of these, sessions that can be opened again.
+    pub held: usize,
+    /// Halves of sessions at the tail that wait for the other half.
+    pub pairing: usize,
+    /// Bytes of sent frames in memory, at most [`SessionLimits::retained_memory`].
+    pub retained_memory: u64,
+    /// And on disk, at most [`SessionLimits::retained_disk`].
+    pub retained_disk: u64,
+}
+
 pub(super) struct Shared {
     pub(super) me: Peer,
     dialer: Arc<dyn Dialer>,
@@ -183,6 +198,18 @@ impl Sessions {
     /// Sessions that are open or being opened.
     pub fn count(&self) -> usize {
         self.shared.upstreams.taken()
+    }
+
+    /// What sessions hold now.
+    pub fn holdings(&self) -> Holdings {
+        let (retained_memory, retained_disk) = self.shared.retained.used();
+        Holdings {
+            sessions: self.count(),
+            held: self.shared.desks.len(),
+            pairing: self.shared.pairing.len(),
+            retained_memory,
+            retained_disk,
+        }
     }
 
     /// Takes session and answer streams until both channels close, a task each.
@@ -283,7 +310,7 @@ impl Shared {
             Ok(Ok(None) | Err(_)) | Err(_) => return,
         };
         // A session that is held here goes on in its own task.
-        let key = (open.client, open.session);
+        let key = held::key(&open);
         let Some(Comeback { from, open, up }) = self.desks.hand_over(key, from, open, up) else {
             return;
         };
@@ -293,6 +320,7 @@ impl Shared {
 
     async fn opened(self: Arc<Self>, from: Peer, open: Open, mut up: Pipe) {
         let opened = tokio::select! {
+            biased;
             opened = self.clone().build(from, &open, &mut up) => opened,
             () = self.stopping.cancelled() => Err(Some(self.going_down(open.at))),
         };
@@ -341,7 +369,7 @@ impl Shared {
             return Err(None);
         };
         let lease = self.lease(from, open)?;
-        let (desk, comebacks) = self.desks.take((open.client, open.session));
+        let (desk, comebacks) = self.desks.take(held::key(open));
         let (slot, chain) = {
             let both = async {
                 tokio::try_join!(
@@ -350,6 +378,7 @@ impl Shared {
                 )
             };
             tokio::select! {
+                biased;
                 both = both => both?,
                 // The client may change its mind while the chain opens.
                 frame = up.frame::<Down>() => return match frame {
@@ -499,7 +528,7 @@ impl Shared {
         self: &Arc<Self>,
         open: &Open,
         served: &Served,
-        current: Option<Pipe>,
+        current: Option<Fed>,
     ) -> Option<Follower> {
         let ask = standby_open(open, open.at.checked_add(1)?)?;
         let shape = Shape {
@@ -571,6 +600,7 @@ impl Shared {
             Claim::Now(to) => to,
             Claim::Later(mut later, place) => {
                 let session = tokio::select! {
+                    biased;
                     session = timeout_at(deadline, &mut later) => session.ok().and_then(Result::ok),
                     // The client gave up, or talks where it must listen.
                     _ = pipe.frame::<Attach>() => None,

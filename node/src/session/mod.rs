@@ -41,7 +41,7 @@ pub use bench::{BenchError, HopBench, HopCost, bench_hops};
 pub use client::ClientSession;
 pub use config::{Deadlines, SessionLimits};
 pub use error::{ClientError, HopName};
-pub use hop::{Dialer, Served, Sessions};
+pub use hop::{Dialer, Holdings, Served, Sessions};
 pub use open::{Kind, Opener, Route};
 pub use row::{BadRow, LogitsRow};
 

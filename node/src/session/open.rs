@@ -18,11 +18,11 @@ use super::{
     failure::fail,
     hop::{Dialer, dial_code},
     limits,
-    standby::{Follower, standby_open},
+    standby::{Fed, Follower, resume_at, standby_open},
     trace,
     wire::{Pipe, WireError},
 };
-use crate::net::Proto;
+use crate::{net::Proto, random::Random};
 
 /// Routes that may fail before giving up, not counting those that failed for want of room: after a
 /// power cut many peers are gone whose adverts are still believed, and most of them refuse at once.
@@ -44,6 +44,8 @@ pub struct Opener {
     pub dialer: Arc<dyn Dialer>,
     /// The deadlines.
     pub deadlines: Deadlines,
+    /// What session ids and pauses are drawn from.
+    pub random: Random,
 }
 
 /// What kind of session.
@@ -156,7 +158,7 @@ impl Opener {
                 busy(&layers);
             }
             // Half to one and a half of it: those who were refused together do not come back together.
-            let drawn = pause.mul_f64(0.5 + rand::random::<f64>());
+            let drawn = pause.mul_f64(0.5 + self.random.fraction());
             sleep_until((now + drawn).min(deadline)).await;
             pause = (pause * 2).min(PAUSE_MAX);
         }
@@ -212,12 +214,13 @@ impl Opener {
         route: impl Into<Route>,
     ) -> Result<ClientSession, ClientError> {
         let route = route.into();
-        let session = SessionId(rand::random());
+        let session = SessionId(self.random.bytes());
         let epoch = Epoch(0);
         let open = Open {
             session,
             epoch,
             resume: 0,
+            since: epoch,
             client: self.me,
             model: kind.model,
             n_ctx: kind.n_ctx,
@@ -262,10 +265,10 @@ impl Opener {
         let route = route.into();
         let again = session.begin_again(self.me, &route);
         let (open, n_vocab) = (again.open, again.n_vocab);
+        let mut first = open.clone();
+        let current = resume_at(&mut first, again.current);
         let deadline = Instant::now() + self.deadlines.reopened(route.hops.len());
-        let opened = self
-            .both_ends(&open, n_vocab, again.current, deadline)
-            .await;
+        let opened = self.both_ends(&first, n_vocab, current, deadline).await;
         let (next, answers) = opened.map_err(|failure| ClientError::hop(&route.hops, failure))?;
         let standby = self.standby(&open, n_vocab, again.standby);
         session.go_on(next.pipe, answers, route, open.epoch, next.held, standby);
@@ -291,7 +294,7 @@ impl Opener {
     }
 
     /// Opens who stands by for the first hop.
-    fn standby(&self, open: &Open, n_vocab: u32, current: Option<Pipe>) -> Option<Follower> {
+    fn standby(&self, open: &Open, n_vocab: u32, current: Option<Fed>) -> Option<Follower> {
         let ask = standby_open(open, 0)?;
         let shape = Shape {
             n_embd: None,

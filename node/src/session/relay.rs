@@ -324,6 +324,10 @@ impl Relay {
             spent_us,
             ..rows
         };
+        if let Some(standby) = &mut self.p.standby {
+            // Not before what is retained is written anew: it would be fed what was taken back.
+            standby.truncate(header.pos0);
+        }
         match &mut self.p.below {
             // Nobody: a frame that was under way when the route broke.
             Below::Nobody if tail => return Ok(false),
@@ -499,9 +503,6 @@ impl Relay {
         if rows.pos0 < self.p.ledger.end() {
             // Written anew: what the hop below holds from here on is not this.
             self.p.below_held = self.p.below_held.min(rows.pos0);
-            if let Some(standby) = &mut self.p.standby {
-                standby.truncate(rows.pos0);
-            }
         }
         let payload = self.p.up.payload();
         let input = match self.p.ledger.accept(&rows, payload.len()) {

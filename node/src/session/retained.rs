@@ -68,8 +68,7 @@ impl Budget {
     }
 
     /// Bytes in memory and on disk that sessions hold now.
-    #[cfg(test)]
-    fn used(&self) -> (u64, u64) {
+    pub(super) fn used(&self) -> (u64, u64) {
         let used = |pool: &Pool| pool.used.load(Ordering::Relaxed);
         (used(&self.memory), used(&self.disk))
     }

@@ -21,6 +21,14 @@ pub struct LogitsRow {
     pub log_sum_exp: f32,
 }
 
+/// What a row said: enough to know it again.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Answered {
+    pub(super) pos: u32,
+    pub(super) token: u32,
+    pub(super) log_prob: f32,
+}
+
 /// What is wrong with a row. The tail's fault.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum BadRow {
@@ -43,6 +51,17 @@ pub enum BadRow {
     /// NaN, infinity, a token beyond the vocabulary, or pairs out of order.
     #[error("{0}")]
     Values(String),
+}
+
+impl Answered {
+    pub(super) fn of(row: &LogitsRow) -> Option<Self> {
+        let token = row.argmax()?;
+        Some(Self {
+            pos: row.pos,
+            token,
+            log_prob: row.log_prob(token)?,
+        })
+    }
 }
 
 impl LogitsRow {

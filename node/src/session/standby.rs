@@ -66,6 +66,19 @@ pub(super) fn standby_open(open: &Open, at: u8) -> Option<Open> {
     })
 }
 
+/// A stream to a peer that holds the session, and how much of it.
+pub(super) struct Fed {
+    pub(super) pipe: Pipe,
+    pub(super) sent: u32,
+}
+
+/// Goes on over such a stream: the peer is to keep no more than it has.
+pub(super) fn resume_at(open: &mut Open, fed: Option<Fed>) -> Option<Pipe> {
+    let Fed { pipe, sent } = fed?;
+    open.resume = open.resume.min(sent);
+    Some(pipe)
+}
+
 /// The side of a standby that feeds it.
 pub(super) struct Follower {
     to: Hop,
@@ -74,7 +87,7 @@ pub(super) struct Follower {
     content: Content,
     batch: u16,
     state: State,
-    /// Positions sent.
+    /// Positions sent; while it opens, those that it may keep.
     sent: u32,
     outbox: Outbox,
     heard: Instant,
@@ -91,12 +104,13 @@ impl Follower {
     /// Opens a standby with the message that [`standby_open`] made, over the stream there is or over a
     /// new one, by the deadline. It is driven by [`Follower::poll`].
     pub(super) fn open(
-        open: Open,
+        mut open: Open,
         batch: u16,
         content: Content,
         shape: Shape,
-        (current, dialer, deadline): (Option<Pipe>, Arc<dyn Dialer>, Instant),
+        (current, dialer, deadline): (Option<Fed>, Arc<dyn Dialer>, Instant),
     ) -> Option<Self> {
+        let current = resume_at(&mut open, current);
         let to = open.hops.get(usize::from(open.at))?.clone();
         let (session, epoch, hop) = (open.session, open.epoch, to.clone());
         let opening = async move {
@@ -110,7 +124,7 @@ impl Follower {
             content,
             batch: batch.clamp(1, ROWS_MAX),
             state: State::Opening(Box::pin(opening)),
-            sent: 0,
+            sent: u32::MAX,
             outbox: Outbox::default(),
             heard: Instant::now(),
             scratch: Vec::new(),
@@ -127,17 +141,21 @@ impl Follower {
         self.sent = self.sent.min(pos);
     }
 
-    /// The stream to it, to go on over.
-    pub(super) fn into_pipe(self) -> Option<Pipe> {
+    /// The stream to it, to go on over, and what it has of the session: what it was sent beyond that
+    /// may have been taken back since.
+    pub(super) fn into_stream(self) -> Option<Fed> {
         match self.state {
-            State::Following(pipe) => Some(pipe),
+            State::Following(pipe) => Some(Fed {
+                pipe,
+                sent: self.sent,
+            }),
             State::Opening(_) | State::Gone => None,
         }
     }
 
     /// Says goodbye, as far as the stream takes it at once.
     pub(super) fn dismiss(self) {
-        if let Some(mut pipe) = self.into_pipe() {
+        if let Some(Fed { mut pipe, .. }) = self.into_stream() {
             pipe.push(&Down::Close);
             let _ = pipe.poll_flush(&mut Context::from_waker(std::task::Waker::noop()));
         }
@@ -158,7 +176,8 @@ impl Follower {
             };
             let Next { pipe, held } = opened.map_err(|failure| failure.message)?;
             tracing::debug!(peer = %self.to.peer, layers = %self.to.layers, held, "a standby follows");
-            self.sent = held;
+            // It may hold what was taken back while it opened.
+            self.sent = self.sent.min(held);
             self.state = State::Following(pipe);
         }
         self.hear(cx)?;

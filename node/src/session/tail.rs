@@ -142,8 +142,8 @@ impl Pairing {
         ))
     }
 
-    #[cfg(test)]
-    fn len(&self) -> usize {
+    /// Halves that wait.
+    pub(super) fn len(&self) -> usize {
         self.lock().len()
     }
 }

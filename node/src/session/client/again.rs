@@ -9,7 +9,7 @@ use super::{Chunk, ClientSession, Frame};
 use crate::session::{
     limits::UP,
     open::Route,
-    standby::{Follower, Sent, standby_open},
+    standby::{Fed, Follower, Sent, standby_open},
     trace,
     wire::Pipe,
 };
@@ -19,25 +19,25 @@ pub(in crate::session) struct Again {
     pub(in crate::session) open: Open,
     pub(in crate::session) n_vocab: u32,
     /// The stream to the first hop, where there is one.
-    pub(in crate::session) current: Option<Pipe>,
+    pub(in crate::session) current: Option<Fed>,
     /// The stream to who stands by for it, where there is one.
-    pub(in crate::session) standby: Option<Pipe>,
+    pub(in crate::session) standby: Option<Fed>,
 }
 
 /// What was fed, as a standby of the first hop gets it.
-pub(super) struct Fed<'a> {
+pub(super) struct History<'a> {
     pub(super) tokens: &'a [u32],
     pub(super) frames: &'a [Frame],
 }
 
-impl Fed<'_> {
+impl History<'_> {
     fn at(&self, pos: u32) -> Option<&Frame> {
         let index = self.frames.partition_point(|frame| frame.pos0 < pos);
         self.frames.get(index).filter(|frame| frame.pos0 == pos)
     }
 }
 
-impl Sent for Fed<'_> {
+impl Sent for History<'_> {
     fn end(&self) -> u32 {
         self.frames.last().map_or(0, Frame::end)
     }
@@ -96,6 +96,7 @@ impl ClientSession {
             session: self.session,
             epoch: self.epoch,
             resume: self.resume(),
+            since: self.ran,
             client: me,
             model: self.model,
             n_ctx: self.n_ctx,
@@ -106,13 +107,14 @@ impl ClientSession {
             standing_by: false,
             trace: trace::current(),
         };
-        let (mut current, mut to_standby) = (same.then_some(up), None);
+        let sent = u32::MAX;
+        let (mut current, mut to_standby) = (same.then_some(Fed { pipe: up, sent }), None);
         if let Some(standby) = self.standby.take() {
             let again = standby_open(&open, 0).and_then(|open| open.hops.into_iter().next());
             if current.is_none() && route.hops.first().is_some_and(|hop| standby.feeds(hop)) {
-                current = standby.into_pipe();
+                current = standby.into_stream();
             } else if again.is_some_and(|hop| standby.feeds(&hop)) {
-                to_standby = standby.into_pipe();
+                to_standby = standby.into_stream();
             } else {
                 standby.dismiss();
             }
@@ -152,6 +154,7 @@ impl ClientSession {
         let resume = self.resume();
         (self.up, self.answers, self.route, self.epoch) = (up, answers, route, epoch);
         self.standby = standby;
+        self.ran = epoch;
         self.queue.clear();
         self.outbox.clear();
         self.asked.clear();

@@ -40,11 +40,16 @@ impl Relay {
         self.p.standby = standby;
     }
 
-    /// Waits for what is in the worker, keeps it, and goes back to where `open` resumes.
+    /// Waits for what is in the worker, keeps it, and goes back to where `open` resumes; to the very
+    /// beginning where what is held here may not be the session any more.
     ///
     /// # Errors
     /// The worker failed.
-    pub(in crate::session) async fn rewind(&mut self, open: Open) -> Result<(), Failure> {
+    pub(in crate::session) async fn rewind(
+        &mut self,
+        open: Open,
+        anew: bool,
+    ) -> Result<(), Failure> {
         poll_fn(|cx| {
             while !self.in_flight.is_empty() {
                 match self.poll_results(cx) {
@@ -58,8 +63,11 @@ impl Relay {
             Poll::Ready(Ok(()))
         })
         .await?;
-        self.p.ledger.reopen(open.epoch, open.resume);
-        self.p.retained.truncate(open.resume);
+        // Who missed what ran last may hold what was taken back meanwhile.
+        let anew = anew || self.p.open.epoch < open.since;
+        let keep = if anew { 0 } else { open.resume };
+        self.p.ledger.reopen(open.epoch, keep);
+        self.p.retained.truncate(keep);
         self.p.open = open;
         self.outbox.clear();
         self.to_ack.clear();

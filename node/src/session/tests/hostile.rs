@@ -37,6 +37,7 @@ fn open(swarm: &Swarm) -> Open {
         session: SESSION,
         epoch: Epoch(0),
         resume: 0,
+        since: Epoch(0),
         client: CLIENT,
         model: MODEL,
         n_ctx: N_CTX,

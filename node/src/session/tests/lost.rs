@@ -257,6 +257,7 @@ async fn nobody_takes_over_the_session_of_another() {
             session: session.id(),
             epoch,
             resume: 0,
+            since: Epoch(0),
             client: CLIENT,
             model: MODEL,
             n_ctx: session.n_ctx(),

@@ -6,6 +6,7 @@ mod faults;
 mod hostile;
 mod lost;
 mod middle;
+mod rewritten;
 mod standby;
 mod swarm;
 mod waiting;

@@ -109,40 +109,37 @@ async fn a_standby_takes_over_with_what_it_has() {
 #[tokio::test(start_paused = true)]
 async fn what_was_taken_back_is_taken_back_at_the_standby() {
     let _clock = Clock::start();
-    let mut swarm = Swarm::new(&CUTS);
-    let stand_in = swarm.stand_in(50, 4..9);
-    let switch = interpose(&swarm, 1);
-    let hops = swarm.route()[..3].to_vec();
-    let mut session = open(
-        &swarm,
-        &Route {
+    // Much that is new when the hop is lost, or less than a batch, of which the standby has heard nothing.
+    for (fed, decoded) in [(9, 6), (1, 0)] {
+        let mut swarm = Swarm::new(&CUTS);
+        let stand_in = swarm.stand_in(50, 4..9);
+        let switch = interpose(&swarm, 1);
+        let hops = swarm.route()[..3].to_vec();
+        let route = Route {
             hops: hops.clone(),
             standbys: standbys(&[(1, &stand_in)]),
-        },
-    )
-    .await;
-    let mut all = Vec::new();
-    decode(&mut session, &mut all, &prompt(40, 1), 14).await;
-    until_computed(&swarm, 3, 40 + 12).await;
-    session.truncate(30).unwrap();
-    all.truncate(30);
-    decode(&mut session, &mut all, &prompt(9, 5), 6).await;
-    switch.send(Mode::Cut).unwrap();
-    let mut again = hops;
-    again[1] = stand_in;
-    let mut routes = vec![again.into()];
-    let next = reference().expected(&all);
-    all.push(next);
-    let _ = session.feed(&[next], TOP1).await;
-    decode_over(&swarm, &mut session, &mut all, 6, &mut routes).await;
-    assert!(routes.is_empty());
-    let before = swarm.nodes[3].worker.stats().rows;
-    assert!(
-        before < 40 + 14 + 9 + 6 + 20,
-        "it began again: {before} rows"
-    );
-    session.close().await;
-    swarm.assert_empty().await;
+        };
+        let mut session = open(&swarm, &route).await;
+        let mut all = Vec::new();
+        decode(&mut session, &mut all, &prompt(40, 1), 14).await;
+        until_computed(&swarm, 3, 40 + 12).await;
+        session.truncate(45).unwrap();
+        all.truncate(45);
+        decode(&mut session, &mut all, &prompt(fed, 5), decoded).await;
+        switch.send(Mode::Cut).unwrap();
+        let mut again = hops;
+        again[1] = stand_in;
+        let next = reference().expected(&all);
+        all.push(next);
+        let _ = session.feed(&[next], TOP1).await;
+        let mut routes = vec![again.into()];
+        decode_over(&swarm, &mut session, &mut all, 6, &mut routes).await;
+        assert!(routes.is_empty());
+        let rows = swarm.nodes[3].worker.stats().rows;
+        assert!(rows < 54 + 9 + 6 + 20, "it began again: {rows} rows");
+        session.close().await;
+        swarm.assert_empty().await;
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -168,6 +165,42 @@ async fn a_standby_that_fails_is_in_nobodys_way() {
         session.close().await;
         swarm.assert_empty().await;
     }
+}
+
+/// It missed what was taken back, and what it holds is of no use when it is needed after all.
+#[tokio::test(start_paused = true)]
+async fn a_standby_that_was_cut_off_begins_anew() {
+    let _clock = Clock::start();
+    let mut swarm = Swarm::new(&CUTS);
+    let stand_in = swarm.stand_in(50, 4..9);
+    let (switch, off) = (interpose(&swarm, 1), interpose(&swarm, 3));
+    let hops = swarm.route()[..3].to_vec();
+    let mut session = open(
+        &swarm,
+        &Route {
+            hops: hops.clone(),
+            standbys: standbys(&[(1, &stand_in)]),
+        },
+    )
+    .await;
+    let mut all = Vec::new();
+    decode(&mut session, &mut all, &prompt(40, 1), 14).await;
+    until_computed(&swarm, 3, 40 + 12).await;
+    off.send(Mode::Cut).unwrap();
+    session.truncate(20).unwrap();
+    all.truncate(20);
+    decode(&mut session, &mut all, &prompt(30, 2), 6).await;
+    off.send(Mode::Pass).unwrap();
+    switch.send(Mode::Cut).unwrap();
+    let mut again = hops;
+    again[1] = stand_in;
+    let next = reference().expected(&all);
+    all.push(next);
+    let _ = session.feed(&[next], TOP1).await;
+    let mut routes = vec![again.into()];
+    decode_over(&swarm, &mut session, &mut all, 6, &mut routes).await;
+    assert!(routes.is_empty());
+    session.close().await;
 }
 
 /// A standby goes on standing by when another hop is lost, and may be the next to be needed.

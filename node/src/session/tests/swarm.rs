@@ -96,6 +96,7 @@ impl Wires {
             me: from,
             dialer: self.dialer(from),
             deadlines,
+            random: crate::Random::of_system(),
         }
     }
 }

@@ -1,0 +1,352 @@
+//! From what is known of the swarm to a session: plans a route, opens it, and gives what is needed to
+//! do so again when a hop is lost.
+//!
+//! ```text
+//! View (adverts, round trips) ─▶ plan ─▶ Opener ─▶ Session (recovery), which plans again
+//! ```
+//!
+//! It names no network: `Net` is one view and one dialler, a simulated swarm another.
+
+use std::{sync::Arc, time::Duration};
+
+use gguf::TensorType;
+use shard_registry::{
+    Manifest, Snapshot,
+    route::{Query, plan, spread, standbys},
+};
+use swarm_proto::{
+    Advert, Dtype, Hop, LayerRange, ModelId, Peer, Standby, Standbys, session::STANDBYS_MAX,
+};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
+
+use crate::{
+    net::Net,
+    recovery::Session,
+    session::{ClientError, Kind, Opener, Route},
+};
+
+/// Gossip may still be on its way when a first plan finds a gap: planning waits this long for it.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How much dearer a peer's compute may be drawn, so that clients with the same view spread.
+const JITTER: f32 = 0.3;
+
+/// Rows decoded one by one that a standby gets at once: it is at most so many steps behind, and reads its
+/// weights once for all of them.
+const STANDBY_BATCH: u16 = 16;
+
+/// More than every layer of any model takes for the longest context.
+const FREE_CELLS_IDLE: u64 = 1 << 48;
+
+/// What a client knows of the swarm.
+pub trait View: Send + Sync + 'static {
+    /// Everything known to be alive, for planning.
+    fn adverts(&self) -> Snapshot;
+
+    /// Changes whenever the adverts do.
+    fn changes(&self) -> watch::Receiver<u64>;
+
+    /// The round trips measured from here.
+    fn rtts(&self) -> Vec<(Peer, Duration)>;
+}
+
+impl View for Net {
+    fn adverts(&self) -> Snapshot {
+        Net::adverts(self).snapshot()
+    }
+
+    fn changes(&self) -> watch::Receiver<u64> {
+        Net::adverts(self).changes()
+    }
+
+    fn rtts(&self) -> Vec<(Peer, Duration)> {
+        Net::rtts(self)
+    }
+}
+
+/// Whom the hidden states may pass, from which a prompt can be reconstructed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Privacy {
+    /// Any peer of the swarm.
+    #[default]
+    Open,
+    /// Only these peers.
+    Trusted(Vec<Peer>),
+}
+
+impl std::fmt::Display for Privacy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Privacy::Open => "open",
+            Privacy::Trusted(_) => "trusted",
+        })
+    }
+}
+
+/// What kind of session to open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SessionSpec {
+    /// The model.
+    pub model: ModelId,
+    /// Its layers, from the manifest: adverts are not believed on this.
+    pub n_layer: u16,
+    /// Numbers in a hidden row, from the manifest.
+    pub n_embd: u32,
+    /// Floats in a logits row.
+    pub n_vocab: u32,
+    /// Positions that the session must hold.
+    pub n_ctx: u32,
+    /// How hidden states travel between hops.
+    pub dtype: Dtype,
+    /// Peers not to use.
+    pub avoid: Vec<Peer>,
+    /// Whether other holders of the hops' layers are fed along, to take over at once.
+    pub standby: bool,
+    /// Decoded rows that a standby may compute as one step: the kernels of the model's types give them
+    /// the same bits.
+    pub batch: u16,
+}
+
+impl SessionSpec {
+    /// A session of `n_ctx` positions with exact hidden states.
+    pub fn new(model: ModelId, manifest: &Manifest, n_ctx: u32) -> Self {
+        Self {
+            model,
+            n_layer: manifest.n_layer,
+            n_embd: manifest.n_embd,
+            n_vocab: manifest.n_vocab,
+            n_ctx,
+            dtype: Dtype::F32,
+            avoid: Vec::new(),
+            standby: true,
+            batch: if batches_are_exact(manifest) {
+                STANDBY_BATCH
+            } else {
+                1
+            },
+        }
+    }
+}
+
+/// Whether rows have the same bits in a batch and one by one, with the kernels of this build: seen for
+/// these types, in frames of less than 64 rows; not for the K quants.
+fn batches_are_exact(manifest: &Manifest) -> bool {
+    manifest
+        .tensors
+        .iter()
+        .all(|t| matches!(t.ty, TensorType::F32 | TensorType::Q8_0 | TensorType::Q4_0))
+}
+
+/// Plans routes and opens sessions along them; clones share the view.
+#[derive(Clone)]
+pub struct Routes {
+    view: Arc<dyn View>,
+    privacy: Privacy,
+    opener: Opener,
+}
+
+impl Routes {
+    /// Routes over what `view` knows, opened by `opener`.
+    pub fn new(view: Arc<dyn View>, privacy: Privacy, opener: Opener) -> Self {
+        Self {
+            view,
+            privacy,
+            opener,
+        }
+    }
+
+    pub(crate) fn view(&self) -> &dyn View {
+        &*self.view
+    }
+
+    pub(crate) fn privacy(&self) -> &Privacy {
+        &self.privacy
+    }
+
+    pub(crate) fn opener(&self) -> &Opener {
+        &self.opener
+    }
+
+    /// As [`crate::Client::open_waiting`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn open_waiting(
+        &self,
+        spec: &SessionSpec,
+        patience: Duration,
+        busy: impl FnOnce(&[LayerRange]),
+    ) -> Result<Session, ClientError> {
+        self.wait_for_route(spec).await;
+        let seed = self.opener.random.u64();
+        let kind = Kind {
+            model: spec.model,
+            n_ctx: spec.n_ctx,
+            dtype: spec.dtype,
+            n_vocab: spec.n_vocab,
+        };
+        let opened = self
+            .opener
+            .open_waiting(
+                kind,
+                patience,
+                |avoid| {
+                    let hops = self.plan(spec, avoid, seed)?;
+                    let standbys = self.standbys(spec, &hops, avoid, &Route::default());
+                    Ok(Route { hops, standbys })
+                },
+                busy,
+            )
+            .await?;
+        Ok(Session::new(self.clone(), spec.clone(), opened))
+    }
+
+    /// The route that would be taken now, without the peers to avoid. Where the adverts
+    /// leave none with room, one as if all had: adverts are some seconds old, and hops say it themselves.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn plan(
+        &self,
+        spec: &SessionSpec,
+        avoid: &[Peer],
+        seed: u64,
+    ) -> Result<Vec<Hop>, ClientError> {
+        self.plan_in(&self.view.adverts(), spec, avoid, seed)
+    }
+
+    pub(crate) fn plan_in(
+        &self,
+        snapshot: &Snapshot,
+        spec: &SessionSpec,
+        avoid: &[Peer],
+        seed: u64,
+    ) -> Result<Vec<Hop>, ClientError> {
+        let avoid: Vec<Peer> = spec.avoid.iter().chain(avoid).copied().collect();
+        let rtts = self.rtts();
+        let query = Query {
+            jitter: JITTER,
+            seed,
+            ..self.query(spec, &avoid, &rtts)
+        };
+        let planned = match spread(snapshot, &query) {
+            Err(none) if !none.full.is_empty() => spread(&idle(snapshot), &query),
+            planned => planned,
+        };
+        match planned {
+            Ok(route) => Ok(route.hops),
+            Err(none) => Err(self
+                .untrusted(snapshot, &query)
+                .unwrap_or(ClientError::NoRoute(none))),
+        }
+    }
+
+    /// Who stands by on a route, as far as there is somebody; who did so `before` goes on.
+    pub(crate) fn standbys(
+        &self,
+        spec: &SessionSpec,
+        hops: &[Hop],
+        avoid: &[Peer],
+        before: &Route,
+    ) -> Standbys {
+        if !spec.standby {
+            return Standbys::default();
+        }
+        let avoid: Vec<Peer> = spec.avoid.iter().chain(avoid).copied().collect();
+        let rtts = self.rtts();
+        let query = self.query(spec, &avoid, &rtts);
+        let found = standbys(&self.view.adverts(), &query, hops);
+        let on_the_route = hops.iter().map(|hop| hop.peer);
+        let mut taken: Vec<Peer> = on_the_route.chain(avoid.iter().copied()).collect();
+        let mut peers = Vec::new();
+        for ((at, hop), found) in (0u8..).zip(hops).zip(found) {
+            let mut candidates = before.standby_for(hop.layers).into_iter().chain(found);
+            let free = candidates.find(|hop| !taken.contains(&hop.peer));
+            if let Some(Hop { peer, addrs, .. }) = free {
+                taken.push(peer);
+                peers.push(Standby { at, peer, addrs });
+            }
+        }
+        peers.truncate(STANDBYS_MAX);
+        Standbys {
+            peers,
+            batch: spec.batch,
+        }
+    }
+
+    fn rtts(&self) -> Vec<(Peer, u32)> {
+        let micros = |d: Duration| u32::try_from(d.as_micros()).unwrap_or(u32::MAX);
+        let rtts = self.view.rtts().into_iter();
+        rtts.map(|(peer, rtt)| (peer, micros(rtt))).collect()
+    }
+
+    fn query<'a>(
+        &'a self,
+        spec: &SessionSpec,
+        avoid: &'a [Peer],
+        rtts: &'a [(Peer, u32)],
+    ) -> Query<'a> {
+        Query {
+            frame_bytes: spec.dtype.row_len(spec.n_embd) as u64,
+            n_ctx: spec.n_ctx,
+            avoid,
+            allow: match &self.privacy {
+                Privacy::Open => None,
+                Privacy::Trusted(list) => Some(list),
+            },
+            rtts,
+            ..Query::new(spec.model, spec.n_layer)
+        }
+    }
+
+    /// The list is what is missing: everybody together could do it.
+    fn untrusted(&self, snapshot: &Snapshot, query: &Query<'_>) -> Option<ClientError> {
+        let Privacy::Trusted(list) = &self.privacy else {
+            return None;
+        };
+        let all = Query {
+            allow: None,
+            ..query.clone()
+        };
+        let missing = plan(snapshot, query).err()?.missing;
+        plan(snapshot, &all).ok()?;
+        let holds = |a: &Advert| -> Vec<LayerRange> {
+            let of_model = a.models.iter().filter(|m| m.model == query.model);
+            of_model.flat_map(|m| m.live.iter().copied()).collect()
+        };
+        let meets = |a: &LayerRange| missing.iter().any(|b| a.start < b.end && b.start < a.end);
+        let others = snapshot
+            .adverts
+            .iter()
+            .filter(|a| !list.contains(&a.peer))
+            .map(|a| (a.peer, holds(a)))
+            .filter(|(_, layers)| layers.iter().any(meets))
+            .collect();
+        Some(ClientError::Untrusted { missing, others })
+    }
+
+    async fn wait_for_route(&self, spec: &SessionSpec) {
+        let deadline = Instant::now() + PATIENCE;
+        let mut changes = self.view.changes();
+        while self.plan(spec, &[], 0).is_err() {
+            match timeout_at(deadline, changes.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => return,
+            }
+        }
+    }
+}
+
+/// The same peers, with room for any session.
+fn idle(snapshot: &Snapshot) -> Snapshot {
+    let idle = |advert: &Arc<Advert>| {
+        let mut advert = Advert::clone(advert);
+        for model in &mut advert.models {
+            model.free_cells = FREE_CELLS_IDLE;
+        }
+        Arc::new(advert)
+    };
+    Snapshot::new(snapshot.adverts.iter().map(idle).collect())
+}
