@@ -21,8 +21,10 @@ use crate::{
 
 /// How long a session waits, without any progress, for a route to come back.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long a peer that failed is not asked again; twice as long each further time.
-const SHUNNED: Duration = Duration::from_secs(10);
+/// How long a peer that failed is not asked again while others are left; twice as long each further
+/// time. As long as the advert of one that died is believed: with less, a search among many that died
+/// together comes back to the first before it has seen the last.
+const SHUNNED: Duration = Duration::from_secs(40);
 /// Routes are planned so often while none works: what was shunned may be tried again.
 const RETRY: Duration = Duration::from_millis(500);
 /// A hop that says of so many different neighbours that they are lost is not believed any more.

@@ -55,6 +55,8 @@ pub use seeds::{Stuck, Summary, run_seeds, stalls_ms};
 const MODEL: ModelId = ModelId(Hash([7; 32]));
 /// Who was well for so long and has room can be used; a request that ends without is wrong to do so.
 const WELL: Duration = Duration::from_secs(15);
+/// Longer than who waits for room pauses between two looks.
+const ROOM: Duration = Duration::from_secs(5);
 /// Longer than the longest lease: after it nothing may be held any more.
 const EMPTY_AFTER: Duration = Duration::from_secs(700);
 
@@ -300,7 +302,7 @@ impl World {
         let client = &self.clients[number];
         let usable = |node: &&Arc<Node>| {
             node.is_alive()
-                && node.has_room()
+                && node.has_room(ROOM)
                 && self.faults.is_well(node.number, WELL)
                 && client.knows(&self.network.peer(node.number))
         };

@@ -10,7 +10,7 @@ use node::session::{Served, SessionLimits, Sessions};
 use swarm_proto::{Advert, LayerRange, Measured, ModelAdvert};
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::dice::Dice;
 use super::log::{Log, lock};
@@ -43,6 +43,8 @@ pub(super) struct Node {
     running: Mutex<Option<Running>>,
     /// What ran here before it died.
     gone: Mutex<Vec<Sessions>>,
+    /// Since when it has had room for one more session.
+    room: Mutex<Option<Instant>>,
     /// Its stage does not get any time.
     frozen: watch::Sender<bool>,
 }
@@ -69,6 +71,7 @@ impl Node {
             network,
             running: Mutex::default(),
             gone: Mutex::default(),
+            room: Mutex::new(Some(Instant::now())),
             frozen: watch::Sender::new(false),
         });
         node.start();
@@ -139,12 +142,19 @@ impl Node {
         taken.into_iter().for_each(|slot| worker.close(slot));
     }
 
-    /// Whether one more session finds its place here, with KV for all its layers.
-    pub(super) fn has_room(&self) -> bool {
-        lock(&self.running).as_ref().is_some_and(|running| {
+    /// Whether one more session finds its place here, with KV for all its layers, and has for so long.
+    pub(super) fn has_room(&self, long: Duration) -> bool {
+        self.look_for_room();
+        lock(&self.room).is_some_and(|since| since.elapsed() >= long)
+    }
+
+    fn look_for_room(&self) {
+        let room = lock(&self.running).as_ref().is_some_and(|running| {
             running.worker.stats().free_cells >= u64::from(self.model.n_ctx)
                 && running.sessions.count() < self.spec.limits.sessions_max
-        })
+        });
+        let mut since = lock(&self.room);
+        *since = room.then(|| since.unwrap_or_else(Instant::now));
     }
 
     /// What it says of itself; nothing when it is dead.
@@ -188,6 +198,7 @@ impl Node {
 
     /// Holds what sessions hold against what was granted to them.
     pub(super) fn check_budgets(&self) {
+        self.look_for_room();
         let running = lock(&self.running);
         let Some(Running {
             sessions, worker, ..
