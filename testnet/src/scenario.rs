@@ -8,12 +8,12 @@ use anyhow::{Context, Result};
 use testnet::client::{Answer, Ask, Hop};
 use testnet::facts::Facts;
 use testnet::picture::Scene;
-use testnet::plan::spans;
+use testnet::plan::{copies, spans};
 use testnet::report::{Report, seconds};
 use testnet::screen::Screen;
 use testnet::swarm::{Node, NodeSpec, StartPlan, Swarm, check_spans};
 
-use crate::Args;
+use crate::{Args, chaos};
 
 /// Nodes that start at the same time once every layer is held: more wait for each other on few cores.
 const STARTS_AT_ONCE: usize = 4;
@@ -25,7 +25,7 @@ const COVERED_TIMEOUT: Duration = Duration::from_secs(60);
 const BASE_TIMEOUT: Duration = Duration::from_secs(120);
 const TIMEOUT_PER_GB: Duration = Duration::from_secs(60);
 
-/// Plays the whole scenario; says whether the swarm's text is that of the whole model.
+/// Plays the whole scenario; says whether the swarm's text is that of the whole model, and stayed so when nodes failed.
 ///
 /// # Errors
 /// When anything but the comparison fails.
@@ -50,18 +50,18 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
         model: model.clone(),
         prompt: args.prompt.clone(),
         tokens: args.tokens,
-        n: args.n_predict,
+        n: args.n_predict(),
     };
     screen.lines(&format!(
         "\nasking for {} tokens, always the likeliest one, after: {}\n",
-        args.n_predict, args.prompt
+        ask.n, args.prompt
     ));
     let Answers {
         answer,
         whole,
         rss_bytes,
     } = ask_both(&ask, swarm, screen, limit).await?;
-    let report = Report {
+    let mut report = Report {
         nodes: swarm.nodes().len(),
         covered: true,
         model: args.model.clone(),
@@ -76,27 +76,40 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
         same_as_whole: answer.same(&whole),
         hops: answer.route.len(),
         route_nodes: numbers(swarm, &answer.route),
-        route: answer.route,
+        route: answer.route.clone(),
         prompt: args.prompt.clone(),
-        text: answer.text,
+        text: answer.text.clone(),
         ttft_ms: answer.ttft_ms,
         tokens_per_s: answer.tokens_per_s,
         start_s,
         total_s: seconds(began.elapsed()),
         rss_bytes,
+        chaos: None,
     };
     screen.lines(&report.lines().join("\n"));
     if !report.same_as_whole {
         screen.lines(&format!("\nthe whole model says:\n{}", indent(&whole.text)));
     }
+    if let Some(kinds) = &args.chaos {
+        let plan = chaos::Plan {
+            kinds: &kinds.0,
+            faults: args.faults,
+            seed: args.seed,
+            limit,
+        };
+        let tally = chaos::play(&plan, &ask, &answer, swarm, screen).await?;
+        screen.lines(&tally.lines().join("\n"));
+        report.chaos = Some(tally);
+        report.total_s = seconds(began.elapsed());
+    }
     if let Some(path) = &args.report {
         write(&report, path)?;
         screen.lines(&format!("  figures           {}", path.display()));
     }
-    if !args.keep {
+    if !args.keep && args.chaos.is_none() {
         screen.lines("  to talk to such a swarm yourself: --keep leaves it running");
     }
-    Ok(report.same_as_whole)
+    Ok(report.held())
 }
 
 /// What the swarm said, and what the whole model says.
@@ -132,10 +145,18 @@ async fn ask_both(
 }
 
 fn introduce(args: &Args, facts: &Facts, swarm: &Swarm, screen: &mut Screen) {
+    let how = if args.chaos.is_some() {
+        format!(
+            "each layer on {} of them or more, everything towards a node passes a relay,",
+            args.nodes() / 3
+        )
+    } else {
+        "each takes layers that few hold, as many as fit the memory it drew".to_owned()
+    };
     screen.lines(&format!(
         "{} nodes on this machine, swarm {}, model {} ({} layers, {:.1} MB)\n\
-         each takes layers that few hold, as many as fit the memory it drew with --seed {}\n",
-        args.nodes,
+         {how} with --seed {}\n",
+        args.nodes(),
         swarm.id(),
         args.model,
         facts.n_layer,
@@ -194,19 +215,14 @@ async fn start_nodes(
     screen: &mut Screen,
     limit: Duration,
 ) -> Result<()> {
-    let specs: Vec<NodeSpec> = spans(facts.n_layer, args.nodes, args.seed)
-        .into_iter()
-        .map(|span| {
-            NodeSpec::new([
-                "--model",
-                model,
-                "--memory",
-                &facts.budget(span).to_string(),
-            ])
-        })
-        .collect();
+    let specs = specs(args, model, facts);
     let plan = StartPlan {
-        n_layer: facts.n_layer,
+        // Nodes that are told their layers need not wait for each other's choice.
+        n_layer: if args.chaos.is_some() {
+            0
+        } else {
+            facts.n_layer
+        },
         at_once: STARTS_AT_ONCE,
         ready_timeout: limit,
         seed: args.seed,
@@ -246,7 +262,34 @@ async fn start_nodes(
         };
         screen.lines(&scene.draw(screen.width())[1..].join("\n"));
     }
+    if args.chaos.is_some() {
+        return Ok(());
+    }
     check_spans(&spans, facts.n_layer)
+}
+
+/// A node for each: left to choose its layers, or told them where some are going to fail.
+fn specs(args: &Args, model: &str, facts: &Facts) -> Vec<NodeSpec> {
+    let spec = |span: u32, layers: Option<String>| {
+        let memory = facts.budget(span).to_string();
+        let flags = ["--model", model, "--memory", &memory].map(str::to_owned);
+        let layers = layers.map(|layers| ["--layers".to_owned(), layers]);
+        NodeSpec::new(flags.into_iter().chain(layers.into_iter().flatten()))
+    };
+    let (n_layer, nodes) = (facts.n_layer, args.nodes());
+    if args.chaos.is_none() {
+        let spans = spans(n_layer, nodes, args.seed).into_iter();
+        return spans.map(|span| spec(span, None)).collect();
+    }
+    let copies = copies(n_layer, nodes, args.seed).into_iter();
+    copies
+        .map(|layers| {
+            spec(
+                layers.end - layers.start,
+                Some(format!("{}..{}", layers.start, layers.end)),
+            )
+        })
+        .collect()
 }
 
 /// A file's path from the root, as processes with other working folders need it; a name stays a name.
