@@ -22,6 +22,9 @@ use tokio::time::sleep;
 /// With fewer tokens a fault would come after the answer.
 const TOKENS_MIN: usize = 16;
 
+/// A stall that is told of by itself.
+const WORTH_A_LINE_MS: f64 = 2000.0;
+
 /// What is to happen.
 pub struct Plan<'a> {
     /// These kinds, one after the other.
@@ -64,8 +67,8 @@ pub async fn play(
             let what = format!("{} {} of {}", kind.name(), number + 1, plan.faults);
             let run = disturbed(&fault, plan, ask, calm, swarm);
             let outcome = screen.wait_for(&what, run).await.context(what.clone())?;
-            if !outcome.held() {
-                screen.lines(&format!("  {what}: {}", explain(&outcome)));
+            if !outcome.held() || outcome.stall_ms > WORTH_A_LINE_MS {
+                screen.lines(&format!("  {what}, {}", explain(&fault, &outcome)));
             }
             outcomes.push((kind, outcome));
         }
@@ -75,14 +78,28 @@ pub async fn play(
     Ok(Tally::new(&outcomes, undisturbed))
 }
 
-fn explain(outcome: &Outcome) -> String {
-    match &outcome.failed {
-        Some(why) => why.clone(),
-        None => format!(
+/// What a person wants to know of a run that went badly.
+fn explain(fault: &Fault, outcome: &Outcome) -> String {
+    let (token, harm) = (fault.token, fault.beats.first().map(|beat| beat.harm));
+    let what = match (&outcome.failed, outcome.held()) {
+        (Some(why), _) => why.clone(),
+        (None, true) => format!("{:.0} ms without a token", outcome.stall_ms),
+        (None, false) => format!(
             "{} tokens lost, {} changed, {} doubled",
             outcome.lost, outcome.changed, outcome.doubled
         ),
-    }
+    };
+    let gone = outcome.recoveries.iter();
+    let gone = gone.map(|loss| {
+        format!(
+            "\n      {} (new route after {:.0} ms)",
+            loss.lost, loss.took_ms
+        )
+    });
+    format!(
+        "{harm:?} at token {token}: {what}{}",
+        gone.collect::<String>()
+    )
 }
 
 /// What a client saw of an answer.
@@ -140,7 +157,7 @@ async fn disturbed(
     outcome.stall_ms = stall_ms(&seen.at_ms, fault.token);
     match (ran, seen.end) {
         (Ok(()), Some(answer)) => {
-            outcome.recoveries = answer.recoveries.len();
+            outcome.recoveries = answer.recoveries;
             // Tokens were compared as they came; the text is what a person has.
             if answer.text != calm.text && outcome.held() {
                 outcome.changed = 1;

@@ -56,7 +56,7 @@ pub struct Answer {
 }
 
 /// A loss of a hop that a run got over.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 pub struct Recovery {
     /// What was lost, in words.
     pub lost: String,

@@ -3,6 +3,7 @@
 
 use serde::Serialize;
 
+use crate::client::Recovery;
 use crate::faults::Kind;
 
 /// What came of one run with a fault.
@@ -15,7 +16,7 @@ pub struct Outcome {
     /// Tokens that came and are not in the undisturbed answer.
     pub doubled: usize,
     /// Routes that were replaced.
-    pub recoveries: usize,
+    pub recoveries: Vec<Recovery>,
     /// The longest time without a token from the fault on.
     pub stall_ms: f64,
     /// Why there is no whole answer.
@@ -78,7 +79,7 @@ impl Figures {
         let mut stalls = Vec::new();
         for outcome in outcomes {
             figures.faults += 1;
-            figures.recoveries += outcome.recoveries;
+            figures.recoveries += outcome.recoveries.len();
             figures.tokens_lost += outcome.lost;
             figures.tokens_changed += outcome.changed;
             figures.tokens_doubled += outcome.doubled;
@@ -227,7 +228,7 @@ mod tests {
     fn figures_add_up_by_kind_and_in_all() {
         let outcome = |stall_ms| Outcome {
             stall_ms,
-            recoveries: 1,
+            recoveries: vec![Recovery::default()],
             ..Outcome::default()
         };
         let mut outcomes: Vec<_> = (1..=3)
@@ -236,7 +237,7 @@ mod tests {
         outcomes.push((
             Kind::Slow,
             Outcome {
-                recoveries: 0,
+                recoveries: Vec::new(),
                 ..outcome(9.0)
             },
         ));
