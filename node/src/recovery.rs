@@ -195,7 +195,11 @@ impl Session {
                     Err(error) if !error.is_recoverable() => return Err(error),
                     Err(error) => {
                         tracing::info!(%error, "another route failed to open");
-                        self.shunned.blame(&error, &route, Instant::now());
+                        if !self.shunned.blame(&error, &route, Instant::now()) {
+                            // The same route would be planned at once, and fail again.
+                            let until = Instant::now() + RETRY;
+                            let _ = timeout_at(until.min(deadline), changes.changed()).await;
+                        }
                         error
                     }
                 },
@@ -265,18 +269,18 @@ struct Shunned {
 }
 
 impl Shunned {
-    /// Notes who is to be avoided after this failure on this route.
-    fn blame(&mut self, error: &ClientError, route: &[Hop], now: Instant) {
+    /// Notes who is to be avoided after this failure on this route; false where it is nobody's fault.
+    fn blame(&mut self, error: &ClientError, route: &[Hop], now: Instant) -> bool {
         let Some(culprit) = error.culprit(route) else {
-            return;
+            return false;
         };
         self.shun(culprit, now);
         let ClientError::Hop { hop, failure } = error else {
-            return;
+            return true;
         };
         let reporter = hop.at.checked_sub(1).and_then(|at| route.get(at));
         let Some(reporter) = reporter.filter(|_| failure.fault == Fault::Peer) else {
-            return;
+            return true;
         };
         let accused = self.accused.entry(reporter.peer).or_default();
         if !accused.contains(&culprit) {
@@ -286,6 +290,7 @@ impl Shunned {
         if accused.len() > ACCUSED_MAX {
             self.shun(reporter.peer, now);
         }
+        true
     }
 
     fn shun(&mut self, peer: Peer, now: Instant) {

@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use swarm_proto::{Failure, FailureCode, Fault, Open, Peer, SessionId};
+use swarm_proto::{Failure, FailureCode, Fault, LayerRange, Open, Peer, SessionId};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until, timeout},
@@ -40,8 +40,15 @@ pub(super) struct Comeback {
     pub(super) up: Pipe,
 }
 
-/// Whose session: the client, and the number it drew.
-type Key = (Peer, SessionId);
+/// Whose session, the client and the number it drew, and the layers that are held of it: a route may use a peer for
+/// two spans, and a peer that is to hold other layers than before begins empty.
+type Key = (Peer, SessionId, Option<LayerRange>);
+
+/// What this opening asks for.
+pub(super) fn key(open: &Open) -> Key {
+    let hop = open.hops.get(usize::from(open.at));
+    (open.client, open.session, hop.map(|hop| hop.layers))
+}
 
 /// Where openings of sessions that are held here are handed over.
 #[derive(Clone, Default)]
@@ -65,7 +72,8 @@ impl Desks {
     }
 
     /// Hands an opening to the task that holds its session; gives it back where there is none.
-    pub(super) fn hand_over(&self, key: Key, from: Peer, open: Open, up: Pipe) -> Option<Comeback> {
+    pub(super) fn hand_over(&self, from: Peer, open: Open, up: Pipe) -> Option<Comeback> {
+        let key = key(&open);
         let come = Comeback { from, open, up };
         let Some(to) = self.lock().get(&key).cloned() else {
             return Some(come);
@@ -289,8 +297,7 @@ impl Held {
             ours.n_ctx,
             ours.dtype,
         );
-        let layers = |open: &Open| open.hops.get(usize::from(open.at)).map(|hop| hop.layers);
-        if !same || layers(open) != layers(ours) {
+        if !same || key(open) != key(ours) {
             let message = "it is held here for another client, model, context, dtype or layers";
             return wrong(FailureCode::WrongSession, message.into());
         }

@@ -33,7 +33,7 @@ use super::{
     chain::{Shape, open_next},
     config::SessionLimits,
     failure::{fail, is_goodbye},
-    held::{Comeback, Desks, Held},
+    held::{self, Comeback, Desks, Held},
     ledger::Ledger,
     limits::{ATTACH, OPEN},
     relay::{Below, End, Parts, Relay},
@@ -281,8 +281,7 @@ impl Shared {
             Ok(Ok(None) | Err(_)) | Err(_) => return,
         };
         // A session that is held here goes on in its own task.
-        let key = (open.client, open.session);
-        let Some(Comeback { from, open, up }) = self.desks.hand_over(key, from, open, up) else {
+        let Some(Comeback { from, open, up }) = self.desks.hand_over(from, open, up) else {
             return;
         };
         let span = trace::session_span(&open);
@@ -339,7 +338,7 @@ impl Shared {
             return Err(None);
         };
         let lease = self.lease(from, open)?;
-        let (desk, comebacks) = self.desks.take((open.client, open.session));
+        let (desk, comebacks) = self.desks.take(held::key(open));
         let (slot, chain) = {
             let both = async {
                 tokio::try_join!(
