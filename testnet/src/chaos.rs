@@ -80,7 +80,6 @@ pub async fn play(
 
 /// What a person wants to know of a run that went badly.
 fn explain(fault: &Fault, outcome: &Outcome) -> String {
-    let (token, harm) = (fault.token, fault.beats.first().map(|beat| beat.harm));
     let what = match (&outcome.failed, outcome.held()) {
         (Some(why), _) => why.clone(),
         (None, true) => format!("{:.0} ms without a token", outcome.stall_ms),
@@ -96,10 +95,7 @@ fn explain(fault: &Fault, outcome: &Outcome) -> String {
             loss.lost, loss.took_ms
         )
     });
-    format!(
-        "{harm:?} at token {token}: {what}{}",
-        gone.collect::<String>()
-    )
+    format!("{fault}: {what}{}", gone.collect::<String>())
 }
 
 /// What a client saw of an answer.

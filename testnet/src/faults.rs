@@ -134,6 +134,33 @@ impl Fault {
     }
 }
 
+impl std::fmt::Display for Fault {
+    /// `at token 7 frozen for 1200 ms`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "at token {}", self.token)?;
+        let Some(beat) = self.beats.first() else {
+            return Ok(());
+        };
+        let lasts = format!("for {} ms", beat.lasts.as_millis());
+        match beat.harm {
+            Harm::Kill => write!(f, " killed")?,
+            Harm::Freeze => write!(f, " frozen {lasts}")?,
+            Harm::Reset => write!(f, " its connections broken")?,
+            Harm::Links(Links { from, to }) if from == to => {
+                write!(f, " {from} both ways {lasts}")?
+            }
+            Harm::Links(Links { from, to }) if to == Link::default() => {
+                write!(f, " {from} on the way out {lasts}")?;
+            }
+            Harm::Links(Links { to, .. }) => write!(f, " {to} on the way in {lasts}")?,
+        }
+        if self.beats.len() > 1 {
+            write!(f, ", again and again")?;
+        }
+        Ok(())
+    }
+}
+
 fn beats(kind: Kind, seeded: &mut Seeded) -> Vec<Beat> {
     let harm = match kind {
         Kind::Flap => return flaps(seeded),
@@ -246,6 +273,29 @@ mod tests {
         assert!(first.iter().all(|fault| fault.token < 80), "{first:?}");
         let hops: Vec<u64> = first.iter().map(|fault| fault.hop % 3).collect();
         assert!((0..3).all(|hop| hops.contains(&hop)), "{hops:?}");
+    }
+
+    #[test]
+    fn a_fault_is_told_in_words() {
+        let said = |kind| -> Vec<String> {
+            let faults = (0..20).map(move |number| Fault::draw(kind, number, 160, 1));
+            faults.map(|fault| fault.to_string()).collect()
+        };
+        for (kind, part) in [
+            (Kind::Kill, " killed"),
+            (Kind::Freeze, " frozen for "),
+            (Kind::Partition, " cut on the way in for "),
+            (Kind::Partition, " cut both ways for "),
+            (Kind::Slow, " bytes/s both ways"),
+            (Kind::Corrupt, " with flipped bits on the way out"),
+            (Kind::Flap, ", again and again"),
+        ] {
+            let said = said(kind);
+            assert!(
+                said.iter().any(|line| line.contains(part)),
+                "{part}: {said:?}"
+            );
+        }
     }
 
     #[test]

@@ -41,9 +41,9 @@ struct Args {
     /// A GGUF file, or a model's name.
     #[arg(long, value_name = "FILE", default_value = "demo")]
     model: String,
-    /// What to ask; given to the model as it is, without a chat template.
-    #[arg(long, default_value = "Once upon a time there was a little")]
-    prompt: String,
+    /// What to ask, given to the model as it is, without a chat template [default: the beginning of a story].
+    #[arg(long)]
+    prompt: Option<String>,
     /// The prompt is token ids, for models without a tokenizer.
     #[arg(long)]
     tokens: bool,
@@ -55,7 +55,7 @@ struct Args {
     #[arg(long, value_name = "KINDS", conflicts_with = "keep")]
     chaos: Option<Kinds>,
     /// How many faults of each kind.
-    #[arg(long, value_name = "N", default_value_t = 5, requires = "chaos", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 10, requires = "chaos", value_parser = clap::value_parser!(u32).range(1..))]
     faults: u32,
     /// Write the figures there as JSON.
     #[arg(long, value_name = "FILE")]
@@ -77,6 +77,15 @@ impl Args {
     fn n_predict(&self) -> u32 {
         self.n_predict
             .unwrap_or(if self.chaos.is_some() { 160 } else { 48 })
+    }
+
+    /// With --chaos one whose answer repeats itself less: what comes twice or not at all cannot hide in it.
+    fn prompt(&self) -> &str {
+        self.prompt.as_deref().unwrap_or(if self.chaos.is_some() {
+            "In the morning the captain went to"
+        } else {
+            "Once upon a time there was a little"
+        })
     }
 
     /// What clap cannot check by itself.

@@ -71,6 +71,32 @@ impl Link {
     }
 }
 
+impl std::fmt::Display for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut parts = Vec::new();
+        if self.cut {
+            parts.push("cut".to_owned());
+        }
+        if self.delay + self.jitter > Duration::ZERO {
+            let (least, most) = (
+                self.delay.as_millis(),
+                (self.delay + self.jitter).as_millis(),
+            );
+            parts.push(format!("late by {least} to {most} ms"));
+        }
+        if self.bytes_per_s > 0 {
+            parts.push(format!("with {} bytes/s", self.bytes_per_s));
+        }
+        if self.lost_per_mille > 0 {
+            parts.push(format!("with {} ‰ lost", self.lost_per_mille));
+        }
+        if self.flip {
+            parts.push("with flipped bits".to_owned());
+        }
+        f.write_str(&parts.join(", "))
+    }
+}
+
 /// Both directions of a node's connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Links {

@@ -48,13 +48,13 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
 
     let ask = Ask {
         model: model.clone(),
-        prompt: args.prompt.clone(),
+        prompt: args.prompt().to_owned(),
         tokens: args.tokens,
         n: args.n_predict(),
     };
     screen.lines(&format!(
         "\nasking for {} tokens, always the likeliest one, after: {}\n",
-        ask.n, args.prompt
+        ask.n, ask.prompt
     ));
     let Answers {
         answer,
@@ -77,7 +77,7 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
         hops: answer.route.len(),
         route_nodes: numbers(swarm, &answer.route),
         route: answer.route.clone(),
-        prompt: args.prompt.clone(),
+        prompt: args.prompt().to_owned(),
         text: answer.text.clone(),
         ttft_ms: answer.ttft_ms,
         tokens_per_s: answer.tokens_per_s,
@@ -268,27 +268,20 @@ async fn start_nodes(
     check_spans(&spans, facts.n_layer)
 }
 
-/// A node for each: left to choose its layers, or told them where some are going to fail.
+/// A node for each. Where some are going to fail they are told their layers, and have memory for the sessions that
+/// are kept for a client that does not come back; else they choose, within their memory.
 fn specs(args: &Args, model: &str, facts: &Facts) -> Vec<NodeSpec> {
-    let spec = |span: u32, layers: Option<String>| {
-        let memory = facts.budget(span).to_string();
-        let flags = ["--model", model, "--memory", &memory].map(str::to_owned);
-        let layers = layers.map(|layers| ["--layers".to_owned(), layers]);
-        NodeSpec::new(flags.into_iter().chain(layers.into_iter().flatten()))
-    };
+    let spec = |flag: &str, value: String| NodeSpec::new(["--model", model, flag, &value]);
     let (n_layer, nodes) = (facts.n_layer, args.nodes());
-    if args.chaos.is_none() {
-        let spans = spans(n_layer, nodes, args.seed).into_iter();
-        return spans.map(|span| spec(span, None)).collect();
+    if args.chaos.is_some() {
+        let copies = copies(n_layer, nodes, args.seed).into_iter();
+        return copies
+            .map(|span| spec("--layers", format!("{}..{}", span.start, span.end)))
+            .collect();
     }
-    let copies = copies(n_layer, nodes, args.seed).into_iter();
-    copies
-        .map(|layers| {
-            spec(
-                layers.end - layers.start,
-                Some(format!("{}..{}", layers.start, layers.end)),
-            )
-        })
+    spans(n_layer, nodes, args.seed)
+        .into_iter()
+        .map(|span| spec("--memory", facts.budget(span).to_string()))
         .collect()
 }
 
