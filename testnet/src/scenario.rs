@@ -1,6 +1,7 @@
 //! What one run does: look at the model, start the nodes, ask, compare, report.
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use testnet::plan::{copies, spans};
 use testnet::report::{Report, seconds};
 use testnet::screen::Screen;
 use testnet::swarm::{Node, NodeSpec, StartPlan, Swarm, check_spans};
+use testnet::tally::Tally;
 
 use crate::{Args, chaos};
 
@@ -47,7 +49,7 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
     let start_s = seconds(start.elapsed());
 
     let ask = Ask {
-        model: model.clone(),
+        model,
         prompt: args.prompt().to_owned(),
         tokens: args.tokens,
         n: args.n_predict(),
@@ -68,11 +70,7 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
         n_layer: facts.n_layer,
         copies: layers.iter().map(|layer| layer.holders.len()).collect(),
         seed: args.seed,
-        layers: swarm
-            .spans()
-            .iter()
-            .map(|span| format!("{}..{}", span.start, span.end))
-            .collect(),
+        layers: swarm.spans().iter().map(layers_text).collect(),
         same_as_whole: answer.same(&whole),
         hops: answer.route.len(),
         route_nodes: numbers(swarm, &answer.route),
@@ -82,7 +80,7 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
         ttft_ms: answer.ttft_ms,
         tokens_per_s: answer.tokens_per_s,
         start_s,
-        total_s: seconds(began.elapsed()),
+        total_s: 0.0,
         rss_bytes,
         chaos: None,
     };
@@ -90,18 +88,8 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
     if !report.same_as_whole {
         screen.lines(&format!("\nthe whole model says:\n{}", indent(&whole.text)));
     }
-    if let Some(kinds) = &args.chaos {
-        let plan = chaos::Plan {
-            kinds: &kinds.0,
-            faults: args.faults,
-            seed: args.seed,
-            limit,
-        };
-        let tally = chaos::play(&plan, &ask, &answer, swarm, screen).await?;
-        screen.lines(&tally.lines().join("\n"));
-        report.chaos = Some(tally);
-        report.total_s = seconds(began.elapsed());
-    }
+    report.chaos = disturb(args, &ask, &answer, limit, swarm, screen).await?;
+    report.total_s = seconds(began.elapsed());
     if let Some(path) = &args.report {
         write(&report, path)?;
         screen.lines(&format!("  figures           {}", path.display()));
@@ -110,6 +98,33 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
         screen.lines("  to talk to such a swarm yourself: --keep leaves it running");
     }
     Ok(report.held())
+}
+
+/// Asks again while hops fail, where that is wanted.
+async fn disturb(
+    args: &Args,
+    ask: &Ask,
+    calm: &Answer,
+    limit: Duration,
+    swarm: &mut Swarm,
+    screen: &mut Screen,
+) -> Result<Option<Tally>> {
+    let Some(kinds) = &args.chaos else {
+        return Ok(None);
+    };
+    let plan = chaos::Plan {
+        kinds: &kinds.0,
+        faults: args.faults,
+        seed: args.seed,
+        limit,
+    };
+    let tally = chaos::play(&plan, ask, calm, swarm, screen).await?;
+    screen.lines(&tally.lines().join("\n"));
+    Ok(Some(tally))
+}
+
+fn layers_text(span: &Range<u32>) -> String {
+    format!("{}..{}", span.start, span.end)
 }
 
 /// What the swarm said, and what the whole model says.
@@ -276,7 +291,7 @@ fn specs(args: &Args, model: &str, facts: &Facts) -> Vec<NodeSpec> {
     if args.chaos.is_some() {
         let copies = copies(n_layer, nodes, args.seed).into_iter();
         return copies
-            .map(|span| spec("--layers", format!("{}..{}", span.start, span.end)))
+            .map(|span| spec("--layers", layers_text(&span)))
             .collect();
     }
     spans(n_layer, nodes, args.seed)

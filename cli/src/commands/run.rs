@@ -105,18 +105,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
 async fn run(args: Args) -> anyhow::Result<()> {
     let begun = Instant::now();
     // Before Ctrl-C is ours: while a prompt is typed it ends the process as anywhere.
-    let text = prompt::read(args.prompt.as_deref())?;
-    // Mistakes in the prompt are said before anything is dialled or loaded.
-    let ids = if args.tokens {
-        Some(tokens::not_empty(prompt::token_ids(&text)?)?)
-    } else {
-        None
-    };
-    if text.trim().is_empty() && !args.raw {
-        return Err(tokens::nothing_asked()
-            .try_this("`shoal run \"Once upon a time\"`; with --raw a model may begin by itself")
-            .into());
-    }
+    let (text, ids) = args.read_prompt()?;
     let interrupt = Interrupt::listen();
     let mut ready = interrupt
         .or_end(args.make_ready(&text, ids, &interrupt))
@@ -124,9 +113,6 @@ async fn run(args: Args) -> anyhow::Result<()> {
     let route = ready.source.route();
     let wire = args.session.wire.to_string();
     terminal::note(route_line(&route, ready.privacy, &wire));
-    if args.json_lines {
-        terminal::say_json_line(&Line::Route { route: &route })?;
-    }
     let seed = args.generation.seed();
     let answer = args.ask(&mut ready, seed, &interrupt).await;
     let n_ctx = ready.source.n_ctx();
@@ -208,6 +194,24 @@ fn ms(time: Duration) -> f64 {
 }
 
 impl Args {
+    /// The prompt, and its ids where it is token ids. Mistakes in it are said before anything is dialled or loaded.
+    fn read_prompt(&self) -> anyhow::Result<(String, Option<Vec<u32>>)> {
+        let text = prompt::read(self.prompt.as_deref())?;
+        let ids = if self.tokens {
+            Some(tokens::not_empty(prompt::token_ids(&text)?)?)
+        } else {
+            None
+        };
+        if text.trim().is_empty() && !self.raw {
+            return Err(tokens::nothing_asked()
+                .try_this(
+                    "`shoal run \"Once upon a time\"`; with --raw a model may begin by itself",
+                )
+                .into());
+        }
+        Ok((text, ids))
+    }
+
     fn privacy(&self) -> Privacy {
         if self.local.is_some() {
             Privacy::Local
@@ -230,6 +234,10 @@ impl Args {
         let generation = &self.generation;
         let source = &mut ready.source;
         let mut sampler = answer::sampler(generation, seed, source.n_vocab())?;
+        if self.json_lines {
+            let route = source.route();
+            terminal::say_json_line(&Line::Route { route: &route })?;
+        }
         let begun = Instant::now();
         let show = |token: Option<u32>, text: &str| {
             if self.json_lines && (token.is_some() || !text.is_empty()) {

@@ -158,13 +158,7 @@ impl Net {
     /// # Errors
     /// When an address is none, is in use, or the system gives no address in time.
     pub async fn start(config: NetConfig) -> Result<Self, NetError> {
-        let listen = parse_all(&config.listen)?;
-        let announce = parse_all(&config.announce)?;
-        announce.iter().try_for_each(check_dialable)?;
-        let bootstrap = parse_all(&config.bootstrap)?;
-        if config.key.is_some() {
-            no_quic(listen.iter().chain(&announce).chain(&bootstrap))?;
-        }
+        let [listen, announce, bootstrap] = addresses(&config)?;
         let acceptors = Arc::new(Acceptors::default());
         let keypair = config.identity.keypair();
         let behaviour = Behaviour::new(Parts {
@@ -529,6 +523,18 @@ fn parse(addr: &str) -> Result<Multiaddr, NetError> {
             addr: addr.into(),
             reason: error.to_string(),
         })
+}
+
+/// Where to listen, what to announce, whom to stay connected to.
+fn addresses(config: &NetConfig) -> Result<[Vec<Multiaddr>; 3], NetError> {
+    let listen = parse_all(&config.listen)?;
+    let announce = parse_all(&config.announce)?;
+    announce.iter().try_for_each(check_dialable)?;
+    let bootstrap = parse_all(&config.bootstrap)?;
+    if config.key.is_some() {
+        no_quic(listen.iter().chain(&announce).chain(&bootstrap))?;
+    }
+    Ok([listen, announce, bootstrap])
 }
 
 fn parse_all(addrs: &[String]) -> Result<Vec<Multiaddr>, NetError> {
