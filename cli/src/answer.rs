@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use engine::{Sampler, SamplerOptions, Vocab};
 
-use crate::failure::Failure;
 use crate::generation::Generation;
 use crate::interrupt::Interrupt;
 use crate::source::{Source, SourceError};
@@ -119,7 +118,7 @@ pub fn sampler(generation: &Generation, seed: u32, n_vocab: u32) -> anyhow::Resu
 }
 
 /// Feeds what of the prompt is not held yet, then chooses tokens until the answer ends. `show` gets
-/// the text as it comes. Ctrl-C ends it with what there is.
+/// each token and the text that can be shown with it, and at the end the text that was held back. Ctrl-C ends it with what there is.
 pub async fn generate(
     source: &mut Source,
     prompt: &[u32],
@@ -127,7 +126,7 @@ pub async fn generate(
     generation: &Generation,
     sampler: &mut Sampler,
     interrupt: &Interrupt,
-    mut show: impl FnMut(&str) -> Result<(), Failure>,
+    mut show: impl FnMut(Option<u32>, &str) -> anyhow::Result<()>,
 ) -> anyhow::Result<Answer> {
     let begun = Instant::now();
     let (mut first, mut last) = (None, begun);
@@ -153,7 +152,10 @@ pub async fn generate(
         if words.ends(token) {
             break Stop::EndOfText;
         }
-        show(out.push(&words.piece(token, tokens.is_empty())))?;
+        show(
+            Some(token),
+            out.push(&words.piece(token, tokens.is_empty())),
+        )?;
         tokens.push(token);
         if out.stopped() {
             break Stop::Text;
@@ -161,7 +163,7 @@ pub async fn generate(
         next.clear();
         next.push(token);
     };
-    show(out.finish())?;
+    show(None, out.finish())?;
     let first = first.unwrap_or(last);
     Ok(Answer {
         text: out.into_text(),

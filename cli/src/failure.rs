@@ -135,7 +135,7 @@ pub fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
             exit_code: code,
         };
         // Whoever does not read it has the exit code.
-        let _ = crate::terminal::say_json(&Report { error });
+        let _ = crate::terminal::say_json_line(&Report { error });
     }
     ExitCode::from(code)
 }

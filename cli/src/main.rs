@@ -76,11 +76,11 @@ fn main() -> ExitCode {
     failure::report(run(command), wants_json(&matches))
 }
 
-/// Whether the command, at whatever depth, was given `--json`.
+/// Whether the command, at whatever depth, was given `--json` or `--json-lines`.
 fn wants_json(matches: &ArgMatches) -> bool {
-    let json = matches.try_get_one::<bool>("json");
+    let given = |flag| matches!(matches.try_get_one::<bool>(flag), Ok(Some(true)));
     let below = matches.subcommand().map(|(_, below)| below);
-    json.is_ok_and(|json| json == Some(&true)) || below.is_some_and(wants_json)
+    given("json") || given("json_lines") || below.is_some_and(wants_json)
 }
 
 fn run(command: Command) -> anyhow::Result<()> {

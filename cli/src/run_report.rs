@@ -123,6 +123,28 @@ pub struct RunReport {
     pub seed: u32,
 }
 
+/// A line of `--json-lines`.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Line<'a> {
+    /// The session is open.
+    Route {
+        /// Along these.
+        route: &'a [Hop],
+    },
+    /// A token was chosen.
+    Token {
+        /// Its id; none where only text was left to show.
+        token: Option<u32>,
+        /// The text that can be shown now.
+        text: &'a str,
+        /// Since the prompt was sent.
+        at_ms: f64,
+    },
+    /// The answer has ended.
+    End(&'a RunReport),
+}
+
 /// Milliseconds.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Timings {

@@ -75,6 +75,12 @@ pub fn say_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A value as one line of JSON on stdout, at once.
+pub fn say_json_line(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    let text = serde_json::to_string(value)?;
+    Ok(stream(&format!("{text}\n"))?)
+}
+
 /// Columns of the terminal on stdout; 80 where there is none.
 pub fn width() -> usize {
     terminal_size::terminal_size().map_or(80, |(width, _)| usize::from(width.0))

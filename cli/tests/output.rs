@@ -266,6 +266,32 @@ fn the_demo_answers_from_an_empty_home() {
         stdout(&plain).trim_end_matches('\n'),
         text.trim_end_matches('\n')
     );
+    let lines = stdout(&ask(&["--raw", "--json-lines", "Once upon a time"]));
+    let lines: Vec<serde_json::Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let (end, tokens) = (lines.last().unwrap(), &lines[1..lines.len() - 1]);
+    assert_eq!(
+        (&lines[0]["event"], &end["event"]),
+        (&"route".into(), &"end".into())
+    );
+    let field = |name: &str| {
+        tokens
+            .iter()
+            .map(|line| line[name].clone())
+            .collect::<Vec<_>>()
+    };
+    let ids: Vec<_> = field("token")
+        .into_iter()
+        .filter(|id| !id.is_null())
+        .collect();
+    assert_eq!(end["tokens"], serde_json::Value::from(ids));
+    let pieces = field("text");
+    let pieces: String = pieces.iter().map(|piece| piece.as_str().unwrap()).collect();
+    assert_eq!((pieces.as_str(), &end["text"]), (text, &report["text"]));
+    let at = field("at_ms");
+    assert!(at.is_sorted_by_key(|at| at.as_f64()), "{at:?}");
     let generated = report["generated_tokens"].as_u64().unwrap();
     assert!((1..=16).contains(&generated), "{report}");
     assert_eq!(report["privacy"], "local");

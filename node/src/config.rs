@@ -149,6 +149,7 @@ pub struct FileConfig {
     pub layers: Option<String>,
     pub memory: Option<String>,
     pub listen: Vec<String>,
+    pub announce: Vec<String>,
     pub threads: Option<u32>,
 }
 

@@ -28,6 +28,15 @@ pub struct Args {
     /// Address to listen on; may be given several times [default: TCP and QUIC, any free port].
     #[arg(long, value_name = "ADDR", env = "SHOAL_LISTEN", value_delimiter = ',')]
     pub listen: Vec<String>,
+    /// Address at which others reach this node, told them instead of those it listens on (a forwarded port, for
+    /// example /ip4/203.0.113.7/tcp/4001); may be given several times.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        env = "SHOAL_ANNOUNCE",
+        value_delimiter = ','
+    )]
+    pub announce: Vec<String>,
     /// Compute threads [default: physical cores; 1 for a few small layers].
     #[arg(long, value_name = "N", env = "SHOAL_THREADS", value_parser = clap::value_parser!(u32).range(1..=512))]
     pub threads: Option<u32>,
@@ -44,7 +53,7 @@ pub struct Args {
 pub struct Ready {
     /// Its id.
     pub peer: String,
-    /// Where it listens.
+    /// Where others reach it.
     pub addrs: Vec<String>,
     /// What it serves, as `a..b`.
     pub layers: String,
@@ -184,6 +193,11 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
             .map(|addr| String::from(*addr))
             .collect();
     }
+    let announce = if args.announce.is_empty() {
+        file.announce.clone()
+    } else {
+        args.announce.clone()
+    };
     Ok(NodeConfig {
         model: args
             .model
@@ -193,6 +207,7 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
         layers,
         memory,
         listen,
+        announce,
         threads: args.threads.or(file.threads.map(|n| n.clamp(1, 512))),
         settings,
     })

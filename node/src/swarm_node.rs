@@ -56,6 +56,8 @@ pub struct NodeConfig {
     pub memory: Option<u64>,
     /// Where to listen.
     pub listen: Vec<String>,
+    /// Where others reach us, if not there.
+    pub announce: Vec<String>,
     /// Compute threads; none: as [`crate::load::default_threads`] says.
     pub threads: Option<u32>,
 }
@@ -290,6 +292,7 @@ fn net_config(config: &NodeConfig, identity: Identity) -> NetConfig {
         key: settings.key,
         access: settings.access.clone(),
         listen: config.listen.clone(),
+        announce: config.announce.clone(),
         bootstrap: settings.peers.clone(),
         mdns: settings.mdns,
         agent: concat!("shoal-node/", env!("CARGO_PKG_VERSION")).into(),
@@ -459,6 +462,7 @@ mod tests {
             layers: Some(0..8),
             memory: Some(256 << 20),
             listen: vec!["/ip4/127.0.0.1/tcp/0".into()],
+            announce: Vec::new(),
             threads: Some(1),
         };
         SwarmNode::start(config).await.unwrap()

@@ -39,6 +39,7 @@ async fn serve(
         model: "demo".into(),
         layers,
         memory: Some(memory),
+        announce: Vec::new(),
         listen: vec!["/ip4/127.0.0.1/tcp/0".into()],
         threads: Some(1),
     };

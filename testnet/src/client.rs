@@ -50,6 +50,18 @@ pub struct Answer {
     pub ttft_ms: f64,
     /// Tokens a second after the first.
     pub tokens_per_s: f64,
+    /// Losses of hops that were got over; none in a local run.
+    #[serde(default)]
+    pub recoveries: Vec<Recovery>,
+}
+
+/// A loss of a hop that a run got over.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct Recovery {
+    /// What was lost, in words.
+    pub lost: String,
+    /// From the failure to the new route.
+    pub took_ms: f64,
 }
 
 impl Answer {
@@ -93,10 +105,10 @@ impl Ask {
     }
 
     /// Greedy and without a chat template, so that two runs can be compared. The prompt comes last.
-    fn args(&self) -> Vec<String> {
+    fn args(&self, how: &str) -> Vec<String> {
         let n = self.n.to_string();
         let tokens = self.tokens.then_some("--tokens");
-        let fixed = ["--json", "--raw", "--temp", "0", "-n", &n];
+        let fixed = [how, "--raw", "--temp", "0", "-n", &n];
         let args = fixed.into_iter().chain(tokens).chain(["--", &self.prompt]);
         args.map(str::to_owned).collect()
     }
@@ -172,11 +184,16 @@ impl Client {
     /// # Errors
     /// When the command fails or takes longer than `limit`; its own message is quoted.
     pub async fn ask(&self, ask: &Ask, limit: Duration) -> Result<Answer> {
+        self.json(&self.run_args(ask, "--json"), limit).await
+    }
+
+    /// The arguments of a question over the swarm; `how` says in which form the answer comes.
+    pub(crate) fn run_args(&self, ask: &Ask, how: &str) -> Vec<String> {
         let mut args = vec!["run".to_owned()];
         args.extend(self.swarm_args());
         args.extend(["--model".to_owned(), ask.model.clone()]);
-        args.extend(ask.args());
-        self.json(&args, limit).await
+        args.extend(ask.args(how));
+        args
     }
 
     /// Asks the whole model in one process: the reference.
@@ -185,7 +202,7 @@ impl Client {
     /// As [`Client::ask`].
     pub async fn ask_local(&self, ask: &Ask, limit: Duration) -> Result<Answer> {
         let mut args = vec!["run".to_owned(), "--local".to_owned(), ask.model.clone()];
-        args.extend(ask.args());
+        args.extend(ask.args("--json"));
         self.json(&args, limit).await
     }
 

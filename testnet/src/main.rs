@@ -7,12 +7,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{CommandFactory, Parser, error::ErrorKind};
 use testnet::binaries::Binaries;
+use testnet::faults::Kinds;
+use testnet::plan::NODES_FOR_COPIES;
+use testnet::relay::Relay;
 use testnet::screen::Screen;
 use testnet::swarm::Swarm;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+mod chaos;
 mod scenario;
 mod simulate;
 
@@ -22,33 +26,48 @@ mod simulate;
 #[command(
     name = "testnet/run.sh",
     version,
+    after_help = "\
+Examples:
+  testnet/run.sh
+  testnet/run.sh --nodes 36 --report figures.json
+  testnet/run.sh --chaos all
+  testnet/run.sh --chaos kill,partition --faults 50 --seed 7
+
+The exit code is 0 where the text is that of the whole model, whatever was done to the nodes.",
     args_conflicts_with_subcommands = true
 )]
 struct Args {
     #[command(subcommand)]
     command: Option<Command>,
-    /// How many nodes.
-    #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=256))]
-    nodes: u32,
+    /// How many nodes [default: 24; 12 with --chaos].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
+    nodes: Option<u32>,
     /// A GGUF file, or a model's name.
     #[arg(long, value_name = "FILE", default_value = "demo")]
     model: String,
-    /// What to ask; given to the model as it is, without a chat template.
-    #[arg(long, default_value = "Once upon a time there was a little")]
-    prompt: String,
+    /// What to ask, given to the model as it is, without a chat template [default: the beginning of a story].
+    #[arg(long)]
+    prompt: Option<String>,
     /// The prompt is token ids, for models without a tokenizer.
     #[arg(long)]
     tokens: bool,
-    /// How many tokens to answer.
-    #[arg(short, long, value_name = "N", default_value_t = 48)]
-    n_predict: u32,
+    /// How many tokens to answer [default: 48; 160 with --chaos].
+    #[arg(short, long, value_name = "N")]
+    n_predict: Option<u32>,
+    /// Ask again and again while hops of the running route fail: kill, freeze, partition, slow, corrupt, flap, several
+    /// with commas between them, or all. Counts what that changes in the answer, and how long it stands still.
+    #[arg(long, value_name = "KINDS", conflicts_with = "keep")]
+    chaos: Option<Kinds>,
+    /// How many faults of each kind.
+    #[arg(long, value_name = "N", default_value_t = 10, requires = "chaos", value_parser = clap::value_parser!(u32).range(1..))]
+    faults: u32,
     /// Write the figures there as JSON.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     /// Leave the swarm running, and say how to talk to it and how to stop it.
     #[arg(long)]
     keep: bool,
-    /// Which memory budgets the nodes get, and who introduces whom.
+    /// Which layers or memory the nodes get, who introduces whom, and what --chaos does to whom and when.
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
@@ -60,21 +79,56 @@ enum Command {
     Sim(simulate::Args),
 }
 
+impl Args {
+    fn nodes(&self) -> u32 {
+        self.nodes
+            .unwrap_or(if self.chaos.is_some() { 12 } else { 24 })
+    }
+
+    fn n_predict(&self) -> u32 {
+        self.n_predict
+            .unwrap_or(if self.chaos.is_some() { 160 } else { 48 })
+    }
+
+    /// With --chaos one whose answer repeats itself less: what comes twice or not at all cannot hide in it.
+    fn prompt(&self) -> &str {
+        self.prompt.as_deref().unwrap_or(if self.chaos.is_some() {
+            "In the morning the captain went to"
+        } else {
+            "Once upon a time there was a little"
+        })
+    }
+
+    /// What clap cannot check by itself.
+    fn check(&self) -> Result<(), clap::Error> {
+        if self.chaos.is_some() && self.nodes() < NODES_FOR_COPIES {
+            let why = format!(
+                "--chaos needs {NODES_FOR_COPIES} nodes or more, so that each layer is held twice"
+            );
+            return Err(Args::command().error(ErrorKind::ValueValidation, why));
+        }
+        Ok(())
+    }
+}
+
 /// How the run ended, apart from an error.
 enum Ended {
-    Compared { same: bool },
+    Compared { held: bool },
     Signalled(u8),
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if let Err(error) = args.check() {
+        error.exit();
+    }
     let mut screen = Screen::new();
     if let Some(Command::Sim(args)) = &args.command {
         return simulate::run(args, &mut screen);
     }
     match run(&args, &mut screen) {
-        Ok(Ended::Compared { same: true }) => ExitCode::SUCCESS,
-        Ok(Ended::Compared { same: false }) => ExitCode::FAILURE,
+        Ok(Ended::Compared { held: true }) => ExitCode::SUCCESS,
+        Ok(Ended::Compared { held: false }) => ExitCode::FAILURE,
         Ok(Ended::Signalled(number)) => ExitCode::from(128 + number),
         Err(error) => {
             screen.error(&format!("error: {error:#}"));
@@ -91,8 +145,11 @@ fn run(args: &Args, screen: &mut Screen) -> Result<Ended> {
     runtime.block_on(async {
         let mut signals = Signals::new()?;
         let mut swarm = Swarm::new(Binaries::beside_this_program()?)?;
+        if args.chaos.is_some() {
+            swarm = swarm.behind(Relay::new(args.seed));
+        }
         let ended = tokio::select! {
-            report = scenario::play(args, &mut swarm, screen) => report.map(|same| Ended::Compared { same }),
+            report = scenario::play(args, &mut swarm, screen) => report.map(|held| Ended::Compared { held }),
             number = signals.next() => Ok(Ended::Signalled(number)),
         };
         if args.keep && matches!(ended, Ok(Ended::Compared { .. })) {

@@ -2,6 +2,9 @@
 //!
 //! The point of a testnet is a model that no node holds and a route of several hops, so no span reaches half of the
 //! model (where there are nodes enough). The first nodes get the largest span, so that few of them cover the model.
+//! Where nodes are to fail, every layer is held several times.
+
+use std::ops::Range;
 
 /// A small seeded generator (splitmix64), so that a run can be repeated from the seed it prints.
 #[derive(Clone, Debug)]
@@ -49,6 +52,38 @@ pub fn spans(n_layer: u32, nodes: u32, seed: u64) -> Vec<u32> {
         .collect()
 }
 
+/// The least number of nodes with which every layer has two holders.
+pub const NODES_FOR_COPIES: u32 = 2 * HOPS;
+
+/// Parts into which a copy of the model is cut: what is before, in and after the middle of a route.
+const HOPS: u32 = 3;
+
+/// The layers of each of `nodes`, so that the model is held `nodes / 3` times: each copy cut into three (a model of
+/// fewer layers into as many), one layer off here and there so that copies do not fit together at each cut. Nodes
+/// that are left hold the first part.
+pub fn copies(n_layer: u32, nodes: u32, seed: u64) -> Vec<Range<u32>> {
+    let parts = HOPS.min(n_layer).max(1);
+    let mut seeded = Seeded::new(seed);
+    let mut spans = Vec::new();
+    while spans.len() < nodes as usize {
+        let mut start = 0;
+        for part in 1..=parts {
+            let even = (n_layer * part).div_ceil(parts);
+            // With two layers a part, a cut can move by one and leave both sides something.
+            let moved = if part < parts && n_layer >= 2 * parts {
+                u32::try_from(seeded.below(3)).unwrap_or(1)
+            } else {
+                1
+            };
+            let end = even + moved - 1;
+            spans.push(start..end);
+            start = end;
+        }
+    }
+    spans.truncate(nodes as usize);
+    spans
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,6 +96,28 @@ mod tests {
             assert!(spans.iter().all(|span| (1..=3).contains(span)), "{spans:?}");
             assert!(spans.iter().sum::<u32>() >= 8, "{spans:?}");
         }
+    }
+
+    #[test]
+    fn copies_hold_every_layer_several_times_and_no_span_is_empty() {
+        for (n_layer, nodes, seed) in [
+            (8, 6, 1),
+            (8, 12, 1),
+            (8, 13, 2),
+            (3, 6, 1),
+            (5, 7, 3),
+            (1, 6, 1),
+            (80, 9, 4),
+        ] {
+            let spans = copies(n_layer, nodes, seed);
+            assert_eq!(spans.len(), nodes as usize);
+            assert!(spans.iter().all(|span| !span.is_empty()), "{spans:?}");
+            for layer in 0..n_layer {
+                let holders = spans.iter().filter(|span| span.contains(&layer)).count();
+                assert!(holders >= nodes as usize / 3, "{layer}: {spans:?}");
+            }
+        }
+        assert_ne!(copies(8, 12, 1), copies(8, 12, 2));
     }
 
     #[test]

@@ -153,9 +153,13 @@ impl NodeProcess {
         kill_process(pid, signal).with_context(|| format!("cannot signal {}", self.name))
     }
 
-    /// Ends the process: SIGTERM, then SIGKILL after [`STOP_TIMEOUT`]. Returns whether the latter was needed.
+    /// Ends the process: SIGTERM, then SIGKILL after [`STOP_TIMEOUT`]. Returns whether the latter was needed. A frozen
+    /// process is thawed, so that it can end.
     pub async fn stop(&mut self) -> bool {
-        let asked = self.signal(Signal::TERM).is_ok();
+        let asked = self
+            .signal(Signal::TERM)
+            .and_then(|()| self.signal(Signal::CONT))
+            .is_ok();
         if !asked || self.ended(STOP_TIMEOUT).await.is_ok() {
             return false;
         }
@@ -280,6 +284,16 @@ mod tests {
             message.contains("exit status: 3") && message.contains("no model here"),
             "{message}"
         );
+    }
+
+    #[tokio::test]
+    async fn a_frozen_program_ends_by_itself_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let args = ["60".to_owned()];
+        let (mut process, _) =
+            NodeProcess::spawn("node 1", Path::new("/bin/sleep"), &args, folder.path()).unwrap();
+        process.signal(Signal::STOP).unwrap();
+        assert!(!process.stop().await, "it had to be killed");
     }
 
     #[tokio::test]

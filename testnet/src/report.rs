@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::client::Hop;
+use crate::tally::Tally;
 
 /// The figures of one run. The names are those of the report file.
 #[derive(Clone, Debug, Serialize)]
@@ -45,6 +46,9 @@ pub struct Report {
     pub total_s: f64,
     /// Resident memory of each node after the answer; empty where the system does not tell.
     pub rss_bytes: Vec<u64>,
+    /// What faults cost, where there were any.
+    #[serde(flatten)]
+    pub chaos: Option<Tally>,
 }
 
 impl Report {
@@ -83,6 +87,11 @@ impl Report {
             if self.same_as_whole { "yes" } else { "no" }
         ));
         lines
+    }
+
+    /// Whether the text was that of the whole model, and no fault changed it.
+    pub fn held(&self) -> bool {
+        self.same_as_whole && self.chaos.as_ref().is_none_or(Tally::held)
     }
 }
 

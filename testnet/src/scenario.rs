@@ -1,6 +1,7 @@
 //! What one run does: look at the model, start the nodes, ask, compare, report.
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -8,12 +9,13 @@ use anyhow::{Context, Result};
 use testnet::client::{Answer, Ask, Hop};
 use testnet::facts::Facts;
 use testnet::picture::Scene;
-use testnet::plan::spans;
+use testnet::plan::{copies, spans};
 use testnet::report::{Report, seconds};
 use testnet::screen::Screen;
 use testnet::swarm::{Node, NodeSpec, StartPlan, Swarm, check_spans};
+use testnet::tally::Tally;
 
-use crate::Args;
+use crate::{Args, chaos};
 
 /// Nodes that start at the same time once every layer is held: more wait for each other on few cores.
 const STARTS_AT_ONCE: usize = 4;
@@ -25,7 +27,7 @@ const COVERED_TIMEOUT: Duration = Duration::from_secs(60);
 const BASE_TIMEOUT: Duration = Duration::from_secs(120);
 const TIMEOUT_PER_GB: Duration = Duration::from_secs(60);
 
-/// Plays the whole scenario; says whether the swarm's text is that of the whole model.
+/// Plays the whole scenario; says whether the swarm's text is that of the whole model, and stayed so when nodes failed.
 ///
 /// # Errors
 /// When anything but the comparison fails.
@@ -47,56 +49,82 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
     let start_s = seconds(start.elapsed());
 
     let ask = Ask {
-        model: model.clone(),
-        prompt: args.prompt.clone(),
+        model,
+        prompt: args.prompt().to_owned(),
         tokens: args.tokens,
-        n: args.n_predict,
+        n: args.n_predict(),
     };
     screen.lines(&format!(
         "\nasking for {} tokens, always the likeliest one, after: {}\n",
-        args.n_predict, args.prompt
+        ask.n, ask.prompt
     ));
     let Answers {
         answer,
         whole,
         rss_bytes,
     } = ask_both(&ask, swarm, screen, limit).await?;
-    let report = Report {
+    let mut report = Report {
         nodes: swarm.nodes().len(),
         covered: true,
         model: args.model.clone(),
         n_layer: facts.n_layer,
         copies: layers.iter().map(|layer| layer.holders.len()).collect(),
         seed: args.seed,
-        layers: swarm
-            .spans()
-            .iter()
-            .map(|span| format!("{}..{}", span.start, span.end))
-            .collect(),
+        layers: swarm.spans().iter().map(layers_text).collect(),
         same_as_whole: answer.same(&whole),
         hops: answer.route.len(),
         route_nodes: numbers(swarm, &answer.route),
-        route: answer.route,
-        prompt: args.prompt.clone(),
-        text: answer.text,
+        route: answer.route.clone(),
+        prompt: args.prompt().to_owned(),
+        text: answer.text.clone(),
         ttft_ms: answer.ttft_ms,
         tokens_per_s: answer.tokens_per_s,
         start_s,
-        total_s: seconds(began.elapsed()),
+        total_s: 0.0,
         rss_bytes,
+        chaos: None,
     };
     screen.lines(&report.lines().join("\n"));
     if !report.same_as_whole {
         screen.lines(&format!("\nthe whole model says:\n{}", indent(&whole.text)));
     }
+    report.chaos = disturb(args, &ask, &answer, limit, swarm, screen).await?;
+    report.total_s = seconds(began.elapsed());
     if let Some(path) = &args.report {
         write(&report, path)?;
         screen.lines(&format!("  figures           {}", path.display()));
     }
-    if !args.keep {
+    if !args.keep && args.chaos.is_none() {
         screen.lines("  to talk to such a swarm yourself: --keep leaves it running");
     }
-    Ok(report.same_as_whole)
+    Ok(report.held())
+}
+
+/// Asks again while hops fail, where that is wanted.
+async fn disturb(
+    args: &Args,
+    ask: &Ask,
+    calm: &Answer,
+    limit: Duration,
+    swarm: &mut Swarm,
+    screen: &mut Screen,
+) -> Result<Option<Tally>> {
+    let Some(kinds) = &args.chaos else {
+        return Ok(None);
+    };
+    let plan = chaos::Plan {
+        kinds: &kinds.0,
+        faults: args.faults,
+        seed: args.seed,
+        limit,
+    };
+    let tally = chaos::play(&plan, ask, calm, swarm, screen).await?;
+    screen.lines(&tally.lines().join("\n"));
+    Ok(Some(tally))
+}
+
+fn layers_text(span: &Range<u32>) -> String {
+    format!("{}..{}", span.start, span.end)
 }
 
 /// What the swarm said, and what the whole model says.
@@ -132,10 +160,18 @@ async fn ask_both(
 }
 
 fn introduce(args: &Args, facts: &Facts, swarm: &Swarm, screen: &mut Screen) {
+    let how = if args.chaos.is_some() {
+        format!(
+            "each layer on {} of them or more, everything towards a node passes a relay,",
+            args.nodes() / 3
+        )
+    } else {
+        "each takes layers that few hold, as many as fit the memory it drew".to_owned()
+    };
     screen.lines(&format!(
         "{} nodes on this machine, swarm {}, model {} ({} layers, {:.1} MB)\n\
-         each takes layers that few hold, as many as fit the memory it drew with --seed {}\n",
-        args.nodes,
+         {how} with --seed {}\n",
+        args.nodes(),
         swarm.id(),
         args.model,
         facts.n_layer,
@@ -194,19 +230,14 @@ async fn start_nodes(
     screen: &mut Screen,
     limit: Duration,
 ) -> Result<()> {
-    let specs: Vec<NodeSpec> = spans(facts.n_layer, args.nodes, args.seed)
-        .into_iter()
-        .map(|span| {
-            NodeSpec::new([
-                "--model",
-                model,
-                "--memory",
-                &facts.budget(span).to_string(),
-            ])
-        })
-        .collect();
+    let specs = specs(args, model, facts);
     let plan = StartPlan {
-        n_layer: facts.n_layer,
+        // Nodes that are told their layers need not wait for each other's choice.
+        n_layer: if args.chaos.is_some() {
+            0
+        } else {
+            facts.n_layer
+        },
         at_once: STARTS_AT_ONCE,
         ready_timeout: limit,
         seed: args.seed,
@@ -246,7 +277,27 @@ async fn start_nodes(
         };
         screen.lines(&scene.draw(screen.width())[1..].join("\n"));
     }
+    if args.chaos.is_some() {
+        return Ok(());
+    }
     check_spans(&spans, facts.n_layer)
+}
+
+/// A node for each. Where some are going to fail they are told their layers, and have memory for the sessions that
+/// are kept for a client that does not come back; else they choose, within their memory.
+fn specs(args: &Args, model: &str, facts: &Facts) -> Vec<NodeSpec> {
+    let spec = |flag: &str, value: String| NodeSpec::new(["--model", model, flag, &value]);
+    let (n_layer, nodes) = (facts.n_layer, args.nodes());
+    if args.chaos.is_some() {
+        let copies = copies(n_layer, nodes, args.seed).into_iter();
+        return copies
+            .map(|span| spec("--layers", layers_text(&span)))
+            .collect();
+    }
+    spans(n_layer, nodes, args.seed)
+        .into_iter()
+        .map(|span| spec("--memory", facts.budget(span).to_string()))
+        .collect()
 }
 
 /// A file's path from the root, as processes with other working folders need it; a name stays a name.

@@ -7,11 +7,13 @@
 //! Nodes choose their layers from the adverts they hear, so the first ones start one after another: two that start
 //! together would take the same weakest layers.
 
+use std::net::{Ipv4Addr, TcpListener};
 use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use rustix::process::Signal;
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -20,7 +22,8 @@ use tokio::time::timeout;
 use crate::binaries::Binaries;
 use crate::client::Client;
 use crate::plan::{Seeded, span_max};
-use crate::process::{NodeProcess, Ready};
+use crate::process::{NodeProcess, Ready, STOP_TIMEOUT};
+use crate::relay::Relay;
 use crate::screen::TICK;
 
 /// To how many nodes that already serve a new one is introduced.
@@ -49,6 +52,10 @@ pub struct Node {
     pub process: NodeProcess,
     /// Its ready line.
     pub ready: Option<Ready>,
+    /// As it was started, to start it again.
+    spec: NodeSpec,
+    /// The port of its gate.
+    gate: Option<u16>,
 }
 
 /// How a set of nodes is started.
@@ -70,6 +77,8 @@ pub struct Swarm {
     binaries: Binaries,
     id: String,
     nodes: Vec<Node>,
+    /// Where there are faults between nodes.
+    relay: Option<Relay>,
     // Last, so that the processes are gone before the folder they write to.
     folder: TempDir,
 }
@@ -99,8 +108,21 @@ impl Swarm {
             binaries,
             id: format!("testnet-{suffix}"),
             nodes: Vec::new(),
+            relay: None,
             folder,
         })
+    }
+
+    /// The same, whose nodes each get a gate of `relay`, with the node's number, and announce that alone.
+    #[must_use]
+    pub fn behind(mut self, relay: Relay) -> Self {
+        self.relay = Some(relay);
+        self
+    }
+
+    /// The gates, where there are any.
+    pub fn relay(&self) -> Option<&Relay> {
+        self.relay.as_ref()
     }
 
     /// The swarm id.
@@ -153,6 +175,32 @@ impl Swarm {
     pub async fn start(&mut self, spec: &NodeSpec, ready_timeout: Duration) -> Result<Ready> {
         let peers = self.introductions(&mut Seeded::new(0));
         let (index, ready) = self.spawn(spec, &peers)?;
+        let ready = timeout(ready_timeout, ready)
+            .await
+            .map_err(|_| Unready::TooSlow(ready_timeout));
+        self.settle(
+            index,
+            ready.and_then(|line| line.map_err(|_| Unready::Died)),
+        )
+        .await
+    }
+
+    /// Ends a node, if it still runs, without a warning, and starts it again with its home, its flags and its gate.
+    ///
+    /// # Errors
+    /// As [`Swarm::start`].
+    pub async fn restart(&mut self, index: usize, ready_timeout: Duration) -> Result<Ready> {
+        let node = self.nodes.get_mut(index).context("no such node")?;
+        node.ready = None;
+        // An error means that it has ended, which is what is wanted.
+        let _ = node.process.signal(Signal::KILL);
+        node.process.ended(STOP_TIMEOUT).await?;
+        let (spec, gate) = (node.spec.clone(), node.gate);
+        let peers = self.introductions(&mut Seeded::new(index as u64));
+        let (process, ready) = self.process(index, &spec, &peers, gate)?;
+        if let Some(node) = self.nodes.get_mut(index) {
+            node.process = process;
+        }
         let ready = timeout(ready_timeout, ready)
             .await
             .map_err(|_| Unready::TooSlow(ready_timeout));
@@ -228,19 +276,33 @@ impl Swarm {
         peers: &[String],
     ) -> Result<(usize, oneshot::Receiver<Ready>)> {
         let index = self.nodes.len();
+        let gate = self.relay.as_mut().map(|relay| relay.open(0)).transpose()?;
+        let (process, ready) = self.process(index, spec, peers, gate)?;
+        self.nodes.push(Node {
+            process,
+            ready: None,
+            spec: spec.clone(),
+            gate,
+        });
+        Ok((index, ready))
+    }
+
+    fn process(
+        &self,
+        index: usize,
+        spec: &NodeSpec,
+        peers: &[String],
+        gate: Option<u16>,
+    ) -> Result<(NodeProcess, oneshot::Receiver<Ready>)> {
         let name = format!("node {}", index + 1);
         let folder = self.folder.path().join(format!("node-{:02}", index + 1));
         let mut args = self.shared_args(&folder);
+        args.extend(self.address_args(index, gate)?);
         for peer in peers {
             args.extend(["--peer".to_owned(), peer.clone()]);
         }
         args.extend(spec.args.iter().cloned());
-        let (process, ready) = NodeProcess::spawn(&name, &self.binaries.node, &args, &folder)?;
-        self.nodes.push(Node {
-            process,
-            ready: None,
-        });
-        Ok((index, ready))
+        NodeProcess::spawn(&name, &self.binaries.node, &args, &folder)
     }
 
     fn shared_args(&self, folder: &Path) -> Vec<String> {
@@ -251,8 +313,6 @@ impl Swarm {
             &self.id,
             "--home",
             &home,
-            "--listen",
-            "/ip4/127.0.0.1/tcp/0",
             "--mdns",
             "off",
             "--threads",
@@ -261,6 +321,19 @@ impl Swarm {
         ]
         .map(str::to_owned)
         .to_vec()
+    }
+
+    /// A node behind a gate gets a port that was free just now: the gate has to know it before the node is there.
+    fn address_args(&self, index: usize, gate: Option<u16>) -> Result<Vec<String>> {
+        let mut args = Vec::new();
+        let mut port = 0;
+        if let (Some(relay), Some(gate)) = (&self.relay, gate) {
+            port = free_port().context("no free port")?;
+            relay.moved(index, port);
+            args.extend(["--announce".to_owned(), loopback(gate)]);
+        }
+        args.extend(["--listen".to_owned(), loopback(port)]);
+        Ok(args)
     }
 
     fn introductions(&self, seeded: &mut Seeded) -> Vec<String> {
@@ -314,6 +387,15 @@ impl Swarm {
             }
         }
     }
+}
+
+fn loopback(port: u16) -> String {
+    format!("/ip4/127.0.0.1/tcp/{port}")
+}
+
+fn free_port() -> std::io::Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    Ok(listener.local_addr()?.port())
 }
 
 type Starting = JoinSet<(usize, Result<Ready, Unready>)>;

@@ -260,12 +260,11 @@ impl Chat<'_> {
     }
 
     async fn generate(&mut self, prompt: &[u32]) -> anyhow::Result<Answer> {
-        let show = |piece: &str| {
-            if piece.is_empty() {
-                Ok(())
-            } else {
-                terminal::stream(piece)
+        let show = |_, piece: &str| {
+            if !piece.is_empty() {
+                terminal::stream(piece)?;
             }
+            Ok(())
         };
         let words = Words::Text(self.vocab);
         let generation = &self.args.generation;

@@ -9,7 +9,7 @@ use crate::answer::{self, Answer, Stop, Words};
 use crate::failure::Failure;
 use crate::generation::Generation;
 use crate::interrupt::Interrupt;
-use crate::run_report::{Privacy, Recovery, RunReport, Timings, recoveries_line, route_line};
+use crate::run_report::{Line, Privacy, Recovery, RunReport, Timings, recoveries_line, route_line};
 use crate::session_args::SessionArgs;
 use crate::source::Source;
 use crate::swarm::{Member, Swarm};
@@ -25,6 +25,7 @@ Examples:
   git diff | shoal run --system \"Write a commit message.\" -
   shoal run --local demo --raw \"Once upon a time\"
   shoal run --json \"Hello\" | jq '{text, route, tokens_per_s}'
+  shoal run --json-lines \"Hello\" | jq -c 'select(.event == \"token\") | [.at_ms, .text]'
   shoal run --privacy trusted --peer /ip4/10.0.0.2/tcp/4001/p2p/12D3KooW... \"Hello\"
 
 The answer goes to stdout, everything about it to stderr. Ctrl-C frees the session on every hop.")]
@@ -65,6 +66,10 @@ pub struct Args {
     #[arg(long)]
     json: bool,
 
+    /// Print a JSON object a line as it goes on: the route, each token, at the end what --json prints.
+    #[arg(long, conflicts_with = "json")]
+    json_lines: bool,
+
     #[command(flatten)]
     session: SessionArgs,
 
@@ -100,18 +105,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
 async fn run(args: Args) -> anyhow::Result<()> {
     let begun = Instant::now();
     // Before Ctrl-C is ours: while a prompt is typed it ends the process as anywhere.
-    let text = prompt::read(args.prompt.as_deref())?;
-    // Mistakes in the prompt are said before anything is dialled or loaded.
-    let ids = if args.tokens {
-        Some(tokens::not_empty(prompt::token_ids(&text)?)?)
-    } else {
-        None
-    };
-    if text.trim().is_empty() && !args.raw {
-        return Err(tokens::nothing_asked()
-            .try_this("`shoal run \"Once upon a time\"`; with --raw a model may begin by itself")
-            .into());
-    }
+    let (text, ids) = args.read_prompt()?;
     let interrupt = Interrupt::listen();
     let mut ready = interrupt
         .or_end(args.make_ready(&text, ids, &interrupt))
@@ -130,12 +124,13 @@ async fn run(args: Args) -> anyhow::Result<()> {
         member.leave().await;
     }
     let answer = answer?;
-    if !args.json {
+    let for_programs = args.json || args.json_lines;
+    if !for_programs {
         terminal::stream("\n")?;
     }
-    say_end(&answer, n_ctx, &recoveries, !args.json);
+    say_end(&answer, n_ctx, &recoveries, !for_programs);
     let stop = answer.stop;
-    if args.json {
+    if for_programs {
         let timings = Timings {
             connect_ms: ms(ready.connect),
             open_ms: ms(ready.open),
@@ -143,7 +138,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
             decode_ms: ms(answer.decode),
             total_ms: ms(begun.elapsed()),
         };
-        terminal::say_json(&RunReport {
+        let report = RunReport {
             tokens_per_s: answer.tokens_per_s(),
             ttft_ms: timings.prompt_ms,
             text: answer.text,
@@ -163,7 +158,12 @@ async fn run(args: Args) -> anyhow::Result<()> {
             peers_can_read_prompt: ready.privacy != Privacy::Local,
             wire,
             seed,
-        })?;
+        };
+        if args.json_lines {
+            terminal::say_json_line(&Line::End(&report))?;
+        } else {
+            terminal::say_json(&report)?;
+        }
     }
     match stop {
         Stop::Interrupted => Err(Failure::interrupted().into()),
@@ -196,6 +196,24 @@ fn ms(time: Duration) -> f64 {
 }
 
 impl Args {
+    /// The prompt, and its ids where it is token ids. Mistakes in it are said before anything is dialled or loaded.
+    fn read_prompt(&self) -> anyhow::Result<(String, Option<Vec<u32>>)> {
+        let text = prompt::read(self.prompt.as_deref())?;
+        let ids = if self.tokens {
+            Some(tokens::not_empty(prompt::token_ids(&text)?)?)
+        } else {
+            None
+        };
+        if text.trim().is_empty() && !self.raw {
+            return Err(tokens::nothing_asked()
+                .try_this(
+                    "`shoal run \"Once upon a time\"`; with --raw a model may begin by itself",
+                )
+                .into());
+        }
+        Ok((text, ids))
+    }
+
     fn privacy(&self) -> Privacy {
         if self.local.is_some() {
             Privacy::Local
@@ -218,10 +236,19 @@ impl Args {
         let generation = &self.generation;
         let source = &mut ready.source;
         let mut sampler = answer::sampler(generation, seed, source.n_vocab())?;
-        let show = |piece: &str| match piece {
-            "" => Ok(()),
-            _ if self.json => Ok(()),
-            _ => terminal::stream(piece),
+        if self.json_lines {
+            let route = source.route();
+            terminal::say_json_line(&Line::Route { route: &route })?;
+        }
+        let begun = Instant::now();
+        let show = |token: Option<u32>, text: &str| {
+            if self.json_lines && (token.is_some() || !text.is_empty()) {
+                let at_ms = ms(begun.elapsed());
+                terminal::say_json_line(&Line::Token { token, text, at_ms })?;
+            } else if !(self.json || self.json_lines || text.is_empty()) {
+                terminal::stream(text)?;
+            }
+            Ok(())
         };
         answer::generate(
             source,

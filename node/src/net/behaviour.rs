@@ -87,6 +87,8 @@ pub(super) struct Parts<'a> {
     pub(super) mdns: bool,
     /// Whether others may find us at an address we listen on.
     pub(super) server: bool,
+    /// Others are told other addresses than those we listen on.
+    pub(super) announced: bool,
 }
 
 impl Behaviour {
@@ -100,6 +102,7 @@ impl Behaviour {
                 identify::Config::new(parts.swarm.identify_protocol(), parts.keypair.public())
                     .with_agent_version(parts.agent)
                     .with_push_listen_addr_updates(true)
+                    .with_hide_listen_addrs(parts.announced)
                     .with_cache_size(256),
             ),
             ping: ping::Behaviour::new(

@@ -63,6 +63,8 @@ pub struct NetConfig {
     pub access: Access,
     /// Where to listen, as multiaddresses; none for a client.
     pub listen: Vec<String>,
+    /// Where others reach us, told them instead of where we listen; none: there.
+    pub announce: Vec<String>,
     /// Peers to stay connected to, as multiaddresses with or without `/p2p/…`.
     pub bootstrap: Vec<String>,
     /// Whether to look for peers on the local network.
@@ -80,6 +82,7 @@ impl NetConfig {
             key: None,
             access: Access::Open,
             listen: Vec::new(),
+            announce: Vec::new(),
             bootstrap: Vec::new(),
             mdns: false,
             agent: concat!("shoal/", env!("CARGO_PKG_VERSION")).into(),
@@ -137,6 +140,7 @@ pub(super) struct Inner {
     swarm: SwarmId,
     access: Access,
     agent: String,
+    announce: Vec<Multiaddr>,
     publisher: Publisher,
     facts: Arc<Facts>,
     acceptors: Arc<Acceptors>,
@@ -154,11 +158,7 @@ impl Net {
     /// # Errors
     /// When an address is none, is in use, or the system gives no address in time.
     pub async fn start(config: NetConfig) -> Result<Self, NetError> {
-        let listen = parse_all(&config.listen)?;
-        let bootstrap = parse_all(&config.bootstrap)?;
-        if config.key.is_some() {
-            no_quic(listen.iter().chain(&bootstrap))?;
-        }
+        let [listen, announce, bootstrap] = addresses(&config)?;
         let acceptors = Arc::new(Acceptors::default());
         let keypair = config.identity.keypair();
         let behaviour = Behaviour::new(Parts {
@@ -169,6 +169,7 @@ impl Net {
             agent: config.agent.clone(),
             mdns: config.mdns,
             server: !listen.is_empty(),
+            announced: !announce.is_empty(),
         })?;
         let transport = transport::build(keypair, config.key)?;
         let settings =
@@ -177,6 +178,9 @@ impl Net {
         let mut swarm = Swarm::new(transport, behaviour, me, settings);
         for addr in &listen {
             bind(&mut swarm, addr)?;
+        }
+        for addr in &announce {
+            swarm.add_external_address(addr.clone());
         }
         let facts = Arc::new(Facts::new());
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
@@ -209,6 +213,7 @@ impl Net {
             swarm: config.swarm,
             access: config.access,
             agent: config.agent,
+            announce,
             facts,
             acceptors,
             commands,
@@ -246,12 +251,11 @@ impl Net {
         &self.inner.identity
     }
 
-    /// Where we listen now, each with `/p2p/<our id>`, other machines' views first, loopback last.
+    /// Where others reach us now, each with `/p2p/<our id>`: what was announced, else where we listen, other
+    /// machines' views first, loopback last.
     pub fn listen_addrs(&self) -> Vec<String> {
-        let mut addrs = self.inner.facts.addrs().borrow().clone();
-        addrs.sort_by_key(address_rank);
+        let addrs = self.inner.ranked_addrs().into_iter();
         addrs
-            .into_iter()
             .map(|addr| format!("{addr}/p2p/{}", self.me()))
             .collect()
     }
@@ -424,6 +428,9 @@ impl Inner {
     }
 
     fn ranked_addrs(&self) -> Vec<Multiaddr> {
+        if !self.announce.is_empty() {
+            return self.announce.clone();
+        }
         let mut addrs = self.facts.addrs().borrow().clone();
         addrs.sort_by_key(address_rank);
         addrs
@@ -518,8 +525,37 @@ fn parse(addr: &str) -> Result<Multiaddr, NetError> {
         })
 }
 
+/// Where to listen, what to announce, whom to stay connected to.
+fn addresses(config: &NetConfig) -> Result<[Vec<Multiaddr>; 3], NetError> {
+    let listen = parse_all(&config.listen)?;
+    let announce = parse_all(&config.announce)?;
+    announce.iter().try_for_each(check_dialable)?;
+    let bootstrap = parse_all(&config.bootstrap)?;
+    if config.key.is_some() {
+        no_quic(listen.iter().chain(&announce).chain(&bootstrap))?;
+    }
+    Ok([listen, announce, bootstrap])
+}
+
 fn parse_all(addrs: &[String]) -> Result<Vec<Multiaddr>, NetError> {
     addrs.iter().map(|addr| parse(addr)).collect()
+}
+
+/// An address for others names a host and a port, and leaves our id to us.
+fn check_dialable(addr: &Multiaddr) -> Result<(), NetError> {
+    let reason = addr.iter().find_map(|part| match part {
+        Protocol::Ip4(ip) if ip.is_unspecified() => Some("nobody can dial 0.0.0.0"),
+        Protocol::Ip6(ip) if ip.is_unspecified() => Some("nobody can dial ::"),
+        Protocol::Tcp(0) | Protocol::Udp(0) => Some("nobody can dial port 0"),
+        Protocol::P2p(_) => Some("leave /p2p/... out, it is added"),
+        _ => None,
+    });
+    reason.map_or(Ok(()), |reason| {
+        Err(NetError::Address {
+            addr: addr.to_string(),
+            reason: reason.into(),
+        })
+    })
 }
 
 fn no_quic<'a>(mut addrs: impl Iterator<Item = &'a Multiaddr>) -> Result<(), NetError> {

@@ -73,7 +73,8 @@ impl Desks {
     }
 
     /// Hands an opening to the task that holds its session; gives it back where there is none.
-    pub(super) fn hand_over(&self, key: Key, from: Peer, open: Open, up: Pipe) -> Option<Comeback> {
+    pub(super) fn hand_over(&self, from: Peer, open: Open, up: Pipe) -> Option<Comeback> {
+        let key = key(&open);
         let come = Comeback { from, open, up };
         let Some(to) = self.lock().get(&key).cloned() else {
             return Some(come);
@@ -313,8 +314,7 @@ impl Held {
             ours.n_ctx,
             ours.dtype,
         );
-        let layers = |open: &Open| open.hops.get(usize::from(open.at)).map(|hop| hop.layers);
-        if !same || layers(open) != layers(ours) {
+        if !same || key(open) != key(ours) {
             let message = "it is held here for another client, model, context, dtype or layers";
             return wrong(FailureCode::WrongSession, message.into());
         }

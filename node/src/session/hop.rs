@@ -310,8 +310,7 @@ impl Shared {
             Ok(Ok(None) | Err(_)) | Err(_) => return,
         };
         // A session that is held here goes on in its own task.
-        let key = held::key(&open);
-        let Some(Comeback { from, open, up }) = self.desks.hand_over(key, from, open, up) else {
+        let Some(Comeback { from, open, up }) = self.desks.hand_over(from, open, up) else {
             return;
         };
         let span = trace::session_span(&open);

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use swarm_proto::{Epoch, Open, Standbys};
+use swarm_proto::{Dtype, Epoch, Hop, LayerRange, Open, Standbys};
 use tokio::time::Instant;
 
 use super::{
@@ -121,6 +121,40 @@ async fn several_may_share_the_layers_of_one_and_two_neighbours_may_go_at_once()
     route.push(whole[3].clone());
     decode_over(&swarm, &mut session, &mut all, 5, &mut vec![route.into()]).await;
     session.close().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_neighbour_may_take_the_lost_layers_beside_its_own_or_together_with_them() {
+    let _clock = Clock::start();
+    for together in [false, true] {
+        let mut swarm = Swarm::new(&CUTS);
+        let wide = swarm.stand_in(50, 4..12);
+        let part = |start, end| Hop {
+            layers: LayerRange { start, end },
+            ..wide.clone()
+        };
+        let mut route = swarm.route()[..3].to_vec();
+        route[1] = part(4, 9);
+        let switch = interpose(&swarm, 2);
+        let mut session = swarm.open_over(CLIENT, 1024, Dtype::F32, &route).await;
+        let mut all = prompt(40, 4);
+        session.feed(&all.clone(), TOP1).await.unwrap();
+        decode_over(&swarm, &mut session, &mut all, 5, &mut Vec::new()).await;
+        switch.send(Mode::Cut).unwrap();
+        route.truncate(1);
+        if together {
+            route.push(part(4, 12));
+        } else {
+            route.extend([part(4, 9), part(9, 12)]);
+        }
+        let begin = Instant::now();
+        let mut routes = vec![route.into()];
+        decode_over(&swarm, &mut session, &mut all, 9, &mut routes).await;
+        assert!(begin.elapsed() < swarm.limits.deadlines.open, "it waited");
+        session.close().await;
+        tokio::time::sleep(swarm.limits.deadlines.keep * 2).await;
+        swarm.assert_empty().await;
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -249,7 +249,7 @@ impl Swarm {
         self.open_over(CLIENT, 1024, Dtype::F32, route).await
     }
 
-    async fn open_over(
+    pub(super) async fn open_over(
         &self,
         client: Peer,
         n_ctx: u32,
