@@ -68,6 +68,8 @@ pub struct ClientSession {
     frames: Vec<Frame>,
     /// The last row that came.
     last: Option<Answered>,
+    /// Rows up to this position were asked for again when the session was reopened.
+    again: Option<u32>,
     /// Every row asked for before this position came.
     answered: u32,
     outbox: Outbox,
@@ -141,6 +143,7 @@ impl ClientSession {
             tokens: Vec::new(),
             frames: Vec::new(),
             last: None,
+            again: None,
             answered: 0,
             outbox: Outbox::default(),
             asked: VecDeque::new(),
@@ -399,21 +402,20 @@ impl ClientSession {
         self.asked.pop_front();
         self.progress = Instant::now();
         let answered = Answered::of(&row);
-        self.answered = self.answered.max(row.pos + 1);
-        match self.last {
-            // Asked for again when the session was reopened.
-            Some(last) if row.pos <= last.pos => {
-                if row.pos == last.pos && answered != Some(last) {
-                    return Err(self.differs(last, answered));
-                }
-                self.recycle(row);
+        if self.again.is_some_and(|again| row.pos <= again) {
+            if self.again.take_if(|again| *again == row.pos).is_some()
+                && let Some(last) = self.last
+                && answered != Some(last)
+            {
+                return Err(self.differs(last, answered));
             }
-            _ => {
-                self.last = answered;
-                self.ready_bytes += row.bytes();
-                self.ready.push_back(row);
-            }
+            self.recycle(row);
+            return Ok(());
         }
+        self.answered = self.answered.max(row.pos + 1);
+        self.last = answered;
+        self.ready_bytes += row.bytes();
+        self.ready.push_back(row);
         Ok(())
     }
 
@@ -485,7 +487,7 @@ impl ClientSession {
     ) {
         let resume = self.resume();
         (self.up, self.answers, self.route, self.epoch) = (up, answers, route, epoch);
-        self.ran = epoch;
+        (self.ran, self.again) = (epoch, self.last.map(|last| last.pos));
         self.queue.clear();
         self.outbox.clear();
         self.asked.clear();
