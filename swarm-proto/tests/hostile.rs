@@ -83,7 +83,7 @@ fn announced_lengths_are_refused_before_allocation() {
     bytes.extend(4000u16.to_le_bytes());
     assert_eq!(
         refusal::<Down>(&bytes),
-        "session message ends after 88 bytes, more were announced"
+        "session message ends after 89 bytes, more were announced"
     );
     // A text of 4 GiB.
     let bytes = [3, 252, 255, 255, 255, 255];
