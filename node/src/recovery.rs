@@ -25,6 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// time. As long as the advert of one that died is believed: with less, a search among many that died
 /// together comes back to the first before it has seen the last.
 const SHUNNED: Duration = Duration::from_secs(40);
+/// How long one without room is not asked again.
+const FULL: Duration = Duration::from_secs(2);
 /// Routes are planned so often while none works: what was shunned may be tried again.
 const RETRY: Duration = Duration::from_millis(500);
 /// A hop that says of so many different neighbours that they are lost is not believed any more.
@@ -371,6 +373,11 @@ impl Shunned {
         if error.is_not_retained() && !self.forgetful.contains(&culprit) {
             // It gave the session up with this, and begins anew when it is asked again.
             self.forgetful.push(culprit);
+            return true;
+        }
+        if error.without_room().is_some() {
+            // Somebody may leave any moment.
+            self.until.entry(culprit).or_insert((now, 0)).0 = now + FULL;
             return true;
         }
         self.shun(culprit, now);

@@ -66,7 +66,7 @@ fn announced_lengths_are_refused_before_allocation() {
     // An open message that announces 2^60 hops after the fixed fields.
     let mut bytes = vec![0];
     bytes.extend([0x5e; 16]);
-    bytes.extend([0, 0]);
+    bytes.extend([0, 0, 0]);
     bytes.extend([0xcc; 32]);
     bytes.extend([0xab; 32]);
     bytes.extend([1, 0]);
@@ -83,7 +83,7 @@ fn announced_lengths_are_refused_before_allocation() {
     bytes.extend(4000u16.to_le_bytes());
     assert_eq!(
         refusal::<Down>(&bytes),
-        "session message ends after 88 bytes, more were announced"
+        "session message ends after 89 bytes, more were announced"
     );
     // A text of 4 GiB.
     let bytes = [3, 252, 255, 255, 255, 255];
@@ -167,6 +167,9 @@ fn routes_that_are_none() {
     assert_eq!(why(&long), "bytes of an address: 129, the limit is 128");
     long.hops[0].addrs = vec![String::new(); 5];
     assert_eq!(why(&long), "addresses of a peer: 5, the limit is 4");
+    let mut early = open(&[(0, 4)]);
+    early.since = Epoch(1);
+    assert_eq!(why(&early), "epoch 0 of a session that ran in 1");
     // An empty range is no range on the wire either.
     let mut bytes = encoded(&Down::Open(open(&[(0, 4)])));
     let at = bytes.len() - 3;

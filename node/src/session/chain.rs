@@ -1,8 +1,10 @@
 //! Opens the next hop of a route, for the client and for every hop: over a stream there is already,
 //! or over a new one.
 
+use std::time::Duration;
+
 use swarm_proto::{Down, Failure, FailureCode, Fault, Open, Up};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{
     failure::{clamp, fail},
@@ -11,6 +13,9 @@ use super::{
     wire::{Pipe, WireError},
 };
 use crate::net::{OpenError, Stream};
+
+/// For a stream to a hop of another route, where an answer is waited for: three round trips of a slow link.
+const REDIAL: Duration = Duration::from_secs(2);
 
 /// What every hop of a route must say of the model.
 #[derive(Debug, Clone, Copy)]
@@ -49,11 +54,20 @@ pub(super) async fn open_next(
             asked => return asked,
         }
     }
-    let stream = timeout_at(deadline, dial()).await.map_err(late)?;
+    let dialled = match open.epoch.0 {
+        0 => deadline,
+        // There may be others who are there.
+        _ => deadline.min(Instant::now() + REDIAL),
+    };
+    let stream = timeout_at(dialled, dial()).await.map_err(late)?;
     let stream = stream.map_err(|e| lost(dial_code(&e), e.to_string()))?;
     let asked = ask(Pipe::new(stream, UP), open, shape);
     timeout_at(deadline, asked).await.map_err(late)?
 }
+
+/// A hop that opens a session again says so every beat until the chain below it is open: one that is
+/// silent this long is dead, frozen or cut off. A slow link's round trip, and two beats.
+const SILENCE: Duration = Duration::from_millis(1200);
 
 async fn ask(mut pipe: Pipe, open: &Open, shape: Shape) -> Result<Next, Failure> {
     let lost = |code, message: String| fail(open.at, Fault::Peer, code, message);
@@ -61,7 +75,17 @@ async fn ask(mut pipe: Pipe, open: &Open, shape: Shape) -> Result<Next, Failure>
     pipe.push(&Down::Open(open.clone()));
     pipe.flush().await.map_err(|e| gone(&e))?;
     loop {
-        return match pipe.frame::<Up>().await {
+        let frame = match open.epoch.0 {
+            0 => pipe.frame::<Up>().await,
+            _ => match timeout(SILENCE, pipe.frame::<Up>()).await {
+                Ok(frame) => frame,
+                Err(_) => {
+                    let why = format!("it was silent for {SILENCE:?} while opening");
+                    return Err(lost(FailureCode::Deadline, why));
+                }
+            },
+        };
+        return match frame {
             // What was under way in the epoch before.
             Ok(Some(Up::Ack { epoch, .. })) if epoch < open.epoch => continue,
             Ok(Some(Up::Lost { epoch, .. })) if epoch < open.epoch => continue,

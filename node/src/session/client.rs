@@ -76,6 +76,8 @@ pub struct ClientSession {
     last: Option<Answered>,
     /// How far its log-probability may differ when it comes again.
     tolerance: f32,
+    /// Rows up to this position were asked for again when the session was reopened.
+    again: Option<u32>,
     /// Every row asked for before this position came.
     answered: u32,
     outbox: Outbox,
@@ -152,6 +154,7 @@ impl ClientSession {
             frames: Vec::new(),
             last: None,
             tolerance: 0.0,
+            again: None,
             answered: 0,
             outbox: Outbox::default(),
             asked: VecDeque::new(),
@@ -422,25 +425,24 @@ impl ClientSession {
         self.asked.pop_front();
         self.progress = Instant::now();
         let answered = Answered::of(&row);
-        self.answered = self.answered.max(row.pos + 1);
-        match self.last {
-            // Asked for again when the session was reopened.
-            Some(last) if row.pos <= last.pos => {
-                if row.pos == last.pos && answered != Some(last) {
-                    let by = row.log_prob(last.token).unwrap_or(f32::NEG_INFINITY);
-                    let by = (by - last.log_prob).abs();
-                    if self.tolerance == 0.0 || by > self.tolerance {
-                        return Err(differs(last, answered, by));
-                    }
+        if self.again.is_some_and(|again| row.pos <= again) {
+            if self.again.take_if(|again| *again == row.pos).is_some()
+                && let Some(last) = self.last
+                && answered != Some(last)
+            {
+                let by = row.log_prob(last.token).unwrap_or(f32::NEG_INFINITY);
+                let by = (by - last.log_prob).abs();
+                if self.tolerance == 0.0 || by > self.tolerance {
+                    return Err(differs(last, answered, by));
                 }
-                self.recycle(row);
             }
-            _ => {
-                self.last = answered;
-                self.ready_bytes += row.bytes();
-                self.ready.push_back(row);
-            }
+            self.recycle(row);
+            return Ok(());
         }
+        self.answered = self.answered.max(row.pos + 1);
+        self.last = answered;
+        self.ready_bytes += row.bytes();
+        self.ready.push_back(row);
         Ok(())
     }
 

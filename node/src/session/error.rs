@@ -164,7 +164,7 @@ impl ClientError {
 
     /// The hop that has no room now and may have some later. A session larger than it ever takes is
     /// the caller's fault, and waiting does not help.
-    pub(super) fn without_room(&self) -> Option<HopName> {
+    pub(crate) fn without_room(&self) -> Option<HopName> {
         match self {
             Self::Hop { hop, failure } if failure.code == FailureCode::Full => {
                 (failure.fault != Fault::Caller).then_some(*hop)

@@ -18,8 +18,9 @@ use std::{
 use swarm_proto::{Failure, FailureCode, Fault, Hop, LayerRange, Open, Peer, SessionId};
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{
     admit::admit,
@@ -51,32 +52,75 @@ pub(super) fn key(open: &Open) -> Key {
     (open.client, open.session, layers)
 }
 
-/// Where openings of sessions that are held here are handed over.
+/// Where openings of sessions that are held here are handed over, and where one that needs their room finds
+/// those that nothing runs on.
 #[derive(Clone, Default)]
-pub(super) struct Desks(Arc<Mutex<HashMap<Key, mpsc::Sender<Comeback>>>>);
+pub(super) struct Desks(Arc<Mutex<HashMap<Key, Entry>>>);
+
+struct Entry {
+    to: mpsc::Sender<Comeback>,
+    idle: Idle,
+    give_way: CancellationToken,
+}
+
+/// Whether a session could give way to one that runs; those that cost least first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Idle {
+    /// It stands by: whoever it stands by for is there.
+    StandingBy,
+    /// It is kept for a client who may come back.
+    Kept,
+    /// It runs, or is about to.
+    No,
+}
 
 /// A session's place among them, given up when dropped.
 pub(super) struct Desk {
     desks: Desks,
     key: Key,
     ours: mpsc::WeakSender<Comeback>,
+    give_way: CancellationToken,
 }
 
 impl Desks {
     /// Openings of this session come to the receiver from now on.
     pub(super) fn take(&self, key: Key) -> (Desk, mpsc::Receiver<Comeback>) {
         let (to, comebacks) = mpsc::channel(COMEBACKS_MAX);
-        let ours = to.downgrade();
-        self.lock().insert(key, to);
-        let desks = self.clone();
-        (Desk { desks, key, ours }, comebacks)
+        let give_way = CancellationToken::new();
+        let desk = Desk {
+            desks: self.clone(),
+            key,
+            ours: to.downgrade(),
+            give_way: give_way.clone(),
+        };
+        let idle = Idle::No;
+        let entry = Entry { to, idle, give_way };
+        self.lock().insert(key, entry);
+        (desk, comebacks)
+    }
+
+    /// Has a session end that nothing runs on, and waits until its KV is free; false where there is none.
+    pub(super) async fn make_room(&self) -> bool {
+        let to = {
+            let desks = self.lock();
+            let idle = desks
+                .iter()
+                .filter(|(_, entry)| entry.idle != Idle::No && !entry.give_way.is_cancelled());
+            let Some((_, entry)) = idle.min_by_key(|(key, entry)| (entry.idle, **key)) else {
+                return false;
+            };
+            entry.give_way.cancel();
+            entry.to.clone()
+        };
+        to.closed().await;
+        true
     }
 
     /// Hands an opening to the task that holds its session; gives it back where there is none.
     pub(super) fn hand_over(&self, from: Peer, open: Open, up: Pipe) -> Option<Comeback> {
         let key = key(&open);
         let come = Comeback { from, open, up };
-        let Some(to) = self.lock().get(&key).cloned() else {
+        let Some(to) = self.lock().get(&key).map(|entry| entry.to.clone()) else {
             return Some(come);
         };
         match to.try_send(come) {
@@ -92,22 +136,34 @@ impl Desks {
         self.lock().len()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Key, mpsc::Sender<Comeback>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Entry>> {
         // Single inserts and removals: no invariant spans a panic.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Desk {
+    fn set(&self, idle: Idle) {
+        let mut desks = self.desks.lock();
+        if let Some(entry) = desks.get_mut(&self.key).filter(|entry| self.is_ours(entry)) {
+            entry.idle = idle;
+        }
+    }
+
+    /// A later session of the same name may sit here already.
+    fn is_ours(&self, entry: &Entry) -> bool {
+        let mine = self.ours.upgrade();
+        mine.is_some_and(|mine| mine.same_channel(&entry.to))
     }
 }
 
 impl Drop for Desk {
     fn drop(&mut self) {
         let mut desks = self.desks.lock();
-        // A later session of the same name may sit here already.
-        let ours = |to: &mpsc::Sender<Comeback>| {
-            self.ours
-                .upgrade()
-                .is_some_and(|mine| mine.same_channel(to))
-        };
-        if desks.get(&self.key).is_some_and(ours) {
+        if desks
+            .get(&self.key)
+            .is_some_and(|entry| self.is_ours(entry))
+        {
             desks.remove(&self.key);
         }
     }
@@ -125,7 +181,7 @@ pub(super) struct Held {
     pub(super) place: Option<Place>,
     /// When what is kept is given up; set when something is lost, unset when it runs again.
     pub(super) kept_until: Option<Instant>,
-    pub(super) _desk: Desk,
+    pub(super) desk: Desk,
     pub(super) _lease: Lease,
 }
 
@@ -167,16 +223,24 @@ impl Held {
     }
 
     async fn running(&mut self) -> Turn {
+        let standing_by = self.relay.open().standing_by;
+        self.desk.set(if standing_by {
+            Idle::StandingBy
+        } else {
+            Idle::No
+        });
         let end = tokio::select! {
             biased;
             end = self.relay.run() => end,
             Some(come) = self.comebacks.recv() => return come.into(),
+            () = self.desk.give_way.cancelled(), if standing_by => return self.give_way(),
         };
         self.after(end)
     }
 
     /// Nothing runs: waits for the client, who may find another route.
     async fn keep(&mut self) -> Turn {
+        self.desk.set(Idle::Kept);
         let keep = self.shared.limits.deadlines.keep;
         let until = *self.kept_until.get_or_insert_with(|| Instant::now() + keep);
         let end = tokio::select! {
@@ -184,6 +248,7 @@ impl Held {
             end = self.relay.hear() => end,
             Some(come) = self.comebacks.recv() => return come.into(),
             () = sleep_until(until) => return Turn::End(self.given_up()),
+            () = self.desk.give_way.cancelled() => return self.give_way(),
         };
         if end == End::UpstreamLost {
             // Its stream has nothing more to say; another may.
@@ -191,9 +256,22 @@ impl Held {
                 biased;
                 Some(come) = self.comebacks.recv() => come.into(),
                 () = sleep_until(until) => Turn::End(End::UpstreamLost),
+                () = self.desk.give_way.cancelled() => self.give_way(),
             };
         }
         self.after(end)
+    }
+
+    /// Somebody who runs needs the room.
+    fn give_way(&self) -> Turn {
+        let message = "nothing ran on it, and its room is needed";
+        let at = self.relay.at();
+        Turn::End(End::Failed(fail(
+            at,
+            Fault::Local,
+            FailureCode::Full,
+            message,
+        )))
     }
 
     fn given_up(&self) -> End {
@@ -224,6 +302,7 @@ impl Held {
     }
 
     async fn reopen(&mut self, open: Open, stream: Option<(Peer, Pipe)>) -> Turn {
+        self.desk.set(Idle::No);
         if let Err(failure) = self.admit_again(&open, stream.as_ref().map(|(from, _)| *from)) {
             let Some((_, up)) = stream else {
                 return Turn::End(End::Failed(failure));
@@ -263,16 +342,23 @@ impl Held {
             let mut below = open.clone();
             let current = resume_at(&mut below, current);
             let chain = self.shared.below(&below, &self.served, current);
-            tokio::select! {
-                biased;
-                chain = chain => chain,
-                // The client lost patience, or is gone.
-                end = self.relay.hear() => return match end {
-                    End::UpstreamLost => Turn::Keep,
-                    end => self.after(end),
-                },
-                Some(come) = self.comebacks.recv() => return come.into(),
+            tokio::pin!(chain);
+            let beat = self.shared.limits.deadlines.beat;
+            loop {
+                tokio::select! {
+                    biased;
+                    chain = &mut chain => break Ok(chain),
+                    // The client lost patience, or is gone.
+                    end = self.relay.hear() => break Err(end),
+                    Some(come) = self.comebacks.recv() => return come.into(),
+                    () = sleep(beat) => self.relay.say_working(),
+                }
             }
+        };
+        let chain = match chain {
+            Ok(chain) => chain,
+            Err(End::UpstreamLost) => return Turn::Keep,
+            Err(end) => return self.after(end),
         };
         let resumed = chain.and_then(|chain| {
             self.place = chain.place;

@@ -23,7 +23,7 @@ use swarm_proto::{
 };
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
@@ -64,6 +64,8 @@ pub trait Dialer: Send + Sync + 'static {
 
 /// What a pipe from a node to itself buffers: about one frame of a prompt.
 const TO_SELF_BYTES: usize = 256 * 1024;
+/// Sessions that give way to one: more are not worth it.
+const GIVE_WAY_MAX: usize = 8;
 /// The callers' own deadlines are shorter; this one only bounds a caller without.
 const DIAL_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -372,21 +374,29 @@ impl Shared {
         let (slot, chain) = {
             let both = async {
                 tokio::try_join!(
-                    self.kv(open, &admitted, &served),
+                    self.room_for(open, &admitted, &served),
                     self.below(open, &served, None)
                 )
             };
-            tokio::select! {
-                biased;
-                both = both => both?,
-                // The client may change its mind while the chain opens.
-                frame = up.frame::<Down>() => return match frame {
-                    Ok(Some(Down::Rows(_) | Down::Open(_))) => {
-                        let message = "frames before the session is open";
-                        Err(Some(fail(open.at, Fault::Caller, FailureCode::BadFrame, message)))
+            tokio::pin!(both);
+            loop {
+                tokio::select! {
+                    biased;
+                    both = &mut both => break both?,
+                    // The client may change its mind while the chain opens.
+                    frame = up.frame::<Down>() => return match frame {
+                        Ok(Some(Down::Rows(_) | Down::Open(_))) => {
+                            let message = "frames before the session is open";
+                            Err(Some(fail(open.at, Fault::Caller, FailureCode::BadFrame, message)))
+                        }
+                        _ => Err(None),
+                    },
+                    // Somebody waits for this hop in place of a lost one: it is there.
+                    () = sleep(self.limits.deadlines.beat), if open.epoch > Epoch(0) => {
+                        up.push(&Up::Working);
+                        let _ = timeout(self.limits.deadlines.beat, up.flush()).await;
                     }
-                    _ => Err(None),
-                },
+                }
             }
         };
         let ledger = Ledger::new(
@@ -421,7 +431,7 @@ impl Shared {
                 comebacks,
                 place: chain.place,
                 kept_until: None,
-                _desk: desk,
+                desk,
                 _lease: lease,
             }
         })
@@ -445,6 +455,26 @@ impl Shared {
             _client: client.map_err(|no| full("this client", no))?,
             _upstream: upstream.map_err(|no| full("the peer before this hop", no))?,
         })
+    }
+
+    /// KV for a session; those that nothing runs on give way to it, unless it only stands by.
+    async fn room_for(
+        &self,
+        open: &Open,
+        admitted: &Admitted,
+        served: &Served,
+    ) -> Result<SlotGuard, Failure> {
+        for _ in 0..GIVE_WAY_MAX {
+            match self.kv(open, admitted, served).await {
+                Err(full) if full.code == FailureCode::Full && !open.standing_by => {
+                    if !self.desks.make_room().await {
+                        return Err(full);
+                    }
+                }
+                kv => return kv,
+            }
+        }
+        self.kv(open, admitted, served).await
     }
 
     async fn kv(

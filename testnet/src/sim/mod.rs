@@ -300,16 +300,19 @@ impl World {
     /// A request may fail only while nobody could have served it.
     fn judge(&self, number: usize, error: &node::ClientError) {
         let client = &self.clients[number];
+        // Who failed while a session opens is not asked again by the same opening.
+        let opening = *lock(&self.progress[number].opening);
+        let long = opening.map_or(WELL, |since| since.elapsed().max(WELL));
         let usable = |node: &&Arc<Node>| {
             node.is_alive()
                 && node.has_room(ROOM)
-                && self.faults.is_well(node.number, WELL)
+                && self.faults.is_well(node.number, long)
                 && client.knows(&self.network.peer(node.number))
         };
         let holders: Vec<_> = self.nodes.iter().filter(usable).collect();
         let mut layers = 0..self.model.n_layer;
         let covered = layers.all(|l| holders.iter().any(|node| node.spec.layers.contains(&l)));
-        if covered && self.faults.is_well(client.number, WELL) {
+        if covered && self.faults.is_well(client.number, long) {
             let detail = format_args!("request {number}: {error}");
             self.log
                 .broken("a request fails only for want of holders", detail);
@@ -323,10 +326,10 @@ mod tests {
 
     const SMALL: Settings = Settings {
         nodes: 12,
-        sessions: 2,
+        sessions: 10,
         tokens: 8,
         faults: 0,
-        span: Duration::from_secs(5),
+        span: Duration::from_secs(60),
     };
 
     /// What a run notices when something is wrong from its beginning.

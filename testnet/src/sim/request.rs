@@ -34,6 +34,8 @@ pub(super) enum Ended {
 /// What is known of a request while it runs, and after.
 #[derive(Default)]
 pub(super) struct Progress {
+    /// Since when it tries to open; none once it has.
+    pub(super) opening: Mutex<Option<Instant>>,
     /// The route it is on.
     pub(super) route: Mutex<Vec<Hop>>,
     /// How long the failures stopped it, from the last row before to the first after.
@@ -73,6 +75,7 @@ impl Request {
     }
 
     async fn ask(self) -> Ended {
+        *lock(&self.progress.opening) = Some(Instant::now());
         let patience = self.dice.millis(0, 60_000);
         let opened = self.routes.open_waiting(&self.spec, patience, |_| ()).await;
         let session = match opened {
@@ -87,6 +90,7 @@ impl Request {
             stalled: stalled.clone(),
             request: self,
         };
+        *lock(&talk.request.progress.opening) = None;
         talk.note_route();
         let (log, number) = (talk.request.log.clone(), talk.request.number);
         talk.session.on_event(Box::new(move |event| {

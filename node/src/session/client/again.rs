@@ -154,7 +154,7 @@ impl ClientSession {
         let resume = self.resume();
         (self.up, self.answers, self.route, self.epoch) = (up, answers, route, epoch);
         self.standby = standby;
-        self.ran = epoch;
+        (self.ran, self.again) = (epoch, self.last.map(|last| last.pos));
         self.queue.clear();
         self.outbox.clear();
         self.asked.clear();

@@ -7,7 +7,7 @@ use std::{
 };
 
 use swarm_proto::{Content, Down, Failure, FailureCode, Fault, Open, Rows, Up, Want};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::{BACKLOG_MAX, Below, End, Halt, Relay};
 use crate::session::{
@@ -50,19 +50,14 @@ impl Relay {
         open: Open,
         anew: bool,
     ) -> Result<(), Failure> {
-        poll_fn(|cx| {
-            while !self.in_flight.is_empty() {
-                match self.poll_results(cx) {
-                    Ok(true) => {}
-                    Ok(false) => return Poll::Pending,
-                    Err(Halt::Ours(failure) | Halt::Below(failure)) => {
-                        return Poll::Ready(Err(failure));
-                    }
-                }
+        // The step under way may take long; the upstream hears meanwhile that somebody is there.
+        let beat = self.p.deadlines.beat;
+        loop {
+            match timeout(beat, self.finish_steps()).await {
+                Ok(finished) => break finished?,
+                Err(_) => self.say_working(),
             }
-            Poll::Ready(Ok(()))
-        })
-        .await?;
+        }
         // Who missed what ran last may hold what was taken back meanwhile.
         let anew = anew || self.p.open.epoch < open.since;
         let keep = if anew { 0 } else { open.resume };
@@ -74,6 +69,24 @@ impl Relay {
         self.ack_by = None;
         self.replay = None;
         Ok(())
+    }
+
+    /// Waits for what is in the worker, and keeps it.
+    async fn finish_steps(&mut self) -> Result<(), Failure> {
+        poll_fn(|cx| {
+            let _ = self.p.up.poll_flush(cx);
+            while !self.in_flight.is_empty() {
+                match self.poll_results(cx) {
+                    Ok(true) => {}
+                    Ok(false) => return Poll::Pending,
+                    Err(Halt::Ours(failure) | Halt::Below(failure)) => {
+                        return Poll::Ready(Err(failure));
+                    }
+                }
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await
     }
 
     /// Goes on with a new chain below, which holds positions up to `held`; the upstream hears from
@@ -111,6 +124,11 @@ impl Relay {
             n_vocab: ledger.n_vocab,
             held: ledger.end(),
         });
+    }
+
+    /// Tells the upstream that this hop is there, and at work on the chain below.
+    pub(in crate::session) fn say_working(&mut self) {
+        self.p.up.push(&Up::Working);
     }
 
     /// Tells the upstream that the route below is broken.

@@ -271,6 +271,35 @@ async fn an_idle_session_loses_its_lease() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_session_that_nothing_runs_on_gives_way() {
+    let _clock = Clock::start();
+    let limits = SessionLimits::default();
+    let swarm = Swarm::with(&[0, 12], limits, |stage| stage.with_cells(12 * 2000));
+    let switch = interpose(&swarm, 0);
+    let large = Kind {
+        n_ctx: 1500,
+        ..KIND
+    };
+    let mut session = swarm
+        .opener()
+        .open_route(large, swarm.route())
+        .await
+        .unwrap();
+    decode(&mut session, &mut Vec::new(), &prompt(5, 1), 1).await;
+    let other = swarm.wires.opener(peer(90), limits.deadlines);
+    let error = other.open_route(large, swarm.route()).await.err().unwrap();
+    named(&error, 0, Fault::Local, FailureCode::Full);
+    // Its client is cut off: it is kept, until somebody needs the room.
+    switch.send(Mode::Cut).unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    switch.send(Mode::Pass).unwrap();
+    let begin = tokio::time::Instant::now();
+    let second = other.open_route(large, swarm.route()).await.unwrap();
+    assert!(begin.elapsed() < limits.deadlines.keep / 2);
+    second.close().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn limits_are_told_and_given_back() {
     let _clock = Clock::start();
     let limits = SessionLimits {
