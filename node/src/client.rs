@@ -9,6 +9,7 @@ use swarm_proto::{Hop, LayerRange, ModelId, Peer};
 use crate::{
     known_peers::KnownPeers,
     net::{FetchError, Net, NetConfig, NetError},
+    peer_book::PeerBook,
     random::Random,
     recovery::Session,
     routes::{Privacy, Routes, SessionSpec},
@@ -51,9 +52,21 @@ impl Client {
             dialer: Arc::new(net.clone()),
             deadlines: Deadlines::default(),
             random: Random::of_system(),
+            book: crate::PeerBook::default(),
         };
         let routes = Routes::new(Arc::new(net.clone()), privacy, opener);
         Self { net, routes }
+    }
+
+    /// Goes by what `book` says of peers, and writes into it.
+    pub fn with_book(mut self, book: PeerBook) -> Self {
+        self.routes.keep_book(book);
+        self
+    }
+
+    /// What is thought of peers.
+    pub fn book(&self) -> &PeerBook {
+        &self.routes.opener().book
     }
 
     /// The network.

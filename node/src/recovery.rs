@@ -15,18 +15,13 @@ use swarm_proto::{Advert, Fault, Hop, LayerRange, ModelId, Peer, Want};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::{
+    peer_book::PeerBook,
     routes::{Routes, SessionSpec},
     session::{ClientError, ClientSession, LogitsRow, Route},
 };
 
 /// How long a session waits, without any progress, for a route to come back.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long a peer that failed is not asked again while others are left; twice as long each further
-/// time. As long as the advert of one that died is believed: with less, a search among many that died
-/// together comes back to the first before it has seen the last.
-const SHUNNED: Duration = Duration::from_secs(40);
-/// How long one without room is not asked again.
-const FULL: Duration = Duration::from_secs(2);
 /// Routes are planned so often while none works: what was shunned may be tried again.
 const RETRY: Duration = Duration::from_millis(500);
 /// A hop that says of so many different neighbours that they are lost is not believed any more.
@@ -76,7 +71,7 @@ pub struct Session {
     routes: Routes,
     spec: SessionSpec,
     inner: ClientSession,
-    shunned: Shunned,
+    blame: Blame,
     /// The numerics class of every peer that was on a route.
     classes: HashMap<Peer, u64>,
     recoveries: Vec<Recovery>,
@@ -89,7 +84,7 @@ impl Session {
             routes,
             spec,
             inner,
-            shunned: Shunned::default(),
+            blame: Blame::default(),
             classes: HashMap::new(),
             recoveries: Vec::new(),
             listener: None,
@@ -177,7 +172,13 @@ impl Session {
 
     /// Frees the KV on every hop, within a deadline.
     pub async fn close(self) {
+        let hops = self.inner.route().hops.iter();
+        self.book().served(hops.map(|hop| hop.peer));
         self.inner.close().await;
+    }
+
+    fn book(&self) -> &PeerBook {
+        &self.routes.opener().book
     }
 
     fn tell(&mut self, event: Event<'_>) {
@@ -191,7 +192,8 @@ impl Session {
         let deadline = begin + PATIENCE;
         let (pos, before) = (self.inner.pos(), self.inner.route().clone());
         self.tell(Event::Lost(&first));
-        self.shunned.blame(&first, &before.hops, begin);
+        let book = self.book().clone();
+        self.blame.note(&book, &first, &before.hops);
         let mut told = false;
         let mut changes = self.routes.view().changes();
         loop {
@@ -205,13 +207,14 @@ impl Session {
                             took: begin.elapsed(),
                             exact,
                         };
+                        self.blame.over(&book);
                         self.recovered(recovery);
                         return Ok(());
                     }
                     Err(error) if !error.is_recoverable() => return Err(error),
                     Err(error) => {
                         tracing::info!(%error, "another route failed to open");
-                        let learned = self.shunned.blame(&error, &route.hops, Instant::now());
+                        let learned = self.blame.note(&book, &error, &route.hops);
                         if !(hopeful && learned) {
                             sleep_until((Instant::now() + RETRY).min(deadline)).await;
                         }
@@ -271,7 +274,10 @@ impl Session {
     /// A route that keeps what it can of the old one, and who stood by for what is lost, else any; and
     /// whether it uses nobody who is shunned.
     fn plan(&self, before: &Route) -> Result<(Route, bool), ClientError> {
-        let avoid = self.shunned.at(Instant::now());
+        // Who is on the route and has not failed it is as good as any.
+        let on_it = |peer: &Peer| before.hops.iter().any(|hop| hop.peer == *peer);
+        let mut avoid = self.book().left_alone();
+        avoid.retain(|peer| self.blame.failed.contains(peer) || !on_it(peer));
         let good = |hop: &Hop| !avoid.contains(&hop.peer);
         let kept = |hop: &Hop| {
             let stood = || before.standby_for(hop.layers).filter(good);
@@ -353,20 +359,23 @@ fn same(a: &Hop, b: &Hop) -> bool {
     (a.peer, a.layers) == (b.peer, b.layers)
 }
 
-/// Peers that failed this session, for a while.
+/// Who failed this session, beside what the book says of them.
 #[derive(Debug, Default)]
-struct Shunned {
-    until: HashMap<Peer, (Instant, u32)>,
+struct Blame {
     /// Who was accused by whom.
     accused: HashMap<Peer, Vec<Peer>>,
     /// Who said once that it could not feed the hop below it.
     forgetful: Vec<Peer>,
+    /// Who failed it.
+    failed: Vec<Peer>,
+    /// First hops of this recovery that we lost ourselves: where there are several, the fault was ours.
+    ours: Vec<Peer>,
 }
 
-impl Shunned {
-    /// Notes who is to be avoided after this failure on this route; whether another try has better
-    /// prospects now.
-    fn blame(&mut self, error: &ClientError, route: &[Hop], now: Instant) -> bool {
+impl Blame {
+    /// Notes in the book who is to be avoided after this failure on this route; whether another try has
+    /// better prospects now.
+    fn note(&mut self, book: &PeerBook, error: &ClientError, route: &[Hop]) -> bool {
         let Some(culprit) = error.culprit(route) else {
             return false;
         };
@@ -375,15 +384,20 @@ impl Shunned {
             self.forgetful.push(culprit);
             return true;
         }
-        if error.without_room().is_some() {
-            // Somebody may leave any moment.
-            self.until.entry(culprit).or_insert((now, 0)).0 = now + FULL;
-            return true;
-        }
-        self.shun(culprit, now);
         let ClientError::Hop { hop, failure } = error else {
             return true;
         };
+        if !self.failed.contains(&culprit) {
+            self.failed.push(culprit);
+        }
+        if error.without_room().is_some() {
+            book.full(culprit, &failure.message);
+            return true;
+        }
+        book.failed(culprit, &failure.message);
+        if hop.at == 0 && !self.ours.contains(&culprit) {
+            self.ours.push(culprit);
+        }
         let reporter = hop.at.checked_sub(1).and_then(|at| route.get(at));
         let Some(reporter) = reporter.filter(|_| failure.fault == Fault::Peer) else {
             return true;
@@ -394,23 +408,18 @@ impl Shunned {
         }
         // One neighbour may die; of one who loses every neighbour the fault is its own.
         if accused.len() > ACCUSED_MAX {
-            self.shun(reporter.peer, now);
+            book.failed(reporter.peer, "it loses all its neighbours");
+            self.failed.push(reporter.peer);
         }
         true
     }
 
-    fn shun(&mut self, peer: Peer, now: Instant) {
-        let (until, times) = self.until.entry(peer).or_insert((now, 0));
-        *times = (*times + 1).min(6);
-        *until = now + SHUNNED * (1 << (*times - 1));
-    }
-
-    /// Who is avoided now, those first whose time is over first.
-    fn at(&self, now: Instant) -> Vec<Peer> {
-        let shunned = self.until.iter().filter(|(_, (until, _))| *until > now);
-        let mut shunned: Vec<_> = shunned.map(|(peer, (until, _))| (*until, *peer)).collect();
-        shunned.sort_unstable();
-        shunned.into_iter().map(|(_, peer)| peer).collect()
+    /// The session goes on. Whoever loses several first hops in a row was away itself.
+    fn over(&mut self, book: &PeerBook) {
+        let ours = std::mem::take(&mut self.ours);
+        if ours.len() > 1 {
+            book.forgive(&ours);
+        }
     }
 }
 

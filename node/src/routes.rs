@@ -24,6 +24,7 @@ use tokio::{
 
 use crate::{
     net::Net,
+    peer_book::PeerBook,
     recovery::Session,
     session::{ClientError, Kind, Opener, Route},
 };
@@ -157,6 +158,10 @@ impl Routes {
         }
     }
 
+    pub(crate) fn keep_book(&mut self, book: PeerBook) {
+        self.opener.book = book;
+    }
+
     pub(crate) fn view(&self) -> &dyn View {
         &*self.view
     }
@@ -193,7 +198,7 @@ impl Routes {
                 kind,
                 patience,
                 |avoid| {
-                    let hops = self.plan(spec, avoid, seed)?;
+                    let hops = self.plan_well(spec, avoid, seed)?;
                     let standbys = self.standbys(spec, &hops, avoid, &Route::default());
                     Ok(Route { hops, standbys })
                 },
@@ -201,6 +206,22 @@ impl Routes {
             )
             .await?;
         Ok(Session::new(self.clone(), spec.clone(), opened))
+    }
+
+    /// The same, without those who are left alone after failures, unless there is no other route.
+    fn plan_well(
+        &self,
+        spec: &SessionSpec,
+        avoid: &[Peer],
+        seed: u64,
+    ) -> Result<Vec<Hop>, ClientError> {
+        let alone = self.opener.book.left_alone();
+        if alone.is_empty() {
+            return self.plan(spec, avoid, seed);
+        }
+        let well: Vec<Peer> = avoid.iter().copied().chain(alone).collect();
+        self.plan(spec, &well, seed)
+            .or_else(|_| self.plan(spec, avoid, seed))
     }
 
     /// The route that would be taken now, without the peers to avoid. Where the adverts

@@ -511,6 +511,7 @@ mod tests {
             dialer: Arc::new(near.clone()),
             deadlines: Deadlines::default(),
             random: crate::Random::of_system(),
+            book: crate::PeerBook::default(),
         };
         let kind = Kind {
             model,

@@ -75,6 +75,7 @@ async fn visit(client: &Net, server: &Net, closes: bool) {
         dialer: Arc::new(client.clone()),
         deadlines: Deadlines::default(),
         random: node::Random::of_system(),
+        book: node::PeerBook::default(),
     };
     let kind = Kind {
         model: MODEL,

@@ -80,6 +80,7 @@ async fn open(client: &Net, nodes: &[Node], n_ctx: u32) -> ClientSession {
         dialer: Arc::new(client.clone()),
         deadlines: Deadlines::default(),
         random: node::Random::of_system(),
+        book: node::PeerBook::default(),
     };
     let kind = Kind {
         model: MODEL,

@@ -198,6 +198,7 @@ async fn steps(
         dialer: Arc::new(client.clone()),
         deadlines: Deadlines::default(),
         random: Random::of_system(),
+        book: crate::PeerBook::default(),
     };
     let n_ctx = bench.warm_up.saturating_add(bench.steps).saturating_add(1);
     let kind = Kind {

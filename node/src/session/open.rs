@@ -22,7 +22,7 @@ use super::{
     trace,
     wire::{Pipe, WireError},
 };
-use crate::{net::Proto, random::Random};
+use crate::{net::Proto, peer_book::PeerBook, random::Random};
 
 /// Routes that may fail before giving up, not counting those that failed for want of room: after a
 /// power cut many peers are gone whose adverts are still believed, and most of them refuse at once.
@@ -46,6 +46,8 @@ pub struct Opener {
     pub deadlines: Deadlines,
     /// What session ids and pauses are drawn from.
     pub random: Random,
+    /// What is thought of peers.
+    pub book: PeerBook,
 }
 
 /// What kind of session.
@@ -195,7 +197,10 @@ impl Opener {
             tracing::info!(%error, "a route failed to open");
             match (error.without_room(), error.culprit(&route.hops)) {
                 (Some(hop), _) => full.push((hop, error)),
-                (None, Some(culprit)) => broken.push((culprit, error)),
+                (None, Some(culprit)) => {
+                    self.book.failed(culprit, &error.to_string());
+                    broken.push((culprit, error));
+                }
                 (None, None) => return Err(error),
             }
         }

@@ -267,6 +267,7 @@ impl World {
                 dialer: self.network.dialer(client.number),
                 deadlines: Deadlines::default(),
                 random: Random::seeded(part_seed(self.seed, 3000 + number as u64)),
+                book: node::PeerBook::default(),
             };
             let dtypes = [Dtype::F32, Dtype::Bf16, Dtype::Q8_0];
             let request = Request {

@@ -97,6 +97,7 @@ impl Wires {
             dialer: self.dialer(from),
             deadlines,
             random: crate::Random::of_system(),
+            book: crate::PeerBook::default(),
         }
     }
 }
