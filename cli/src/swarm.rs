@@ -169,7 +169,7 @@ pub struct Ask {
     pub dtype: Dtype,
     /// Whether other peers stand by.
     pub standby: bool,
-    /// How long to wait for a place.
+    /// How long to wait for a place, and for a lost route to come back.
     pub patience: Duration,
 }
 
@@ -277,6 +277,7 @@ impl Member {
         let spec = SessionSpec {
             dtype: ask.dtype,
             standby: ask.standby,
+            patience,
             ..SessionSpec::new(model.id, &model.manifest, ask.n_ctx)
         };
         let wheel = terminal::wheel(format!("opening a route for {}", model.name));

@@ -26,6 +26,6 @@ pub use known_peers::KnownPeers;
 pub use net::{Access, Net, NetConfig, NetError, OpenError, Proto, Stream};
 pub use random::Random;
 pub use recovery::{Event, Listener, Recovery, Session};
-pub use routes::{Privacy, Routes, SessionSpec, View};
+pub use routes::{Privacy, Routes, SessionSpec, View, exact_batch};
 pub use session::{ClientError, ClientSession};
 pub use swarm_node::{NodeConfig, StartError, SwarmNode};

@@ -19,8 +19,6 @@ use crate::{
     session::{ClientError, ClientSession, LogitsRow, Route},
 };
 
-/// How long a session waits, without any progress, for a route to come back.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a peer that failed is not asked again while others are left; twice as long each further
 /// time. As long as the advert of one that died is believed: with less, a search among many that died
 /// together comes back to the first before it has seen the last.
@@ -186,7 +184,7 @@ impl Session {
 
     async fn recover(&mut self, first: ClientError) -> Result<(), ClientError> {
         let begin = Instant::now();
-        let deadline = begin + PATIENCE;
+        let deadline = begin + self.spec.patience;
         let (pos, before) = (self.inner.pos(), self.inner.route().clone());
         self.tell(Event::Lost(&first));
         self.shunned.blame(&first, &before.hops, begin);
