@@ -2,10 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use engine::{Sampler, SamplerOptions, Vocab};
+use engine::{Candidates, Sampler, SamplerOptions, Vocab};
 
+use crate::fed::Fed;
 use crate::generation::Generation;
 use crate::interrupt::Interrupt;
+use crate::journal::Journal;
 use crate::source::{Source, SourceError};
 use crate::text_out::TextOut;
 
@@ -44,6 +46,8 @@ pub struct Answer {
     pub text: String,
     /// The tokens, without one that ended it.
     pub tokens: Vec<u32>,
+    /// How many of them another process had chosen before.
+    pub said: usize,
     /// Why it ended.
     pub stop: Stop,
     /// From sending the prompt to the first token.
@@ -55,7 +59,7 @@ pub struct Answer {
 impl Answer {
     /// Speed after the first token; of the first one when there is no other.
     pub fn tokens_per_s(&self) -> f64 {
-        let (n, time) = match self.tokens.len() {
+        let (n, time) = match self.tokens.len() - self.said {
             0 => return 0.0,
             1 => (1, self.to_first),
             n => (n - 1, self.decode),
@@ -117,27 +121,62 @@ pub fn sampler(generation: &Generation, seed: u32, n_vocab: u32) -> anyhow::Resu
     Ok(Sampler::new(&options, n_vocab)?)
 }
 
+/// What is to be answered, and how.
+pub struct Question<'a> {
+    /// The whole prompt.
+    pub prompt: &'a [u32],
+    /// How tokens become text.
+    pub words: Words<'a>,
+    /// How tokens are chosen and when to stop.
+    pub generation: &'a Generation,
+    /// Ends the answer with what there is.
+    pub interrupt: &'a Interrupt,
+    /// Where tokens are noted, and what was said already.
+    pub journal: Option<&'a mut Journal>,
+}
+
 /// Feeds what of the prompt is not held yet, then chooses tokens until the answer ends. `show` gets
-/// each token and the text that can be shown with it, and at the end the text that was held back. Ctrl-C ends it with what there is.
+/// each token and the text that can be shown with it, those that were said already too, and at the end the
+/// text that was held back.
 pub async fn generate(
     source: &mut Source,
-    prompt: &[u32],
-    words: &Words<'_>,
-    generation: &Generation,
     sampler: &mut Sampler,
-    interrupt: &Interrupt,
+    question: Question<'_>,
     mut show: impl FnMut(Option<u32>, &str) -> anyhow::Result<()>,
 ) -> anyhow::Result<Answer> {
+    let Question {
+        prompt,
+        words,
+        generation,
+        interrupt,
+        mut journal,
+    } = question;
     let begun = Instant::now();
     let (mut first, mut last) = (None, begun);
     let mut out = TextOut::new(generation.stop.clone());
-    let mut tokens: Vec<u32> = Vec::new();
-    let keep = crate::conversation::keep(source.held(), prompt);
-    source.truncate(keep)?;
-    let mut next = prompt[keep..].to_vec();
+    let said = journal.as_ref().map(|journal| journal.said.clone());
+    let mut tokens = Vec::new();
+    for token in said.unwrap_or_default() {
+        // As it was chosen, so that the dice are where they were.
+        sampler.sample(&Candidates::new(vec![(token, 0.0)])?)?;
+        let text = out.push(&words.piece(token, tokens.is_empty()));
+        show(Some(token), text)?;
+        tokens.push(token);
+    }
+    let said = tokens.len();
+    let mut next = Vec::new();
     let stop = loop {
+        if out.stopped() {
+            break Stop::Text;
+        }
         if tokens.len() >= generation.max_tokens as usize {
             break Stop::Length;
+        }
+        if next.is_empty() {
+            next = match begin(source, prompt, &tokens, interrupt).await {
+                Err(SourceError::Interrupted) => break Stop::Interrupted,
+                other => other?,
+            };
         }
         if next.len() > source.room() as usize {
             break Stop::ContextFull;
@@ -152,14 +191,12 @@ pub async fn generate(
         if words.ends(token) {
             break Stop::EndOfText;
         }
-        show(
-            Some(token),
-            out.push(&words.piece(token, tokens.is_empty())),
-        )?;
-        tokens.push(token);
-        if out.stopped() {
-            break Stop::Text;
+        if let Some(journal) = &mut journal {
+            journal.push(token);
         }
+        let text = out.push(&words.piece(token, tokens.is_empty()));
+        show(Some(token), text)?;
+        tokens.push(token);
         next.clear();
         next.push(token);
     };
@@ -168,8 +205,25 @@ pub async fn generate(
     Ok(Answer {
         text: out.into_text(),
         tokens,
+        said,
         stop,
         to_first: first - begun,
         decode: last - first,
     })
+}
+
+/// Feeds what must be there before the first candidates; gives what is to be fed with them.
+async fn begin(
+    source: &mut Source,
+    prompt: &[u32],
+    said: &[u32],
+    interrupt: &Interrupt,
+) -> Result<Vec<u32>, SourceError> {
+    if let Some(last) = said.last() {
+        source.replay(Fed::answer(prompt, said), interrupt).await?;
+        return Ok(vec![*last]);
+    }
+    let keep = crate::conversation::keep(source.held(), prompt);
+    source.truncate(keep)?;
+    Ok(prompt[keep..].to_vec())
 }

@@ -1,9 +1,11 @@
 //! Flags that `run` and `chat` share: how tokens are chosen and when to stop.
 
+use serde::{Deserialize, Serialize};
+
 use crate::failure::Failure;
 
 /// How the next token is chosen and when the answer ends.
-#[derive(clap::Args, Clone, Debug)]
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[command(next_help_heading = "Generation")]
 pub struct Generation {
     /// Tokens of the answer at most.

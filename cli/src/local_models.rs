@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use engine::{Vocab, WholeModel};
 use gguf::Header;
 use shard_registry::{
     AliasName, GgufFiles, ImportError, Imported, Progress, Resolved, Store, UnknownModel,
@@ -11,7 +12,7 @@ use swarm_proto::ModelId;
 
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
-use crate::{figures, terminal};
+use crate::{figures, terminal, tokens};
 
 /// The name of the model that comes with the program.
 pub const DEMO: &str = "demo";
@@ -99,7 +100,41 @@ pub struct WholeFile {
     pub id: Option<ModelId>,
 }
 
+/// What is known of a model before it is loaded.
+pub struct Description {
+    /// Its tokenizer, where it has one.
+    pub vocab: Option<Vocab>,
+    /// The context it was trained on.
+    pub n_ctx_train: u32,
+    /// Decoded rows that may be fed again as one step.
+    pub batch: u16,
+}
+
 impl WholeFile {
+    /// Reads the file's header.
+    ///
+    /// # Errors
+    /// It is no GGUF, or its tokenizer is none.
+    pub fn describe(&self) -> anyhow::Result<Description> {
+        let header = header_of_file(&self.path)?;
+        let arch = header.get_str("general.architecture")?;
+        Ok(Description {
+            vocab: tokens::vocab(&header)?,
+            n_ctx_train: header.get_u32(&format!("{arch}.context_length"))?,
+            batch: node::exact_batch(header.tensors.iter().map(|tensor| tensor.ty)),
+        })
+    }
+
+    /// Hands the file to llama.cpp, with a wheel.
+    ///
+    /// # Errors
+    /// It does not take it.
+    pub fn load(&self, name: &str, n_ctx: u32, threads: Option<u32>) -> anyhow::Result<WholeModel> {
+        let _wheel = terminal::wheel(format!("loading {name}"));
+        let threads = threads.unwrap_or_else(|| threads_for(&self.path));
+        Ok(WholeModel::load(&self.path, n_ctx, threads)?)
+    }
+
     /// Reads and hashes all of it, with a bar: it is what was imported, or an error.
     pub fn verify(&self, interrupt: &Interrupt) -> anyhow::Result<()> {
         let Some(id) = self.id else {
@@ -168,6 +203,6 @@ pub fn missing(files: &[PathBuf]) -> impl Iterator<Item = &PathBuf> {
 pub const BRING_BACK: &str = "put the file back, or `shoal import` it where it is now";
 
 /// Compute threads for a whole model in this process when nobody says.
-pub fn threads_for(file: &Path) -> u32 {
+fn threads_for(file: &Path) -> u32 {
     engine::threads_for(std::fs::metadata(file).map_or(0, |meta| meta.len()))
 }

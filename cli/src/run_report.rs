@@ -1,14 +1,28 @@
 //! What is said about a run: one dim line on stderr for people, a JSON object for programs.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::figures;
+use crate::source::Left;
 
-/// Who can read the prompt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+/// Who can read the prompt; each level is stricter than the one before it.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Privacy {
     /// Any peer of the swarm may be on the route; peers on it can read the prompt.
+    #[default]
     Open,
     /// Only the peers listed with --allow are dialled; they can read the prompt.
     Trusted,
@@ -79,8 +93,38 @@ impl From<&node::Recovery> for Recovery {
     }
 }
 
+/// That this process took over from the swarm.
+#[derive(Clone, Debug, Serialize)]
+pub struct FellBack {
+    /// Tokens of the answer that came before: `route` chose these, this process the others.
+    pub at_token: usize,
+    /// Why.
+    pub why: String,
+}
+
+impl FellBack {
+    /// After a prompt of `prompt` tokens, and `said` of the answer by another process.
+    pub fn new(left: &Left, prompt: usize, said: usize) -> Self {
+        // The last one chosen was not fed yet.
+        let chosen = (left.pos + 1).saturating_sub(prompt.max(1));
+        Self {
+            at_token: chosen.max(said),
+            why: left.why.clone(),
+        }
+    }
+}
+
+/// That this is an answer which another process had begun.
+#[derive(Clone, Debug, Serialize)]
+pub struct Resumed {
+    /// What it was called.
+    pub id: String,
+    /// Tokens of the answer that were there.
+    pub tokens: usize,
+}
+
 /// Everything `--json` prints.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct RunReport {
     /// The answer without the prompt.
     pub text: String,
@@ -113,6 +157,12 @@ pub struct RunReport {
     pub standbys: Vec<Hop>,
     /// Hops that were lost while it ran; `route` is the last one.
     pub recoveries: Vec<Recovery>,
+    /// That the whole model in this process went on, where it did; `route` is the last one before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fell_back: Option<FellBack>,
+    /// That another process had begun it, where it had; the timings are of this one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resumed: Option<Resumed>,
     /// Who could read the prompt.
     pub privacy: Privacy,
     /// The same as a fact.

@@ -36,9 +36,15 @@ pub struct SessionArgs {
     )]
     standby: Standby,
 
-    /// How long to wait for a place where every holder of some layers is busy; 0 fails at once.
+    /// How long to wait for a place where every holder of some layers is busy, and for holders of lost layers
+    /// to come back; 0 fails at once.
     #[arg(long, env = "SHOAL_WAIT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(..=WAIT_S_MAX))]
     wait: u32,
+
+    /// The same model in a file here: when no route is left and the wait is over, the answer goes on with it in
+    /// this process.
+    #[arg(long, value_name = "NAME|FILE")]
+    pub local_fallback: Option<String>,
 }
 
 /// When other peers stand by.

@@ -8,7 +8,7 @@ use engine::Vocab;
 use node::config::{Settings, SwarmArgs};
 use node::telemetry::{self, Telemetry, TelemetryConfig};
 use node::{
-    Access, Client, Event, Identity, KnownPeers, NetConfig, OpenError, Privacy, Session,
+    Access, Client, Event, Identity, KnownPeers, NetConfig, OpenError, PeerBook, Privacy, Session,
     SessionSpec,
 };
 use shard_registry::{Manifest, Resolved};
@@ -103,6 +103,7 @@ impl Swarm {
         };
         let wheel = terminal::wheel(format!("looking for swarm {}", settings.swarm));
         let client = Client::connect(config, privacy, Some(&known)).await?;
+        let client = client.with_book(PeerBook::of_home(&settings.home, &settings.swarm));
         drop(wheel);
         let member = Member {
             client,
@@ -169,7 +170,7 @@ pub struct Ask {
     pub dtype: Dtype,
     /// Whether other peers stand by.
     pub standby: bool,
-    /// How long to wait for a place.
+    /// How long to wait for a place, and for a lost route to come back.
     pub patience: Duration,
 }
 
@@ -225,11 +226,13 @@ impl Member {
             &self.client.adverts().adverts,
             now_ms(),
         )
+        .with_book(self.client.book().entries())
     }
 
     /// Leaves the swarm, within a deadline, and remembers who was there.
     pub async fn leave(self) {
-        if let Err(error) = self.known.remember(self.client.net()) {
+        let remembered = self.known.remember(self.client.net());
+        if let Err(error) = remembered.and_then(|()| self.client.book().save()) {
             tracing::debug!(%error, "peers are not remembered");
         }
         drop(self.trace);
@@ -277,6 +280,7 @@ impl Member {
         let spec = SessionSpec {
             dtype: ask.dtype,
             standby: ask.standby,
+            patience,
             ..SessionSpec::new(model.id, &model.manifest, ask.n_ctx)
         };
         let wheel = terminal::wheel(format!("opening a route for {}", model.name));

@@ -21,6 +21,23 @@ pub struct SwarmReport {
     pub peers: Vec<PeerReport>,
     /// Every model that someone advertises, by name.
     pub models: Vec<ModelReport>,
+    /// Peers that failed this home's clients, those that did last first.
+    pub failed: Vec<FailedReport>,
+}
+
+/// What this home has seen of a peer that failed.
+#[derive(Debug, Serialize)]
+pub struct FailedReport {
+    /// Who.
+    pub peer: String,
+    /// Failures that are not forgotten.
+    pub failures: u32,
+    /// The latest, in words.
+    pub last: String,
+    /// How long ago.
+    pub ago_s: u64,
+    /// How long it is left alone; 0 where it may be asked.
+    pub left_alone_s: u64,
 }
 
 /// One peer's advert.
@@ -104,6 +121,20 @@ pub struct HolderReport {
 }
 
 impl SwarmReport {
+    /// The same, with what this home has seen of peers.
+    pub fn with_book(mut self, entries: Vec<node::peer_book::Entry>) -> Self {
+        let now_s = crate::swarm::now_ms() / 1000;
+        let report = |entry: node::peer_book::Entry| FailedReport {
+            peer: entry.peer.to_string(),
+            failures: entry.failures,
+            last: figures::printable(&entry.last, 200),
+            ago_s: now_s.saturating_sub(entry.at_s),
+            left_alone_s: entry.until_s.saturating_sub(now_s),
+        };
+        self.failed = entries.into_iter().map(report).collect();
+        self
+    }
+
     /// Sums up the adverts; `now_ms` is the time since 1970.
     pub fn new<A: Borrow<Advert>>(swarm: String, adverts: &[A], now_ms: u64) -> Self {
         let adverts: Vec<&Advert> = adverts.iter().map(Borrow::borrow).collect();
@@ -128,6 +159,7 @@ impl SwarmReport {
             swarm,
             peers,
             models: models.into_values().map(ModelReport::finish).collect(),
+            failed: Vec::new(),
         }
     }
 }

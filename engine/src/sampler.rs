@@ -180,7 +180,8 @@ impl Sampler {
         })
     }
 
-    /// Chooses among `candidates` and remembers the choice.
+    /// Chooses among `candidates` and remembers the choice. Every choice costs one draw, also that of the
+    /// only candidate: choosing each token of an answer from itself alone rebuilds the state it left.
     ///
     /// # Errors
     /// No candidates.
@@ -268,6 +269,36 @@ mod tests {
         assert_ne!(draws, draw(&SamplerOptions { seed: 6, ..options }));
         assert!(draws.iter().all(|id| id % 2 == 0 && *id < 100));
         assert!(draws.iter().collect::<std::collections::HashSet<_>>().len() > 10);
+    }
+
+    #[test]
+    fn choosing_each_token_from_itself_alone_rebuilds_the_state() {
+        // Rows of one clear winner, which the filters leave alone, and rows that leave many.
+        let row = |n: u32| {
+            let best = if n.is_multiple_of(3) { 40.0 } else { 1.0 };
+            let pairs = (0..50).map(|i| (i, if i == 7 { best } else { (i % 5) as f32 / 3.0 }));
+            Candidates::new(pairs.collect()).unwrap()
+        };
+        let options = SamplerOptions {
+            seed: 11,
+            ..SamplerOptions::default()
+        };
+        let mut undisturbed = sampler(options.clone());
+        let said: Vec<u32> = (0..60)
+            .map(|n| undisturbed.sample(&row(n)).unwrap())
+            .collect();
+        assert!(said.iter().any(|token| *token != 7));
+        for cut in [1, 2, 3, 31, 59] {
+            let mut resumed = sampler(options.clone());
+            for token in &said[..cut] {
+                let alone = Candidates::new(vec![(*token, 0.0)]).unwrap();
+                assert_eq!(resumed.sample(&alone), Ok(*token));
+            }
+            let rest: Vec<u32> = (cut as u32..60)
+                .map(|n| resumed.sample(&row(n)).unwrap())
+                .collect();
+            assert_eq!(rest, said[cut..], "cut at {cut}");
+        }
     }
 
     #[test]

@@ -20,8 +20,6 @@ use crate::{
     session::{ClientError, ClientSession, LogitsRow, Route},
 };
 
-/// How long a session waits, without any progress, for a route to come back.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// Routes are planned so often while none works: what was shunned may be tried again.
 const RETRY: Duration = Duration::from_millis(500);
 /// A hop that says of so many different neighbours that they are lost is not believed any more.
@@ -189,7 +187,7 @@ impl Session {
 
     async fn recover(&mut self, first: ClientError) -> Result<(), ClientError> {
         let begin = Instant::now();
-        let deadline = begin + PATIENCE;
+        let deadline = begin + self.spec.patience;
         let (pos, before) = (self.inner.pos(), self.inner.route().clone());
         self.tell(Event::Lost(&first));
         let book = self.book().clone();

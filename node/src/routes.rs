@@ -108,9 +108,15 @@ pub struct SessionSpec {
     /// Decoded rows that a standby may compute as one step: the kernels of the model's types give them
     /// the same bits.
     pub batch: u16,
+    /// How long an open session waits, without any progress, for a route to come back.
+    pub patience: Duration,
 }
 
 impl SessionSpec {
+    /// How long a lost route is waited for where nobody says: as long as a machine takes to start again and
+    /// load its layers.
+    pub const PATIENCE: Duration = Duration::from_secs(60);
+
     /// A session of `n_ctx` positions with exact hidden states.
     pub fn new(model: ModelId, manifest: &Manifest, n_ctx: u32) -> Self {
         Self {
@@ -122,22 +128,20 @@ impl SessionSpec {
             dtype: Dtype::F32,
             avoid: Vec::new(),
             standby: true,
-            batch: if batches_are_exact(manifest) {
-                STANDBY_BATCH
-            } else {
-                1
-            },
+            batch: exact_batch(manifest.tensors.iter().map(|tensor| tensor.ty)),
+            patience: Self::PATIENCE,
         }
     }
 }
 
-/// Whether rows have the same bits in a batch and one by one, with the kernels of this build: seen for
-/// these types, in frames of less than 64 rows; not for the K quants.
-fn batches_are_exact(manifest: &Manifest) -> bool {
-    manifest
-        .tensors
-        .iter()
-        .all(|t| matches!(t.ty, TensorType::F32 | TensorType::Q8_0 | TensorType::Q4_0))
+/// Decoded rows that may be computed again as one step, with the same bits as one by one, by the kernels
+/// of this build for a model of these types: seen in frames of less than 64 rows, not for the K quants.
+pub fn exact_batch(mut types: impl Iterator<Item = TensorType>) -> u16 {
+    if types.all(|ty| matches!(ty, TensorType::F32 | TensorType::Q8_0 | TensorType::Q4_0)) {
+        STANDBY_BATCH
+    } else {
+        1
+    }
 }
 
 /// Plans routes and opens sessions along them; clones share the view.

@@ -5,15 +5,16 @@ use std::io::{BufRead, Write};
 use engine::{Sampler, Vocab};
 use tokio::sync::mpsc;
 
-use crate::answer::{self, Answer, Stop, Words};
+use crate::answer::{self, Answer, Question, Stop, Words};
 use crate::conversation::{Conversation, Line};
 use crate::failure::Failure;
 use crate::generation::Generation;
 use crate::interrupt::Interrupt;
+use crate::opening::Opening;
 use crate::run_report::{Privacy, route_line};
 use crate::session_args::SessionArgs;
-use crate::source::{Source, SourceError};
-use crate::swarm::{Member, Swarm, SwarmModel};
+use crate::source::Source;
+use crate::swarm::Swarm;
 use crate::terminal::{self, BOLD, HINT, paint};
 use crate::{figures, tokens};
 
@@ -24,6 +25,7 @@ Examples:
   shoal chat
   shoal chat -m llama-1b --system \"You are terse.\"
   shoal chat --ctx 8192 --wire q8_0
+  shoal chat --local-fallback llama-1b.gguf    goes on in this process when the swarm cannot
 
 In the chat: /help /reset /system TEXT /quit. Ctrl-C ends an answer; at the prompt it ends the chat.")]
 pub struct Args {
@@ -68,25 +70,27 @@ pub fn main(args: Args) -> anyhow::Result<()> {
 
 async fn talk(args: Args) -> anyhow::Result<()> {
     let interrupt = Interrupt::listen();
-    let member = interrupt
-        .or_end(args.swarm.join(args.session.trusted()))
-        .await?;
-    let model = interrupt
-        .or_end(member.model(args.model.as_deref()))
-        .await?;
-    let vocab = model.vocab.as_ref().ok_or_else(tokens::no_tokenizer)?;
-    if args.system.is_some() && vocab.chat_template().is_none() {
-        return Err(Failure::usage(
-            "this model has no chat template, so a system message has no place in it",
-        )
-        .into());
-    }
-    let n_ctx = match args.generation.ctx {
-        Some(_) => args.generation.n_ctx(0, model.n_ctx_max)?,
-        None => model.n_ctx_max.min(CTX_DEFAULT),
+    let opening = Opening {
+        swarm: &args.swarm,
+        model: args.model.as_deref(),
+        session: &args.session,
+        generation: &args.generation,
+        threads: None,
+        verify: true,
+        interrupt: &interrupt,
     };
+    let opened = opening.over_swarm(|vocab, limit| args.n_ctx(vocab, limit));
+    let ready = interrupt.or_end(opened).await?;
+    let source = ready.source;
+    terminal::note(route_line(
+        &source.route(),
+        &source.standbys(),
+        ready.privacy,
+        &args.session.wire.to_string(),
+    ));
+    let vocab = ready.vocab.as_ref().ok_or_else(tokens::no_tokenizer)?;
     let mut chat = Chat {
-        source: interrupt.or_end(args.open(&member, &model, n_ctx)).await?,
+        source,
         sampler: answer::sampler(&args.generation, args.generation.seed(), vocab.n_tokens())?,
         conversation: Conversation::new(args.system.clone()),
         transcript: Vec::new(),
@@ -94,29 +98,29 @@ async fn talk(args: Args) -> anyhow::Result<()> {
         args: &args,
         interrupt: &interrupt,
     };
-    chat.greet(&model);
-    let ended = chat.turns(&member, &model, n_ctx).await;
+    chat.greet(&ready.model);
+    let ended = chat.turns().await;
     chat.source.close().await;
-    member.leave().await;
+    if let Some(member) = ready.member {
+        member.leave().await;
+    }
     ended
 }
 
 impl Args {
-    async fn open(
-        &self,
-        member: &Member,
-        model: &SwarmModel,
-        n_ctx: u32,
-    ) -> anyhow::Result<Source> {
-        let session = member.open(model, self.session.ask(n_ctx)).await?;
-        let source = Source::swarm(session, answer::top(&self.generation));
-        terminal::note(route_line(
-            &source.route(),
-            &source.standbys(),
-            member.privacy(),
-            &self.session.wire.to_string(),
-        ));
-        Ok(source)
+    /// The context to open, for a model that can chat.
+    fn n_ctx(&self, vocab: Option<&Vocab>, limit: u32) -> anyhow::Result<u32> {
+        let vocab = vocab.ok_or_else(tokens::no_tokenizer)?;
+        if self.system.is_some() && vocab.chat_template().is_none() {
+            return Err(Failure::usage(
+                "this model has no chat template, so a system message has no place in it",
+            )
+            .into());
+        }
+        Ok(match self.generation.ctx {
+            Some(_) => self.generation.n_ctx(0, limit)?,
+            None => limit.min(CTX_DEFAULT),
+        })
     }
 }
 
@@ -133,12 +137,12 @@ struct Chat<'a> {
 }
 
 impl Chat<'_> {
-    fn greet(&self, model: &SwarmModel) {
+    fn greet(&self, model: &str) {
         if terminal::stdin_is_terminal() {
             let n_ctx = self.source.n_ctx();
             terminal::note_styled(format!(
                 "{} · {n_ctx} tokens of context · {} for commands",
-                paint(BOLD, &model.name),
+                paint(BOLD, model),
                 paint(HINT, "/help")
             ));
         }
@@ -147,12 +151,7 @@ impl Chat<'_> {
         }
     }
 
-    async fn turns(
-        &mut self,
-        member: &Member,
-        model: &SwarmModel,
-        n_ctx: u32,
-    ) -> anyhow::Result<()> {
+    async fn turns(&mut self) -> anyhow::Result<()> {
         let mut lines = lines();
         loop {
             show_prompt();
@@ -177,7 +176,7 @@ impl Chat<'_> {
                     "there is no /{}; /help lists what there is",
                     figures::printable(word, 40)
                 )),
-                Line::Say(text) => self.say(text, member, model, n_ctx).await?,
+                Line::Say(text) => self.say(text).await?,
             }
         }
     }
@@ -197,14 +196,8 @@ impl Chat<'_> {
         terminal::note("forgotten; the next question begins anew");
     }
 
-    /// One turn. A session that was lost is opened again: the tokens are here, nothing is lost.
-    async fn say(
-        &mut self,
-        text: &str,
-        member: &Member,
-        model: &SwarmModel,
-        n_ctx: u32,
-    ) -> anyhow::Result<()> {
+    /// One turn.
+    async fn say(&mut self, text: &str) -> anyhow::Result<()> {
         self.conversation.ask(text);
         let prompt = match self.prompt(text) {
             Ok(prompt) => prompt,
@@ -219,14 +212,7 @@ impl Chat<'_> {
             self.full();
             return Ok(());
         }
-        let mut answered = self.generate(&prompt).await;
-        if answered.as_ref().is_err_and(is_gone) {
-            terminal::note("the session was lost; opening another with the same tokens");
-            let opened = self.args.open(member, model, n_ctx);
-            self.source = self.interrupt.or_end(opened).await?;
-            answered = self.generate(&prompt).await;
-        }
-        let answer = answered?;
+        let answer = self.generate(&prompt).await?;
         terminal::stream("\n")?;
         if answer.stop == Stop::Interrupted {
             self.interrupt.clear();
@@ -266,23 +252,15 @@ impl Chat<'_> {
             }
             Ok(())
         };
-        let words = Words::Text(self.vocab);
-        let generation = &self.args.generation;
-        answer::generate(
-            &mut self.source,
+        let question = Question {
             prompt,
-            &words,
-            generation,
-            &mut self.sampler,
-            self.interrupt,
-            show,
-        )
-        .await
+            words: Words::Text(self.vocab),
+            generation: &self.args.generation,
+            interrupt: self.interrupt,
+            journal: None,
+        };
+        answer::generate(&mut self.source, &mut self.sampler, question, show).await
     }
-}
-
-fn is_gone(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref::<SourceError>(), Some(SourceError::Session(error)) if error.is_gone())
 }
 
 fn show_prompt() {

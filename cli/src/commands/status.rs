@@ -12,6 +12,7 @@ use crate::terminal::{self, BAD, BOLD, DIM, GOOD, HINT, WARN, paint};
 Examples:
   shoal status
   shoal status --model llama-1b
+  shoal status --why
   shoal status --json | jq '.models[0].layers[] | select(.holders == [])'
   shoal status --peer /ip4/192.168.1.20/tcp/4001
 
@@ -20,6 +21,9 @@ pub struct Args {
     /// Only this model: a name, or the beginning of its id.
     #[arg(short, long, env = "SHOAL_MODEL", value_name = "NAME|ID")]
     model: Option<String>,
+    /// Also say which peers are left alone after failures, and why.
+    #[arg(long)]
+    why: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -37,8 +41,39 @@ pub fn main(args: Args) -> anyhow::Result<()> {
     if args.json {
         terminal::say_json(&report)
     } else {
-        print(&report)
+        print(&report)?;
+        if args.why {
+            print_failed(&report)?;
+        }
+        Ok(())
     }
+}
+
+/// Who failed this home's clients, and whether it is asked.
+fn print_failed(report: &SwarmReport) -> anyhow::Result<()> {
+    terminal::say("")?;
+    if report.failed.is_empty() {
+        terminal::say("no peer has failed clients of this machine lately")?;
+        return Ok(());
+    }
+    let about = "as seen from this machine; who serves again is forgiven";
+    terminal::say(format!(
+        "{} {}",
+        paint(BOLD, "peers that failed"),
+        paint(DIM, about)
+    ))?;
+    for failed in &report.failed {
+        let state = match failed.left_alone_s {
+            0 => paint(DIM, "asked again when needed"),
+            s => paint(WARN, format!("left alone for {s} s")),
+        };
+        let times = figures::plural(failed.failures as usize, "failure");
+        let peer = figures::short_peer(&failed.peer);
+        let ago = failed.ago_s;
+        terminal::say(format!("  {peer}  {times} · {state}"))?;
+        terminal::say(paint(DIM, format!("    {ago} s ago: {}", failed.last)))?;
+    }
+    Ok(())
 }
 
 fn print(report: &SwarmReport) -> anyhow::Result<()> {

@@ -172,20 +172,6 @@ impl ClientError {
             _ => None,
         }
     }
-
-    /// The session's lease ended, or the node went down in good order: opening another session and
-    /// feeding the same tokens goes on.
-    pub fn is_gone(&self) -> bool {
-        match self {
-            Self::Hop { failure, .. } => {
-                matches!(
-                    failure.code,
-                    FailureCode::Deadline | FailureCode::DownstreamLost | FailureCode::ShuttingDown
-                )
-            }
-            _ => false,
-        }
-    }
 }
 
 fn printable(c: char) -> char {

@@ -285,6 +285,7 @@ impl World {
                     avoid: Vec::new(),
                     standby: true,
                     batch: 16,
+                    patience: SessionSpec::PATIENCE,
                 },
                 dice,
                 log: self.log.clone(),

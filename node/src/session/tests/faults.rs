@@ -266,7 +266,6 @@ async fn an_idle_session_loses_its_lease() {
     swarm.assert_empty().await;
     let _ = session.feed(&[1], TOP1).await;
     let error = session.next_logits().await.unwrap_err();
-    assert!(error.is_gone(), "{error}");
     assert!(error.to_string().contains("lease"), "{error}");
 }
 
