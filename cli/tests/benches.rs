@@ -28,6 +28,9 @@ fn every_measurement_runs() {
     assert_eq!(decode["same_tokens"], true, "{decode}");
     let pipeline = bench(&["pipeline", "--tokens", "4", "--rounds", "1"]);
     assert_eq!(pipeline["same_tokens"], true, "{pipeline}");
+    let standby = bench(&["standby", "--tokens", "40", "--rounds", "1"]);
+    assert_eq!(standby["same_tokens"], true, "{standby}");
+    assert_eq!(standby["standbys"], 2, "{standby}");
     let hops = bench(&["hops", "--steps", "10"]);
     assert!(hops["overhead_us_per_hop"]["p50"].is_number(), "{hops}");
 

@@ -35,7 +35,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
-const COMMANDS: [&[&str]; 16] = [
+const COMMANDS: [&[&str]; 17] = [
     &["run"],
     &["chat"],
     &["status"],
@@ -50,6 +50,7 @@ const COMMANDS: [&[&str]; 16] = [
     &["bench", "hops"],
     &["bench", "decode"],
     &["bench", "pipeline"],
+    &["bench", "standby"],
     &["bench", "wire"],
     &["completions"],
 ];

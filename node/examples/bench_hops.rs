@@ -1,5 +1,5 @@
 //! Prints what a hop costs on loopback: `cargo run --release -p node --example bench_hops`.
-//! `-- quic` measures QUIC; more arguments are widths of hidden rows.
+//! `-- quic` measures QUIC, `forget` without retaining what was sent; more arguments are widths of hidden rows.
 #![allow(clippy::print_stdout, reason = "printing is what it is for")]
 
 use node::session::{HopBench, bench_hops};
@@ -9,6 +9,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut bench = HopBench::default();
     let args: Vec<String> = std::env::args().skip(1).collect();
     bench.quic = args.iter().any(|arg| arg == "quic");
+    bench.retain = !args.iter().any(|arg| arg == "forget");
     let widths: Vec<u32> = args.iter().filter_map(|arg| arg.parse().ok()).collect();
     if !widths.is_empty() {
         bench.n_embd = widths;

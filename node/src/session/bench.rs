@@ -47,6 +47,8 @@ pub struct HopBench {
     pub warm_up: u32,
     /// Over QUIC instead of TCP.
     pub quic: bool,
+    /// Hops keep what they sent, as they always do outside of measurements.
+    pub retain: bool,
 }
 
 impl Default for HopBench {
@@ -57,6 +59,7 @@ impl Default for HopBench {
             steps: 2000,
             warm_up: 200,
             quic: false,
+            retain: true,
         }
     }
 }
@@ -140,7 +143,10 @@ async fn start(
     let mut config = NetConfig::client(Identity::generate(), swarm.clone());
     config.listen = vec![listen.into()];
     let net = Net::start(config).await?;
-    let limits = SessionLimits::default();
+    let mut limits = SessionLimits::default();
+    if !bench.retain {
+        (limits.retained_memory, limits.retained_disk) = (0, 0);
+    }
     let layer = u32::from(layer);
     let stage = ChainStage::new(n_layer.into(), n_embd, N_VOCAB, layer..layer + 1, 1);
     let worker = Worker::spawn(Box::new(stage), limits.worker_queue())?;
@@ -261,6 +267,7 @@ mod tests {
             steps: 50,
             warm_up: 5,
             quic: false,
+            retain: true,
         };
         let costs = bench_hops(&bench).await.unwrap();
         assert_eq!(costs.iter().map(|c| c.hops).collect::<Vec<_>>(), [1, 3]);

@@ -100,7 +100,8 @@ impl Round {
         self.us.push(begun.elapsed().as_secs_f64() * 1e6);
     }
 
-    fn mean_us(&self) -> f64 {
+    /// Of one token.
+    pub(super) fn mean_us(&self) -> f64 {
         self.us.iter().sum::<f64>() / self.us.len() as f64
     }
 }

@@ -4,6 +4,7 @@ mod decode;
 mod hops;
 mod nodes;
 mod pipeline;
+mod standby;
 mod wire;
 
 use std::ops::Range;
@@ -25,6 +26,7 @@ Examples:
   shoal bench hops                        overhead of a hop beyond compute, on loopback
   shoal bench decode --model llama-1b     a node holding everything against a plain loop
   shoal bench pipeline --one-billion      two prompts over two nodes against one on one
+  shoal bench standby                     what it costs that others stand by
   shoal bench wire --text held-out.txt    perplexity with f32, bf16 and q8_0 between hops
 
 Each starts what it needs on this machine and takes it down again.")]
@@ -38,6 +40,7 @@ enum Bench {
     Hops(hops::Args),
     Decode(decode::Args),
     Pipeline(pipeline::Args),
+    Standby(standby::Args),
     Wire(wire::Args),
 }
 
@@ -47,6 +50,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         Bench::Hops(args) => hops::main(args),
         Bench::Decode(args) => decode::main(args),
         Bench::Pipeline(args) => pipeline::main(args),
+        Bench::Standby(args) => standby::main(args),
         Bench::Wire(args) => wire::main(args),
     }
 }

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     net::Proto,
     session::{
-        ClientSession, Route,
+        ClientSession, Holdings, Kind, Route, SessionLimits,
         chain::{Shape, open_next},
     },
 };
@@ -312,4 +312,45 @@ async fn nobody_takes_over_the_session_of_another() {
     decode(&mut session, &mut all, &[3], 4).await;
     session.close().await;
     swarm.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hundred_abandoned_sessions_stay_within_the_limits_and_leave_nothing() {
+    let _clock = Clock::start();
+    let limits = SessionLimits {
+        retained_memory: 1 << 20,
+        retained_disk: 1 << 20,
+        ..SessionLimits::default()
+    };
+    let swarm = Swarm::with(&CUTS, limits, |stage| stage.with_cells(12 * 20_000));
+    let switch = interpose(&swarm, 0);
+    for n in 0..100 {
+        // Whose client is new each time, and whose stream ends without a word.
+        let opener = swarm.wires.opener(peer(100 + n), limits.deadlines);
+        let kind = Kind {
+            model: MODEL,
+            n_ctx: 1024,
+            dtype: Dtype::F32,
+            n_vocab: N_VOCAB,
+        };
+        if let Ok(mut session) = opener.open_route(kind, swarm.route()).await {
+            session.feed(&prompt(60, n.into()), TOP1).await.unwrap();
+            session.next_logits().await.unwrap();
+            switch.send(Mode::Cut).unwrap();
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            switch.send(Mode::Pass).unwrap();
+            drop(session);
+        }
+        for node in &swarm.nodes {
+            let held = node.sessions.holdings();
+            assert!(held.sessions <= limits.sessions_max, "{held:?}");
+            assert!(held.retained_memory <= limits.retained_memory, "{held:?}");
+            assert!(held.retained_disk <= limits.retained_disk, "{held:?}");
+        }
+    }
+    tokio::time::sleep(limits.deadlines.keep * 3).await;
+    swarm.assert_empty().await;
+    for node in &swarm.nodes {
+        assert_eq!(node.sessions.holdings(), Holdings::default());
+    }
 }

@@ -239,8 +239,10 @@ async fn a_standby_follows_through_other_losses() {
         decode_over(&swarm, &mut session, &mut all, 9, &mut routes).await;
         assert!(routes.is_empty());
     }
+    // The second is fed anew by the first, once: it cannot know what it missed.
     let rows = computed(&swarm);
-    assert!(rows[3] <= 40 + 27 + 8 && rows[4] <= 40 + 27 + 8, "{rows:?}");
+    let once = 40 + 27 + 8;
+    assert!(rows[3] <= once && rows[4] <= 2 * once, "{rows:?}");
     session.close().await;
     swarm.assert_empty().await;
 }
