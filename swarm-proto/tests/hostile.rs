@@ -172,7 +172,8 @@ fn routes_that_are_none() {
     assert_eq!(why(&early), "epoch 0 of a session that ran in 1");
     // An empty range is no range on the wire either.
     let mut bytes = encoded(&Down::Open(open(&[(0, 4)])));
-    let at = bytes.len() - 3;
+    // Before `at`, no standbys, no batch, not standing by, no trace.
+    let at = bytes.len() - 6;
     assert_eq!(bytes[at], 4);
     bytes[at] = 0;
     assert_eq!(
