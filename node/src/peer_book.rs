@@ -143,31 +143,45 @@ impl PeerBook {
         Ok(())
     }
 
-    /// A peer failed us.
+    /// A peer failed us, as we saw ourselves.
     pub(crate) fn failed(&self, peer: Peer, why: &str) {
-        let now = Instant::now();
-        let mut pages = self.lock();
-        let page = pages.entry(peer).or_insert_with(|| Page::new(now));
-        page.failures = (page.failures + 1).min(FAILURES_MAX);
-        page.until = now + ALONE * (1 << (page.failures - 1));
-        page.last = why.chars().take(WHY_CHARS_MAX).collect();
-        page.at_s = now_ms() / 1000;
-        if pages.len() > PEERS_MAX {
-            let oldest = pages.iter().min_by_key(|(peer, page)| (page.at_s, **peer));
-            if let Some(oldest) = oldest.map(|(peer, _)| *peer) {
-                pages.remove(&oldest);
-            }
-        }
+        self.note(peer, why, |page| {
+            page.failures = (page.failures + 1).min(FAILURES_MAX);
+            ALONE * (1 << (page.failures - 1))
+        });
+    }
+
+    /// Another peer says so: it is left alone once, and no longer each time. Who lies cannot make us leave
+    /// others alone for long.
+    pub(crate) fn accused(&self, peer: Peer, why: &str) {
+        self.note(peer, why, |page| {
+            page.failures = page.failures.max(1);
+            ALONE
+        });
     }
 
     /// A peer has no room: no fault, and it may have some any moment.
     pub(crate) fn full(&self, peer: Peer, why: &str) {
+        self.note(peer, why, |_| FULL);
+    }
+
+    fn note(&self, peer: Peer, why: &str, alone: impl FnOnce(&mut Page) -> Duration) {
         let now = Instant::now();
         let mut pages = self.lock();
         let page = pages.entry(peer).or_insert_with(|| Page::new(now));
-        page.until = page.until.max(now + FULL);
+        let alone = alone(page);
+        page.until = page.until.max(now + alone);
         page.last = why.chars().take(WHY_CHARS_MAX).collect();
         page.at_s = now_ms() / 1000;
+        if pages.len() > PEERS_MAX {
+            let least = pages.iter().min_by_key(|(peer, page)| {
+                let no_fault = page.failures > 0;
+                (no_fault, page.at_s, **peer)
+            });
+            if let Some(least) = least.map(|(peer, _)| *peer) {
+                pages.remove(&least);
+            }
+        }
     }
 
     /// These served to the end: of each, one failure is forgotten.

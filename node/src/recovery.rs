@@ -20,6 +20,8 @@ use crate::{
     session::{ClientError, ClientSession, LogitsRow, Route},
 };
 
+/// Losses further apart have nothing to do with each other.
+const APART: Duration = Duration::from_secs(10);
 /// Routes are planned so often while none works: what was shunned may be tried again.
 const RETRY: Duration = Duration::from_millis(500);
 /// A hop that says of so many different neighbours that they are lost is not believed any more.
@@ -73,7 +75,17 @@ pub struct Session {
     /// The numerics class of every peer that was on a route.
     classes: HashMap<Peer, u64>,
     recoveries: Vec<Recovery>,
+    stuck: Stuck,
     listener: Option<Listener>,
+}
+
+/// Losses one after the other without an answer between them.
+#[derive(Debug, Default)]
+struct Stuck {
+    since: Option<Instant>,
+    /// When the last one was got over.
+    until: Option<Instant>,
+    times: u32,
 }
 
 impl Session {
@@ -85,6 +97,7 @@ impl Session {
             blame: Blame::default(),
             classes: HashMap::new(),
             recoveries: Vec::new(),
+            stuck: Stuck::default(),
             listener: None,
         };
         let hops = session.inner.route().hops.clone();
@@ -158,7 +171,10 @@ impl Session {
         loop {
             match self.inner.next_logits().await {
                 Err(error) if error.is_recoverable() => self.recover(error).await?,
-                row => return row,
+                row => {
+                    self.stuck = Stuck::default();
+                    return row;
+                }
             }
         }
     }
@@ -187,7 +203,8 @@ impl Session {
 
     async fn recover(&mut self, first: ClientError) -> Result<(), ClientError> {
         let begin = Instant::now();
-        let deadline = begin + self.spec.patience;
+        let deadline = self.stuck.begin(begin) + self.spec.patience;
+        sleep_until((begin + self.stuck.pause()).min(deadline)).await;
         let (pos, before) = (self.inner.pos(), self.inner.route().clone());
         self.tell(Event::Lost(&first));
         let book = self.book().clone();
@@ -206,6 +223,7 @@ impl Session {
                             exact,
                         };
                         self.blame.over(&book);
+                        self.stuck.until = Some(Instant::now());
                         self.recovered(recovery);
                         return Ok(());
                     }
@@ -357,6 +375,26 @@ fn same(a: &Hop, b: &Hop) -> bool {
     (a.peer, a.layers) == (b.peer, b.layers)
 }
 
+impl Stuck {
+    /// Another loss; since when there has been nothing else.
+    fn begin(&mut self, now: Instant) -> Instant {
+        if self.until.is_some_and(|until| now > until + APART) {
+            *self = Self::default();
+        }
+        self.times += 1;
+        *self.since.get_or_insert(now)
+    }
+
+    /// None for two neighbours that go at once; a route that opens and breaks each time is not tried at the
+    /// speed of the network.
+    fn pause(&self) -> Duration {
+        match self.times {
+            0..=2 => Duration::ZERO,
+            more => RETRY.min(Duration::from_millis(20) * (1 << more.min(6))),
+        }
+    }
+}
+
 /// Who failed this session, beside what the book says of them.
 #[derive(Debug, Default)]
 struct Blame {
@@ -392,9 +430,13 @@ impl Blame {
             book.full(culprit, &failure.message);
             return true;
         }
-        book.failed(culprit, &failure.message);
-        if hop.at == 0 && !self.ours.contains(&culprit) {
-            self.ours.push(culprit);
+        if hop.at > 0 {
+            book.accused(culprit, &failure.message);
+        } else {
+            book.failed(culprit, &failure.message);
+            if !self.ours.contains(&culprit) {
+                self.ours.push(culprit);
+            }
         }
         let reporter = hop.at.checked_sub(1).and_then(|at| route.get(at));
         let Some(reporter) = reporter.filter(|_| failure.fault == Fault::Peer) else {

@@ -78,6 +78,10 @@ pub struct ClientSession {
     tolerance: f32,
     /// Rows up to this position were asked for again when the session was reopened.
     again: Option<u32>,
+    /// From here on the hops may hold what was taken back: no answer to what came instead has come yet.
+    floor: Option<u32>,
+    /// Answers that still come to what was asked before.
+    stale: usize,
     /// Every row asked for before this position came.
     answered: u32,
     outbox: Outbox,
@@ -155,6 +159,8 @@ impl ClientSession {
             last: None,
             tolerance: 0.0,
             again: None,
+            floor: None,
+            stale: 0,
             answered: 0,
             outbox: Outbox::default(),
             asked: VecDeque::new(),
@@ -425,6 +431,11 @@ impl ClientSession {
         self.asked.pop_front();
         self.progress = Instant::now();
         let answered = Answered::of(&row);
+        match self.stale.checked_sub(1) {
+            Some(left) => self.stale = left,
+            // Every hop has computed what was written anew.
+            None => self.floor = self.floor.filter(|floor| row.pos < *floor),
+        }
         if self.again.is_some_and(|again| row.pos <= again) {
             if self.again.take_if(|again| *again == row.pos).is_some()
                 && let Some(last) = self.last

@@ -157,6 +157,14 @@ impl ClientError {
             .map(|hop| hop.peer)
     }
 
+    /// Which hop it is about.
+    pub(crate) fn hop_at(&self) -> Option<usize> {
+        match self {
+            Self::Hop { hop, .. } => Some(hop.at),
+            _ => None,
+        }
+    }
+
     /// Whether a hop could not feed the next one, for it no longer retains what it sent.
     pub(crate) fn is_not_retained(&self) -> bool {
         matches!(self, Self::Hop { failure, .. } if failure.code == FailureCode::NotRetained)

@@ -13,6 +13,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use swarm_proto::{Failure, FailureCode, Fault, Hop, LayerRange, Open, Peer, SessionId};
@@ -32,6 +33,8 @@ use super::{
     wire::Pipe,
 };
 
+/// How long who needs room waits for a session to give way.
+const GIVE_WAY: Duration = Duration::from_secs(1);
 /// Openings that may wait for a session's task: a client that is in a hurry sends one, then another.
 const COMEBACKS_MAX: usize = 2;
 
@@ -112,8 +115,8 @@ impl Desks {
             entry.give_way.cancel();
             entry.to.clone()
         };
-        to.closed().await;
-        true
+        // It may be about to say goodbye to somebody who does not listen.
+        timeout(GIVE_WAY, to.closed()).await.is_ok()
     }
 
     /// Hands an opening to the task that holds its session; gives it back where there is none.
@@ -143,11 +146,13 @@ impl Desks {
 }
 
 impl Desk {
-    fn set(&self, idle: Idle) {
+    /// False where the session was told to give way: then it must.
+    fn set(&self, idle: Idle) -> bool {
         let mut desks = self.desks.lock();
         if let Some(entry) = desks.get_mut(&self.key).filter(|entry| self.is_ours(entry)) {
             entry.idle = idle;
         }
+        !self.give_way.is_cancelled()
     }
 
     /// A later session of the same name may sit here already.
@@ -302,14 +307,15 @@ impl Held {
     }
 
     async fn reopen(&mut self, open: Open, stream: Option<(Peer, Pipe)>) -> Turn {
-        self.desk.set(Idle::No);
+        if !self.desk.set(Idle::No) {
+            return self.give_way();
+        }
         if let Err(failure) = self.admit_again(&open, stream.as_ref().map(|(from, _)| *from)) {
             let Some((_, up)) = stream else {
                 return Turn::End(End::Failed(failure));
             };
             // A stranger, or a late one: the session does not notice.
-            let shared = self.shared.clone();
-            tokio::spawn(async move { shared.refuse(up, failure).await });
+            self.refuse(up, failure);
             return if self.kept_until.is_some() {
                 Turn::Keep
             } else {
@@ -350,7 +356,13 @@ impl Held {
                     chain = &mut chain => break Ok(chain),
                     // The client lost patience, or is gone.
                     end = self.relay.hear() => break Err(end),
-                    Some(come) = self.comebacks.recv() => return come.into(),
+                    Some(come) = self.comebacks.recv() => {
+                        // A late or foreign one changes nothing.
+                        match self.admit_again(&come.open, Some(come.from)) {
+                            Ok(()) => return come.into(),
+                            Err(failure) => self.refuse(come.up, failure),
+                        }
+                    }
                     () = sleep(beat) => self.relay.say_working(),
                 }
             }
@@ -374,6 +386,12 @@ impl Held {
             Err(failure) if failure.at > open.at => self.after(End::BelowLost(failure)),
             Err(failure) => Turn::End(End::Failed(failure)),
         }
+    }
+
+    fn refuse(&self, up: Pipe, failure: Failure) {
+        let shared = self.shared.clone();
+        let refusal = async move { shared.refuse(up, failure).await };
+        self.shared.tasks.spawn(refusal);
     }
 
     /// Whether a session that is held may go on so.

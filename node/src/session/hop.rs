@@ -155,7 +155,7 @@ pub(super) struct Shared {
     draining: CancellationToken,
     /// The running ones end too.
     pub(super) stopping: CancellationToken,
-    tasks: TaskTracker,
+    pub(super) tasks: TaskTracker,
 }
 
 impl Sessions {

@@ -198,7 +198,11 @@ impl Opener {
             match (error.without_room(), error.culprit(&route.hops)) {
                 (Some(hop), _) => full.push((hop, error)),
                 (None, Some(culprit)) => {
-                    self.book.failed(culprit, &error.to_string());
+                    let why = error.to_string();
+                    match error.hop_at() {
+                        Some(0) | None => self.book.failed(culprit, &why),
+                        Some(_) => self.book.accused(culprit, &why),
+                    }
                     broken.push((culprit, error));
                 }
                 (None, None) => return Err(error),

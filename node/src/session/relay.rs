@@ -199,6 +199,8 @@ impl Relay {
     /// Tells both sides how it ended, within the deadline for goodbyes. Dropping `self` then frees
     /// the KV.
     pub(super) async fn finish(mut self, end: &End) {
+        // Somebody may wait for the room; goodbyes take as long as others like.
+        self.p.slot.free();
         let failure = match end {
             End::Failed(failure) | End::BelowLost(failure) => Some(failure.clone()),
             End::Closed | End::Reopen(_) => None,
@@ -262,6 +264,7 @@ impl Relay {
             let mut busy = self.poll_results(cx)?;
             busy |= self.replay()?;
             self.poll_forward(cx)?;
+            busy |= self.can_replay();
             busy |= self.poll_below(cx)?;
             match self.poll_frame(cx)? {
                 Poll::Ready(Some(end)) => return Ok(Poll::Ready(end)),

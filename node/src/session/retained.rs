@@ -223,6 +223,12 @@ impl Retained {
         Ok(n_rows)
     }
 
+    /// Where the frame begins that `pos` is in.
+    pub(super) fn frame_of(&self, pos: u32) -> u32 {
+        let index = self.frames.partition_point(|frame| frame.end() <= pos);
+        self.frames.get(index).map_or(pos, |frame| frame.pos0)
+    }
+
     /// The frame that begins at `pos`.
     fn at(&self, pos: u32) -> Option<&Kept> {
         let index = self.frames.partition_point(|frame| frame.pos0 < pos);

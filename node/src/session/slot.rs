@@ -6,11 +6,24 @@ use engine::{Slot, Worker};
 pub(super) struct SlotGuard {
     worker: Worker,
     slot: Slot,
+    freed: bool,
 }
 
 impl SlotGuard {
     pub(super) fn new(worker: Worker, slot: Slot) -> Self {
-        Self { worker, slot }
+        let freed = false;
+        Self {
+            worker,
+            slot,
+            freed,
+        }
+    }
+
+    /// Frees the KV now; the slot is nobody's after this.
+    pub(super) fn free(&mut self) {
+        if !std::mem::replace(&mut self.freed, true) {
+            self.worker.close(self.slot);
+        }
     }
 
     pub(super) fn slot(&self) -> Slot {
@@ -20,6 +33,6 @@ impl SlotGuard {
 
 impl Drop for SlotGuard {
     fn drop(&mut self) {
-        self.worker.close(self.slot);
+        self.free();
     }
 }

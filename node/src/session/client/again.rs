@@ -79,6 +79,13 @@ impl ClientSession {
             self.last = None;
         }
         self.answered = self.answered.min(pos);
+        self.floor = Some(self.floor.map_or(pos, |floor| floor.min(pos)));
+        let queued = self.queue.iter().map(|chunk| match chunk.want.rows {
+            WantRows::None => 0,
+            WantRows::Last => 1,
+            WantRows::All => chunk.tokens.len(),
+        });
+        self.stale = self.asked.len() + queued.sum::<usize>();
         if let Some(standby) = &mut self.standby {
             standby.truncate(pos);
         }
@@ -128,7 +135,8 @@ impl ClientSession {
     }
 
     /// Where the hops are to go on: with the frame of the last answer, which then comes again, or with
-    /// the first that is to be answered. What comes before needs no answer any more.
+    /// the first that is to be answered, but not beyond what was written anew. What comes before needs no
+    /// answer any more.
     fn resume(&self) -> u32 {
         let frame = match self.last {
             Some(last) => self.frames.iter().rfind(|frame| frame.pos0 <= last.pos),
@@ -137,7 +145,8 @@ impl ClientSession {
                 .iter()
                 .find(|frame| frame.want.rows != WantRows::None && frame.end() > self.answered),
         };
-        frame.map_or(self.pos, |frame| frame.pos0)
+        let resume = frame.map_or(self.pos, |frame| frame.pos0);
+        self.floor.map_or(resume, |floor| floor.min(resume))
     }
 
     /// The session is open again, its first hop holds positions up to `held`: what comes after is
@@ -155,6 +164,7 @@ impl ClientSession {
         (self.up, self.answers, self.route, self.epoch) = (up, answers, route, epoch);
         self.standby = standby;
         (self.ran, self.again) = (epoch, self.last.map(|last| last.pos));
+        self.stale = 0;
         self.queue.clear();
         self.outbox.clear();
         self.asked.clear();

@@ -106,7 +106,8 @@ impl Relay {
                     message,
                 ));
             }
-            self.replay = Some(held);
+            // It may hold a part of a frame that was computed as one.
+            self.replay = Some(self.p.retained.frame_of(held));
         }
         self.p.below = below;
         self.p.below_held = held;
@@ -153,6 +154,11 @@ impl Relay {
             }
         })
         .await
+    }
+
+    /// Whether the stream below has room again for what is to be sent again.
+    pub(super) fn can_replay(&self) -> bool {
+        matches!(&self.p.below, Below::Next(pipe) if pipe.backlog() == 0) && self.replay.is_some()
     }
 
     /// Sends retained frames again, as fast as the stream below takes them.

@@ -314,6 +314,33 @@ async fn nobody_takes_over_the_session_of_another() {
     swarm.assert_empty().await;
 }
 
+/// The loss comes before any hop has seen the first of several frames that were written anew.
+#[tokio::test(start_paused = true)]
+async fn what_was_taken_back_just_before_a_loss_is_written_anew_everywhere() {
+    let _clock = Clock::start();
+    for lost in 0..3 {
+        let mut swarm = Swarm::new(&CUTS);
+        let layers = swarm.nodes[lost].layers.clone();
+        let stand_in = swarm.stand_in(50, layers);
+        let switch = interpose(&swarm, lost);
+        let mut session = swarm.open_route(3).await;
+        let mut all = Vec::new();
+        decode(&mut session, &mut all, &prompt(85, 1), 4).await;
+        switch.send(Mode::Cut).unwrap();
+        session.truncate(45).unwrap();
+        all.truncate(45);
+        let again = prompt(75, 3);
+        all.extend_from_slice(&again);
+        let _ = session.feed(&again, TOP1).await;
+        let mut route = swarm.route()[..3].to_vec();
+        route[lost] = stand_in;
+        let mut routes = vec![route.into()];
+        decode_over(&swarm, &mut session, &mut all, 5, &mut routes).await;
+        assert!(routes.is_empty(), "hop {lost} was not lost");
+        session.close().await;
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_hundred_abandoned_sessions_stay_within_the_limits_and_leave_nothing() {
     let _clock = Clock::start();
