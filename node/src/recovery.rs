@@ -293,7 +293,10 @@ impl Session {
         // Who is on the route and has not failed it is as good as any.
         let on_it = |peer: &Peer| before.hops.iter().any(|hop| hop.peer == *peer);
         let mut avoid = self.book().left_alone();
-        avoid.retain(|peer| self.blame.failed.contains(peer) || !on_it(peer));
+        let failed = |peer: &Peer| self.blame.failed.iter().position(|failed| failed == peer);
+        avoid.retain(|peer| failed(peer).is_some() || !on_it(peer));
+        // Where some must be forgiven: who failed another session before who failed this one.
+        avoid.sort_by_key(failed);
         let good = |hop: &Hop| !avoid.contains(&hop.peer);
         let kept = |hop: &Hop| {
             let stood = || before.standby_for(hop.layers).filter(good);
@@ -338,7 +341,7 @@ impl Session {
                     .flat_map(|model| &model.live)
                     .any(|live| no_route.excluded.iter().any(|range| meet(live, range)))
             };
-            // `avoid` is sorted by the time left.
+            // `avoid` is sorted: those who failed longest ago come first.
             let Some(at) = avoid.iter().position(holds) else {
                 return Err(none);
             };
@@ -402,7 +405,7 @@ struct Blame {
     accused: HashMap<Peer, Vec<Peer>>,
     /// Who said once that it could not feed the hop below it.
     forgetful: Vec<Peer>,
-    /// Who failed it.
+    /// Who failed it, the latest last.
     failed: Vec<Peer>,
     /// First hops of this recovery that we lost ourselves: where there are several, the fault was ours.
     ours: Vec<Peer>,
@@ -423,9 +426,8 @@ impl Blame {
         let ClientError::Hop { hop, failure } = error else {
             return true;
         };
-        if !self.failed.contains(&culprit) {
-            self.failed.push(culprit);
-        }
+        self.failed.retain(|peer| *peer != culprit);
+        self.failed.push(culprit);
         if error.without_room().is_some() {
             book.full(culprit, &failure.message);
             return true;

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     admit::admit,
     failure::fail,
-    hop::{Lease, Served, Shared},
+    hop::{Chain, Lease, Served, Shared},
     relay::{Below, End, Relay},
     standby::{Fed, resume_at, standby_open},
     tail::Place,
@@ -344,33 +344,9 @@ impl Held {
         }
         self.kept_until
             .get_or_insert_with(|| Instant::now() + self.shared.limits.deadlines.keep);
-        let chain = {
-            let mut below = open.clone();
-            let current = resume_at(&mut below, current);
-            let chain = self.shared.below(&below, &self.served, current);
-            tokio::pin!(chain);
-            let beat = self.shared.limits.deadlines.beat;
-            loop {
-                tokio::select! {
-                    biased;
-                    chain = &mut chain => break Ok(chain),
-                    // The client lost patience, or is gone.
-                    end = self.relay.hear() => break Err(end),
-                    Some(come) = self.comebacks.recv() => {
-                        // A late or foreign one changes nothing.
-                        match self.admit_again(&come.open, Some(come.from)) {
-                            Ok(()) => return come.into(),
-                            Err(failure) => self.refuse(come.up, failure),
-                        }
-                    }
-                    () = sleep(beat) => self.relay.say_working(),
-                }
-            }
-        };
-        let chain = match chain {
+        let chain = match self.chain_again(&open, current).await {
             Ok(chain) => chain,
-            Err(End::UpstreamLost) => return Turn::Keep,
-            Err(end) => return self.after(end),
+            Err(turn) => return turn,
         };
         let resumed = chain.and_then(|chain| {
             self.place = chain.place;
@@ -386,6 +362,41 @@ impl Held {
             Err(failure) if failure.at > open.at => self.after(End::BelowLost(failure)),
             Err(failure) => Turn::End(End::Failed(failure)),
         }
+    }
+
+    /// Opens what is below along the new route, while the upstream is there; or what happens instead.
+    async fn chain_again(
+        &mut self,
+        open: &Open,
+        current: Option<Fed>,
+    ) -> Result<Result<Chain, Failure>, Turn> {
+        let mut below = open.clone();
+        let current = resume_at(&mut below, current);
+        let beat = self.shared.limits.deadlines.beat;
+        let end = {
+            let chain = self.shared.below(&below, &self.served, current);
+            tokio::pin!(chain);
+            loop {
+                tokio::select! {
+                    biased;
+                    chain = &mut chain => return Ok(chain),
+                    // The client lost patience, or is gone.
+                    end = self.relay.hear() => break end,
+                    Some(come) = self.comebacks.recv() => {
+                        // A late or foreign one changes nothing.
+                        match self.admit_again(&come.open, Some(come.from)) {
+                            Ok(()) => return Err(come.into()),
+                            Err(failure) => self.refuse(come.up, failure),
+                        }
+                    }
+                    () = sleep(beat) => self.relay.say_working(),
+                }
+            }
+        };
+        Err(match end {
+            End::UpstreamLost => Turn::Keep,
+            end => self.after(end),
+        })
     }
 
     fn refuse(&self, up: Pipe, failure: Failure) {

@@ -371,34 +371,13 @@ impl Shared {
         };
         let lease = self.lease(from, open)?;
         let (desk, comebacks) = self.desks.take(held::key(open));
-        let (slot, chain) = {
-            let both = async {
-                tokio::try_join!(
-                    self.room_for(open, &admitted, &served),
-                    self.below(open, &served, None)
-                )
-            };
-            tokio::pin!(both);
-            loop {
-                tokio::select! {
-                    biased;
-                    both = &mut both => break both?,
-                    // The client may change its mind while the chain opens.
-                    frame = up.frame::<Down>() => return match frame {
-                        Ok(Some(Down::Rows(_) | Down::Open(_))) => {
-                            let message = "frames before the session is open";
-                            Err(Some(fail(open.at, Fault::Caller, FailureCode::BadFrame, message)))
-                        }
-                        _ => Err(None),
-                    },
-                    // Somebody waits for this hop in place of a lost one: it is there.
-                    () = sleep(self.limits.deadlines.beat), if open.epoch > Epoch(0) => {
-                        up.push(&Up::Working);
-                        let _ = timeout(self.limits.deadlines.beat, up.flush()).await;
-                    }
-                }
-            }
+        let both = async {
+            tokio::try_join!(
+                self.room_for(open, &admitted, &served),
+                self.below(open, &served, None)
+            )
         };
+        let (slot, chain) = self.while_heard(open, up, both).await?;
         let ledger = Ledger::new(
             open.session,
             open.epoch,
@@ -435,6 +414,35 @@ impl Shared {
                 _lease: lease,
             }
         })
+    }
+
+    /// Does the work of an opening while its upstream is there. `Err(None)`: it is gone.
+    async fn while_heard<T>(
+        &self,
+        open: &Open,
+        up: &mut Pipe,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Option<Failure>> {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return done.map_err(Some),
+                // The client may change its mind while the chain opens.
+                frame = up.frame::<Down>() => return match frame {
+                    Ok(Some(Down::Rows(_) | Down::Open(_))) => {
+                        let message = "frames before the session is open";
+                        Err(Some(fail(open.at, Fault::Caller, FailureCode::BadFrame, message)))
+                    }
+                    _ => Err(None),
+                },
+                // Somebody waits for this hop in place of a lost one: it is there.
+                () = sleep(self.limits.deadlines.beat), if open.epoch > Epoch(0) => {
+                    up.push(&Up::Working);
+                    let _ = timeout(self.limits.deadlines.beat, up.flush()).await;
+                }
+            }
+        }
     }
 
     fn lease(&self, from: Peer, open: &Open) -> Result<Lease, Failure> {
