@@ -48,7 +48,7 @@ pub struct Link {
     pub jitter: Duration,
     /// At most so many bytes a second; 0 for as many as there are.
     pub bytes_per_s: u64,
-    /// So many of 1,000 chunks wait for [`RETRANSMISSION`], and what follows waits behind them.
+    /// So many of 1,000 chunks wait for 200 ms as for a retransmission, and what follows waits behind them.
     pub lost_per_mille: u64,
     /// One bit of each chunk is another.
     pub flip: bool,
