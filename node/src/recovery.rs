@@ -209,7 +209,7 @@ impl Session {
         self.tell(Event::Lost(&first));
         let book = self.book().clone();
         self.blame.note(&book, &first, &before.hops);
-        let mut told = false;
+        let (mut told, mut tried) = (false, Vec::new());
         let mut changes = self.routes.view().changes();
         loop {
             let failed = match self.plan(&before) {
@@ -231,7 +231,11 @@ impl Session {
                     Err(error) => {
                         tracing::info!(%error, "another route failed to open");
                         let learned = self.blame.note(&book, &error, &route.hops);
-                        if !(hopeful && learned) {
+                        let culprit = error.culprit(&route.hops);
+                        let fresh = culprit.filter(|peer| !tried.contains(peer));
+                        tried.extend(fresh);
+                        // Of many who may be gone each is asked once without a pause.
+                        if !(learned && (hopeful || fresh.is_some())) {
                             sleep_until((Instant::now() + RETRY).min(deadline)).await;
                         }
                         error
