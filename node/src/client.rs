@@ -10,10 +10,9 @@ use crate::{
     known_peers::KnownPeers,
     net::{FetchError, Net, NetConfig, NetError},
     peer_book::PeerBook,
-    random::Random,
     recovery::Session,
     routes::{Privacy, Routes, SessionSpec},
-    session::{ClientError, Deadlines, Opener},
+    session::{ClientError, Opener},
 };
 
 /// How long connecting waits for a first peer's adverts.
@@ -47,13 +46,7 @@ impl Client {
 
     /// A client over a network that runs already.
     pub fn over(net: Net, privacy: Privacy) -> Self {
-        let opener = Opener {
-            me: net.me(),
-            dialer: Arc::new(net.clone()),
-            deadlines: Deadlines::default(),
-            random: Random::of_system(),
-            book: crate::PeerBook::default(),
-        };
+        let opener = Opener::new(net.me(), Arc::new(net.clone()));
         let routes = Routes::new(Arc::new(net.clone()), privacy, opener);
         Self { net, routes }
     }

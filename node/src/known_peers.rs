@@ -6,12 +6,7 @@
 //! $home/known-peers/<swarm>.json   {"version": 1, "peers": [{"peer", "addrs", "seen_s"}, …]}
 //! ```
 
-use std::{
-    fs,
-    io::{self, Read},
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fs, io, path::Path, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use swarm_proto::{
@@ -19,10 +14,11 @@ use swarm_proto::{
     ticket::{TICKET_ADDR_BYTES_MAX, TICKET_ADDRS_MAX},
 };
 
-use crate::net::{Net, now_ms};
+use crate::{
+    net::{Net, now_ms},
+    swarm_file::SwarmFile,
+};
 
-/// What this version writes; a file of another is left alone until it is written anew.
-const VERSION: u32 = 1;
 /// Folder in the home directory.
 const FOLDER: &str = "known-peers";
 /// Peers kept, those met last: as many as a ticket has addresses.
@@ -31,20 +27,12 @@ const PEERS_MAX: usize = TICKET_ADDRS_MAX;
 const ADDRS_PER_PEER: usize = 4;
 /// The most that this much can come to, and some room.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
-/// Swarms remembered, those visited last: short-lived ones (tests) should not pile up.
-const SWARMS_MAX: usize = 32;
 /// A peer that was not met for a month has moved or gone.
 const FORGET_AFTER_S: u64 = 30 * 24 * 3600;
 /// Peers given by hand have this long to answer first.
 const GIVEN_FIRST: Duration = Duration::from_secs(2);
 /// How often a node writes down whom it is connected to.
 const REFRESH: Duration = Duration::from_secs(60);
-
-#[derive(Serialize, Deserialize)]
-struct Record {
-    version: u32,
-    peers: Vec<Known>,
-}
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Known {
@@ -57,14 +45,14 @@ struct Known {
 /// The peers that one home has met in one swarm.
 #[derive(Debug, Clone)]
 pub struct KnownPeers {
-    path: PathBuf,
+    file: SwarmFile,
 }
 
 impl KnownPeers {
     /// Those of `swarm`; nothing is read yet.
     pub fn new(home: &Path, swarm: &SwarmId) -> Self {
         Self {
-            path: home.join(FOLDER).join(format!("{swarm}.json")),
+            file: SwarmFile::new(home, FOLDER, swarm, FILE_BYTES_MAX),
         }
     }
 
@@ -132,26 +120,11 @@ impl KnownPeers {
         let mut peers: Vec<Known> = fresh.chain(peers).collect();
         peers.iter_mut().for_each(bound);
         peers.truncate(PEERS_MAX);
-        let version = VERSION;
-        let text = serde_json::to_string_pretty(&Record { version, peers })?;
-        let folder = self.path.parent().unwrap_or(Path::new("."));
-        fs::create_dir_all(folder)?;
-        let temp = tempfile::NamedTempFile::new_in(folder)?;
-        fs::write(temp.path(), text)?;
-        // Not synced: after a power cut an empty file is one without peers.
-        temp.persist(&self.path)?;
-        forget_oldest(folder, &self.path)
+        self.file.write(peers)
     }
 
     fn read(&self, now_s: u64) -> Vec<Known> {
-        let mut text = String::new();
-        let file = fs::File::open(&self.path);
-        let read = file.and_then(|file| file.take(FILE_BYTES_MAX).read_to_string(&mut text));
-        let record = match read.map(|_| serde_json::from_str::<Record>(&text)) {
-            Ok(Ok(record)) if record.version == VERSION => record,
-            _ => return Vec::new(),
-        };
-        let mut peers = record.peers;
+        let mut peers: Vec<Known> = self.file.read();
         peers.retain(|known| now_s.saturating_sub(known.seen_s) < FORGET_AFTER_S);
         peers.truncate(PEERS_MAX);
         peers.iter_mut().for_each(bound);
@@ -165,23 +138,6 @@ fn bound(known: &mut Known) {
         .addrs
         .retain(|addr| addr.len() <= TICKET_ADDR_BYTES_MAX);
     known.addrs.truncate(ADDRS_PER_PEER);
-}
-
-/// Leaves `newest` and the newest of the others.
-fn forget_oldest(folder: &Path, newest: &Path) -> io::Result<()> {
-    let mut others = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        if entry.path() != newest {
-            others.push((entry.metadata()?.modified()?, entry.path()));
-        }
-    }
-    others.sort();
-    let surplus = (others.len() + 1).saturating_sub(SWARMS_MAX);
-    for (_, path) in others.into_iter().take(surplus) {
-        fs::remove_file(path)?;
-    }
-    Ok(())
 }
 
 /// The swarms of which a home knows peers, and how many.
@@ -210,6 +166,7 @@ fn now_s() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::swarm_file::SWARMS_MAX;
 
     fn peer(n: u8) -> Peer {
         Peer([n; 32])
@@ -268,7 +225,7 @@ mod tests {
             .add(vec![(peer(1), vec!["x".repeat(10_000)])], now_s())
             .expect("writes");
         assert!(known.addrs().iter().all(|addr| addr.len() < 400));
-        let good = fs::read_to_string(&known.path).expect("reads");
+        let good = fs::read_to_string(known.file.path()).expect("reads");
         let newer = good.replace("\"version\": 1", "\"version\": 2");
         let long = format!("{good}{}", " ".repeat(1 << 20));
         let endless = format!("{{\"version\": 1, \"peers\": [{}", "[".repeat(1 << 20));
@@ -281,11 +238,11 @@ mod tests {
             &newer,
             &endless,
         ] {
-            fs::write(&known.path, wrong).expect("writes");
+            fs::write(known.file.path(), wrong).expect("writes");
             assert!(known.addrs().is_empty(), "{wrong:.40}");
         }
         // Only the beginning is read.
-        fs::write(&known.path, long).expect("writes");
+        fs::write(known.file.path(), long).expect("writes");
         assert_eq!(known.read(now_s()).len(), PEERS_MAX);
     }
 }

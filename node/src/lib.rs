@@ -18,6 +18,7 @@ pub mod runtime;
 mod seldom;
 pub mod session;
 mod shares;
+mod swarm_file;
 pub mod swarm_node;
 pub mod telemetry;
 

@@ -9,8 +9,8 @@
 
 use std::{
     collections::HashMap,
-    fs, io,
-    path::{Path, PathBuf},
+    io,
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -19,10 +19,8 @@ use serde::{Deserialize, Serialize};
 use swarm_proto::{Peer, SwarmId};
 use tokio::time::Instant;
 
-use crate::net::now_ms;
+use crate::{net::now_ms, swarm_file::SwarmFile};
 
-/// What this version writes.
-const VERSION: u32 = 1;
 /// Folder in the home directory.
 const FOLDER: &str = "peer-book";
 /// How long a peer that failed is not asked again; twice as long each further time. As long as the advert
@@ -56,12 +54,6 @@ pub struct Entry {
     pub until_s: u64,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Record {
-    version: u32,
-    peers: Vec<Entry>,
-}
-
 #[derive(Debug, Clone)]
 struct Page {
     failures: u32,
@@ -74,15 +66,15 @@ struct Page {
 #[derive(Debug, Clone, Default)]
 pub struct PeerBook {
     pages: Arc<Mutex<HashMap<Peer, Page>>>,
-    path: Option<PathBuf>,
+    file: Option<SwarmFile>,
 }
 
 impl PeerBook {
     /// The book that this home keeps of `swarm`. What cannot be read is as good as nothing.
     pub fn of_home(home: &Path, swarm: &SwarmId) -> Self {
-        let path = home.join(FOLDER).join(format!("{swarm}.json"));
+        let file = SwarmFile::new(home, FOLDER, swarm, FILE_BYTES_MAX);
         let (now, now_s) = (Instant::now(), now_ms() / 1000);
-        let pages = read(&path).into_iter();
+        let pages = file.read::<Entry>().into_iter();
         let pages = pages.filter(|entry| now_s.saturating_sub(entry.at_s) < FORGET_AFTER_S);
         let page = |entry: Entry| {
             let longest = ALONE * (1 << (FAILURES_MAX - 1));
@@ -97,7 +89,7 @@ impl PeerBook {
         };
         Self {
             pages: Arc::new(Mutex::new(pages.take(PEERS_MAX).map(page).collect())),
-            path: Some(path),
+            file: Some(file),
         }
     }
 
@@ -124,23 +116,15 @@ impl PeerBook {
     /// # Errors
     /// The home cannot be written.
     pub fn save(&self) -> io::Result<()> {
-        let Some(path) = &self.path else {
+        let Some(file) = &self.file else {
             return Ok(());
         };
         let mut peers = self.entries();
-        if peers.is_empty() && !path.exists() {
+        if peers.is_empty() && !file.path().exists() {
             return Ok(());
         }
         peers.truncate(PEERS_MAX);
-        let version = VERSION;
-        let text = serde_json::to_string_pretty(&Record { version, peers })?;
-        let folder = path.parent().unwrap_or(Path::new("."));
-        fs::create_dir_all(folder)?;
-        let temp = tempfile::NamedTempFile::new_in(folder)?;
-        fs::write(temp.path(), text)?;
-        // Not synced: after a power cut an empty file is a book without pages.
-        temp.persist(path)?;
-        Ok(())
+        file.write(peers)
     }
 
     /// A peer failed us, as we saw ourselves.
@@ -230,17 +214,6 @@ impl Page {
     }
 }
 
-fn read(path: &Path) -> Vec<Entry> {
-    use io::Read;
-    let mut text = String::new();
-    let file = fs::File::open(path);
-    let read = file.and_then(|file| file.take(FILE_BYTES_MAX).read_to_string(&mut text));
-    match read.map(|_| serde_json::from_str::<Record>(&text)) {
-        Ok(Ok(record)) if record.version == VERSION => record.peers,
-        _ => Vec::new(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -298,7 +271,7 @@ mod tests {
         }
         assert_eq!(again.entries().len(), PEERS_MAX);
         let path = home.path().join(FOLDER).join("book.json");
-        fs::write(&path, b"{ torn").expect("writes");
+        std::fs::write(&path, b"{ torn").expect("writes");
         let empty = PeerBook::of_home(home.path(), &swarm);
         assert!(empty.entries().is_empty());
     }

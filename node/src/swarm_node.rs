@@ -437,7 +437,7 @@ mod tests {
     use crate::{
         config::FileConfig,
         net::Access,
-        session::{Deadlines, Kind, Opener},
+        session::{Kind, Opener},
     };
     use swarm_proto::{Dtype, FailureCode, Hop};
 
@@ -506,13 +506,7 @@ mod tests {
         worker.open(16, 0..8, panicking).unwrap();
         tokio::time::timeout(DEADLINE, node.died()).await.unwrap();
         until(&near, <[_]>::is_empty).await;
-        let opener = Opener {
-            me: near.me(),
-            dialer: Arc::new(near.clone()),
-            deadlines: Deadlines::default(),
-            random: crate::Random::of_system(),
-            book: crate::PeerBook::default(),
-        };
+        let opener = Opener::new(near.me(), Arc::new(near.clone()));
         let kind = Kind {
             model,
             n_ctx: 16,

@@ -11,7 +11,7 @@ use std::{
 use engine::{ChainStage, Worker};
 use node::{
     Identity, Net, NetConfig, OpenError, Proto,
-    session::{Deadlines, Kind, Opener, Served, SessionLimits, Sessions},
+    session::{Kind, Opener, Served, SessionLimits, Sessions},
     telemetry::DEFAULT_FILTER,
 };
 use swarm_proto::{Dtype, Form, Hash, Hop, LayerRange, ModelId, Want, WantRows};
@@ -70,13 +70,7 @@ fn serve(net: &Net) -> Sessions {
 
 /// A client that gets one row, and then closes the session or just goes.
 async fn visit(client: &Net, server: &Net, closes: bool) {
-    let opener = Opener {
-        me: client.me(),
-        dialer: Arc::new(client.clone()),
-        deadlines: Deadlines::default(),
-        random: node::Random::of_system(),
-        book: node::PeerBook::default(),
-    };
+    let opener = Opener::new(client.me(), Arc::new(client.clone()));
     let kind = Kind {
         model: MODEL,
         n_ctx: 64,

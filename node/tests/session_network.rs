@@ -10,7 +10,7 @@ use engine::{
 };
 use node::{
     ClientError, ClientSession, Identity, Net, NetConfig, Proto,
-    session::{Deadlines, HopName, Kind, Opener, Served, SessionLimits, Sessions},
+    session::{HopName, Kind, Opener, Served, SessionLimits, Sessions},
 };
 use swarm_proto::{
     Dtype, FailureCode, Form, Hash, Hop, LayerRange, ModelId, SwarmId, Want, WantRows,
@@ -75,13 +75,7 @@ fn route(nodes: &[Node]) -> Vec<Hop> {
 }
 
 async fn open(client: &Net, nodes: &[Node], n_ctx: u32) -> ClientSession {
-    let opener = Opener {
-        me: client.me(),
-        dialer: Arc::new(client.clone()),
-        deadlines: Deadlines::default(),
-        random: node::Random::of_system(),
-        book: node::PeerBook::default(),
-    };
+    let opener = Opener::new(client.me(), Arc::new(client.clone()));
     let kind = Kind {
         model: MODEL,
         n_ctx,

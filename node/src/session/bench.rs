@@ -17,11 +17,10 @@ use engine::{ChainStage, Worker};
 use serde::Serialize;
 use swarm_proto::{Dtype, Form, Hash, Hop, LayerRange, ModelId, SwarmId, Want, WantRows};
 
-use super::{ClientError, Deadlines, Kind, Opener, Served, SessionLimits, Sessions};
+use super::{ClientError, Kind, Opener, Served, SessionLimits, Sessions};
 use crate::{
     identity::Identity,
     net::{Net, NetConfig, NetError, Proto},
-    random::Random,
 };
 
 /// Tokens of the chain's vocabulary: the tail's work on logits is not what is measured.
@@ -199,13 +198,7 @@ async fn steps(
     client: &Net,
     route: &[Hop],
 ) -> Result<Vec<(Duration, Duration)>, BenchError> {
-    let opener = Opener {
-        me: client.me(),
-        dialer: Arc::new(client.clone()),
-        deadlines: Deadlines::default(),
-        random: Random::of_system(),
-        book: crate::PeerBook::default(),
-    };
+    let opener = Opener::new(client.me(), Arc::new(client.clone()));
     let n_ctx = bench.warm_up.saturating_add(bench.steps).saturating_add(1);
     let kind = Kind {
         model: MODEL,

@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use swarm_proto::{Failure, FailureCode, Fault, Hop, LayerRange, Open, Peer, SessionId};
+use swarm_proto::{Failure, FailureCode, Fault, LayerRange, Open, Peer, SessionId};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, sleep_until, timeout},
@@ -28,7 +28,7 @@ use super::{
     failure::fail,
     hop::{Chain, Lease, Served, Shared},
     relay::{Below, End, Relay},
-    standby::{Fed, resume_at, standby_open},
+    standby::{Fed, resume_at, streams_to},
     tail::Place,
     wire::Pipe,
 };
@@ -440,31 +440,19 @@ impl Held {
     /// The streams to the next hop and to who stands by for it on the new route, where there are any
     /// already. A standby may be the next hop now.
     fn streams_below(&mut self, open: &Open) -> (Option<Fed>, Option<Fed>) {
-        let at = usize::from(open.at) + 1;
-        let next = open.hops.get(at);
-        let before = self.relay.open().hops.get(at).cloned();
         let (below, standby) = self.relay.detach();
-        let same = |a: &Hop, b: &Hop| (a.peer, a.layers) == (b.peer, b.layers);
+        let Some(at) = open.at.checked_add(1) else {
+            return (None, None);
+        };
+        let next = |open: &Open| {
+            let hop = open.hops.get(usize::from(at))?;
+            Some((hop.peer, hop.layers))
+        };
         let current = match below {
-            Below::Next(pipe) if next.zip(before.as_ref()).is_some_and(|(a, b)| same(a, b)) => {
-                let sent = u32::MAX;
-                Some(Fed { pipe, sent })
-            }
+            Below::Next(pipe) if next(open) == next(self.relay.open()) => Some(Fed::next_hop(pipe)),
             _ => None,
         };
-        let Some(standby) = standby else {
-            return (current, None);
-        };
-        let again = u8::try_from(at).ok().and_then(|at| standby_open(open, at));
-        let again = again.and_then(|open| open.hops.get(at).cloned());
-        if current.is_none() && next.is_some_and(|next| standby.feeds(next)) {
-            (standby.into_stream(), None)
-        } else if again.is_some_and(|again| standby.feeds(&again)) {
-            (current, standby.into_stream())
-        } else {
-            standby.dismiss();
-            (current, None)
-        }
+        streams_to(open, at, current, standby)
     }
 }
 

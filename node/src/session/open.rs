@@ -113,6 +113,17 @@ impl NoRoom {
 }
 
 impl Opener {
+    /// One over `dialer` with the usual deadlines, the system's chance and an empty book.
+    pub fn new(me: Peer, dialer: Arc<dyn Dialer>) -> Self {
+        Self {
+            me,
+            dialer,
+            deadlines: Deadlines::default(),
+            random: Random::of_system(),
+            book: PeerBook::default(),
+        }
+    }
+
     /// Opens along the routes that `plan` gives, which is told whom to avoid.
     ///
     /// # Errors

@@ -68,8 +68,16 @@ pub(super) fn standby_open(open: &Open, at: u8) -> Option<Open> {
 
 /// A stream to a peer that holds the session, and how much of it.
 pub(super) struct Fed {
-    pub(super) pipe: Pipe,
-    pub(super) sent: u32,
+    pipe: Pipe,
+    sent: u32,
+}
+
+impl Fed {
+    /// The stream to the next hop: that has heard everything.
+    pub(super) fn next_hop(pipe: Pipe) -> Self {
+        let sent = u32::MAX;
+        Self { pipe, sent }
+    }
 }
 
 /// Goes on over such a stream: the peer is to keep no more than it has.
@@ -77,6 +85,30 @@ pub(super) fn resume_at(open: &mut Open, fed: Option<Fed>) -> Option<Pipe> {
     let Fed { pipe, sent } = fed?;
     open.resume = open.resume.min(sent);
     Some(pipe)
+}
+
+/// The streams to hop `at` of a new route and to who stands by for it, of those there are: `current`, where
+/// that goes to the hop already, and that of the standby so far, which may be the hop now. Goodbye where it is
+/// neither.
+pub(super) fn streams_to(
+    open: &Open,
+    at: u8,
+    current: Option<Fed>,
+    standby: Option<Follower>,
+) -> (Option<Fed>, Option<Fed>) {
+    let Some(standby) = standby else {
+        return (current, None);
+    };
+    let index = usize::from(at);
+    let feeds = |open: &Open| open.hops.get(index).is_some_and(|hop| standby.feeds(hop));
+    if current.is_none() && feeds(open) {
+        (standby.into_stream(), None)
+    } else if standby_open(open, at).is_some_and(|again| feeds(&again)) {
+        (current, standby.into_stream())
+    } else {
+        standby.dismiss();
+        (current, None)
+    }
 }
 
 /// The side of a standby that feeds it.

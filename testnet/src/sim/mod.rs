@@ -34,7 +34,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use node::session::{Deadlines, Opener};
+use node::session::Opener;
 use node::{Privacy, Random, Routes, SessionSpec};
 use serde::Serialize;
 use swarm_proto::{Dtype, Hash, ModelId, Peer, SwarmId};
@@ -262,12 +262,13 @@ impl World {
         let last = self.settings.span.as_millis() as u64 / 3;
         for (number, client) in self.clients.iter().enumerate() {
             let dice = Dice::new(self.seed, 2000 + number as u64);
+            let (me, dialer) = (
+                self.network.peer(client.number),
+                self.network.dialer(client.number),
+            );
             let opener = Opener {
-                me: self.network.peer(client.number),
-                dialer: self.network.dialer(client.number),
-                deadlines: Deadlines::default(),
                 random: Random::seeded(part_seed(self.seed, 3000 + number as u64)),
-                book: node::PeerBook::default(),
+                ..Opener::new(me, dialer)
             };
             let dtypes = [Dtype::F32, Dtype::Bf16, Dtype::Q8_0];
             let request = Request {

@@ -9,7 +9,7 @@ use super::{Chunk, ClientSession, Frame};
 use crate::session::{
     limits::UP,
     open::Route,
-    standby::{Fed, Follower, Sent, standby_open},
+    standby::{Fed, Follower, Sent, streams_to},
     trace,
     wire::Pipe,
 };
@@ -114,23 +114,13 @@ impl ClientSession {
             standing_by: false,
             trace: trace::current(),
         };
-        let sent = u32::MAX;
-        let (mut current, mut to_standby) = (same.then_some(Fed { pipe: up, sent }), None);
-        if let Some(standby) = self.standby.take() {
-            let again = standby_open(&open, 0).and_then(|open| open.hops.into_iter().next());
-            if current.is_none() && route.hops.first().is_some_and(|hop| standby.feeds(hop)) {
-                current = standby.into_stream();
-            } else if again.is_some_and(|hop| standby.feeds(&hop)) {
-                to_standby = standby.into_stream();
-            } else {
-                standby.dismiss();
-            }
-        }
+        let current = same.then_some(Fed::next_hop(up));
+        let (current, standby) = streams_to(&open, 0, current, self.standby.take());
         Again {
             open,
             n_vocab: self.n_vocab,
             current,
-            standby: to_standby,
+            standby,
         }
     }
 

@@ -93,11 +93,8 @@ impl Wires {
 
     pub(super) fn opener(&self, from: Peer, deadlines: Deadlines) -> Opener {
         Opener {
-            me: from,
-            dialer: self.dialer(from),
             deadlines,
-            random: crate::Random::of_system(),
-            book: crate::PeerBook::default(),
+            ..Opener::new(from, self.dialer(from))
         }
     }
 }
