@@ -207,8 +207,7 @@ impl Session {
         sleep_until((begin + self.stuck.pause()).min(deadline)).await;
         let (pos, before) = (self.inner.pos(), self.inner.route().clone());
         self.tell(Event::Lost(&first));
-        let book = self.book().clone();
-        self.blame.note(&book, &first, &before.hops);
+        self.blame.note(&self.routes, &first, &before.hops);
         let (mut told, mut tried) = (false, Vec::new());
         let mut changes = self.routes.view().changes();
         loop {
@@ -222,7 +221,7 @@ impl Session {
                             took: begin.elapsed(),
                             exact,
                         };
-                        self.blame.over(&book);
+                        self.blame.over(&self.routes.opener().book);
                         self.stuck.until = Some(Instant::now());
                         self.recovered(recovery);
                         return Ok(());
@@ -230,7 +229,7 @@ impl Session {
                     Err(error) if !error.is_recoverable() => return Err(error),
                     Err(error) => {
                         tracing::info!(%error, "another route failed to open");
-                        let learned = self.blame.note(&book, &error, &route.hops);
+                        let learned = self.blame.note(&self.routes, &error, &route.hops);
                         let culprit = error.culprit(&route.hops);
                         let fresh = culprit.filter(|peer| !tried.contains(peer));
                         tried.extend(fresh);
@@ -296,7 +295,7 @@ impl Session {
     fn plan(&self, before: &Route) -> Result<(Route, bool), ClientError> {
         // Who is on the route and has not failed it is as good as any.
         let on_it = |peer: &Peer| before.hops.iter().any(|hop| hop.peer == *peer);
-        let mut avoid = self.book().left_alone();
+        let mut avoid = self.routes.left_alone();
         let failed = |peer: &Peer| self.blame.failed.iter().position(|failed| failed == peer);
         avoid.retain(|peer| failed(peer).is_some() || !on_it(peer));
         // Where some must be forgiven: who failed another session before who failed this one.
@@ -322,6 +321,7 @@ impl Session {
                 let route = self.plan_forgiving(&snapshot, avoid.clone(), none)?;
                 Ok((route, false))
             })?;
+        avoid.retain(|peer| failed(peer).is_some());
         let standbys = self.routes.standbys(&self.spec, &hops, &avoid, before);
         Ok((Route { hops, standbys }, hopeful))
     }
@@ -418,7 +418,8 @@ struct Blame {
 impl Blame {
     /// Notes in the book who is to be avoided after this failure on this route; whether another try has
     /// better prospects now.
-    fn note(&mut self, book: &PeerBook, error: &ClientError, route: &[Hop]) -> bool {
+    fn note(&mut self, routes: &Routes, error: &ClientError, route: &[Hop]) -> bool {
+        let book = &routes.opener().book;
         let Some(culprit) = error.culprit(route) else {
             return false;
         };
@@ -452,8 +453,11 @@ impl Blame {
         if !accused.contains(&culprit) {
             accused.push(culprit);
         }
-        // One neighbour may die; of one who loses every neighbour the fault is its own.
-        if accused.len() > ACCUSED_MAX {
+        routes.view().look_for(culprit);
+        // One neighbour may die; of one who loses every neighbour, and those whom we reach, the fault is its own.
+        let gone = routes.view().unreachable();
+        let reached = accused.iter().filter(|peer| !gone.contains(peer));
+        if reached.count() > ACCUSED_MAX {
             book.failed(reporter.peer, "it loses all its neighbours");
             self.failed.push(reporter.peer);
         }

@@ -51,6 +51,12 @@ pub trait View: Send + Sync + 'static {
 
     /// The round trips measured from here.
     fn rtts(&self) -> Vec<(Peer, Duration)>;
+
+    /// Who could not be connected to from here and has been silent since.
+    fn unreachable(&self) -> Vec<Peer>;
+
+    /// Finds out, in the background, whether a peer that another one lost is unreachable from here, too.
+    fn look_for(&self, peer: Peer);
 }
 
 impl View for Net {
@@ -64,6 +70,14 @@ impl View for Net {
 
     fn rtts(&self) -> Vec<(Peer, Duration)> {
         Net::rtts(self)
+    }
+
+    fn unreachable(&self) -> Vec<Peer> {
+        Net::adverts(self).unreachable()
+    }
+
+    fn look_for(&self, peer: Peer) {
+        Net::look_for(self, peer);
     }
 }
 
@@ -201,31 +215,35 @@ impl Routes {
             .open_waiting(
                 kind,
                 patience,
-                |avoid| {
-                    let hops = self.plan_well(spec, avoid, seed)?;
-                    let standbys = self.standbys(spec, &hops, avoid, &Route::default());
-                    Ok(Route { hops, standbys })
-                },
+                |avoid| self.plan_well(spec, avoid, seed),
                 busy,
             )
             .await?;
         Ok(Session::new(self.clone(), spec.clone(), opened))
     }
 
-    /// The same, without those who are left alone after failures, unless there is no other route.
+    /// A route with standbys, without those who had better be left alone, unless there is no other.
     fn plan_well(
         &self,
         spec: &SessionSpec,
         avoid: &[Peer],
         seed: u64,
-    ) -> Result<Vec<Hop>, ClientError> {
-        let alone = self.opener.book.left_alone();
-        if alone.is_empty() {
-            return self.plan(spec, avoid, seed);
-        }
-        let well: Vec<Peer> = avoid.iter().copied().chain(alone).collect();
-        self.plan(spec, &well, seed)
-            .or_else(|_| self.plan(spec, avoid, seed))
+    ) -> Result<Route, ClientError> {
+        let well: Vec<Peer> = avoid.iter().copied().chain(self.left_alone()).collect();
+        let hops = self
+            .plan(spec, &well, seed)
+            .or_else(|_| self.plan(spec, avoid, seed))?;
+        let standbys = self.standbys(spec, &hops, avoid, &Route::default());
+        Ok(Route { hops, standbys })
+    }
+
+    /// Who is left alone after failures, and who seems to be gone, those first who may be asked again first.
+    pub(crate) fn left_alone(&self) -> Vec<Peer> {
+        let mut alone = self.opener.book.left_alone();
+        let gone = self.view.unreachable().into_iter();
+        let gone: Vec<Peer> = gone.filter(|peer| !alone.contains(peer)).collect();
+        alone.extend(gone);
+        alone
     }
 
     /// The route that would be taken now, without the peers to avoid. Where the adverts
@@ -268,7 +286,8 @@ impl Routes {
         }
     }
 
-    /// Who stands by on a route, as far as there is somebody; who did so `before` goes on.
+    /// Who stands by on a route, as far as there is somebody; who did so `before` goes on. Who failed another
+    /// session is better than nobody.
     pub(crate) fn standbys(
         &self,
         spec: &SessionSpec,
@@ -279,15 +298,18 @@ impl Routes {
         if !spec.standby {
             return Standbys::default();
         }
-        let avoid: Vec<Peer> = spec.avoid.iter().chain(avoid).copied().collect();
-        let rtts = self.rtts();
-        let query = self.query(spec, &avoid, &rtts);
-        let found = standbys(&self.view.adverts(), &query, hops);
+        let gone = self.view.unreachable();
+        let never: Vec<Peer> = [&spec.avoid, avoid, &gone].concat();
+        let rather_not = [&never[..], &self.opener.book.left_alone()].concat();
+        let (rtts, snapshot) = (self.rtts(), self.view.adverts());
+        let found = |avoid: &[Peer]| standbys(&snapshot, &self.query(spec, avoid, &rtts), hops);
+        let found = found(&rather_not).into_iter().zip(found(&never));
         let on_the_route = hops.iter().map(|hop| hop.peer);
-        let mut taken: Vec<Peer> = on_the_route.chain(avoid.iter().copied()).collect();
+        let mut taken: Vec<Peer> = on_the_route.chain(never.iter().copied()).collect();
         let mut peers = Vec::new();
-        for ((at, hop), found) in (0u8..).zip(hops).zip(found) {
-            let mut candidates = before.standby_for(hop.layers).into_iter().chain(found);
+        for ((at, hop), (good, any)) in (0u8..).zip(hops).zip(found) {
+            let before = before.standby_for(hop.layers).into_iter();
+            let mut candidates = before.chain(good).chain(any);
             let free = candidates.find(|hop| !taken.contains(&hop.peer));
             if let Some(Hop { peer, addrs, .. }) = free {
                 taken.push(peer);

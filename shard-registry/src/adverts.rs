@@ -67,6 +67,8 @@ struct Entry {
     advert: Arc<Advert>,
     signed: SignedAdvert,
     expires_ms: u64,
+    /// We could not connect to it since it said this.
+    unreachable: bool,
 }
 
 #[derive(Debug)]
@@ -142,18 +144,27 @@ impl AdvertTable {
             expires_ms: now_ms.saturating_add(advert.ttl_ms.into()),
             advert: Arc::new(advert),
             signed,
+            unreachable: false,
         };
         self.gone.remove(&peer);
         self.peers.insert(peer, entry);
         Outcome::Accepted
     }
 
-    /// Forgets a peer that is known to be gone, until it says something newer.
-    pub fn remove(&mut self, peer: &Peer, now_ms: u64) {
-        if let Some(entry) = self.peers.get(peer) {
-            let seq = entry.advert.seq;
-            self.bury(*peer, seq, now_ms);
+    /// Notes whether a peer could be connected to. That it could not holds until it says something newer,
+    /// which it does every few seconds while it lives: others may reach it where we do not.
+    pub fn note_reachable(&mut self, peer: &Peer, reachable: bool) {
+        if let Some(entry) = self.peers.get_mut(peer) {
+            entry.unreachable = !reachable;
         }
+    }
+
+    /// Who could not be connected to and has been silent since, sorted.
+    pub fn unreachable(&self, now_ms: u64) -> Vec<Peer> {
+        let silent = self.live(now_ms).filter(|entry| entry.unreachable);
+        let mut peers: Vec<Peer> = silent.map(|entry| entry.advert.peer).collect();
+        peers.sort_unstable();
+        peers
     }
 
     /// Drops what expired; returns who is gone by that.
@@ -184,9 +195,10 @@ impl AdvertTable {
         Snapshot::new(live.map(|entry| Arc::clone(&entry.advert)).collect())
     }
 
-    /// What has not expired, to pass on.
+    /// What has not expired, to pass on: not of those who are unreachable, who are probably gone.
     pub fn signed(&self, now_ms: u64) -> Vec<SignedAdvert> {
         self.live(now_ms)
+            .filter(|entry| !entry.unreachable)
             .map(|entry| entry.signed.clone())
             .collect()
     }

@@ -519,8 +519,28 @@ fn adverts_come_get_old_and_go() {
         Outcome::Accepted,
         "back again"
     );
-    table.remove(&one, NOW + 10);
-    assert!(table.snapshot(NOW + 10).adverts.is_empty());
+}
+
+#[test]
+fn who_is_unreachable_is_not_passed_on_until_it_speaks_or_answers() {
+    let mut table = AdvertTable::new(swarm_id());
+    let [one, two] = [1, 2].map(|n| Peer::of_secret(&[n; 32]));
+    table.insert(signed(1, NOW, |_| {}), NOW);
+    table.insert(signed(2, NOW, |_| {}), NOW);
+    table.note_reachable(&one, false);
+    assert_eq!(table.unreachable(NOW), [one]);
+    assert_eq!(table.signed(NOW), [signed(2, NOW, |_| {})]);
+    assert_eq!(
+        table.snapshot(NOW).adverts.len(),
+        2,
+        "for plans without another way"
+    );
+    table.note_reachable(&one, true);
+    table.note_reachable(&two, false);
+    assert_eq!(table.unreachable(NOW), [two]);
+    table.insert(signed(2, NOW + 1, |_| {}), NOW + 1);
+    assert_eq!(table.unreachable(NOW + 1), []);
+    assert_eq!(table.signed(NOW + 1).len(), 2);
 }
 
 #[test]

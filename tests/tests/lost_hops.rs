@@ -62,16 +62,32 @@ impl Seed {
     }
 }
 
+/// How long sessions were without a route, in milliseconds, in which round, after what.
+#[derive(Default)]
+struct Stalls(Vec<(f64, u32, Plan)>);
+
+impl Stalls {
+    fn of(&self, wanted: impl Fn(&Plan) -> bool) -> String {
+        let wanted = self.0.iter().filter(|(_, _, plan)| wanted(plan));
+        let mut stalls: Vec<f64> = wanted.map(|(took_ms, ..)| *took_ms).collect();
+        stalls.sort_by(f64::total_cmp);
+        let at = |q: f64| {
+            stalls
+                .get((stalls.len() as f64 * q) as usize)
+                .unwrap_or(&0.0)
+        };
+        format!("p50 {:.1} p99 {:.1} ms", at(0.5), at(0.99))
+    }
+
+    fn longest(&mut self, n: usize) -> &[(f64, u32, Plan)] {
+        self.0.sort_by(|a, b| b.0.total_cmp(&a.0));
+        &self.0[..n.min(self.0.len())]
+    }
+}
+
 #[tokio::test]
 async fn no_token_is_lost_changed_or_doubled_when_hops_die_or_freeze() -> Result<()> {
-    let counts = std::env::var("SHOAL_FAULTS").unwrap_or_else(|_| "20,20,5".into());
-    let counts: Vec<u32> = counts
-        .split(',')
-        .map(str::parse)
-        .collect::<Result<_, _>>()?;
-    let [kills, freezes, early] = counts[..] else {
-        anyhow::bail!("SHOAL_FAULTS is three numbers: kills,freezes,kills in the prompt");
-    };
+    let [kills, freezes, early] = fault_counts()?;
     let seed = std::env::var("SHOAL_FAULT_SEED").map_or(Ok(1), |text| text.parse())?;
     let mut seed = Seed(seed);
 
@@ -83,7 +99,7 @@ async fn no_token_is_lost_changed_or_doubled_when_hops_die_or_freeze() -> Result
     let calm_short = run(&client, short).await?;
     let calm_long = run(&client, &long).await?;
 
-    let mut stalls = Vec::new();
+    let mut stalls = Stalls::default();
     let mut unseen = 0;
     for round in 0..kills + freezes + early {
         let (fault, prompt, calm, after) = match round {
@@ -96,7 +112,7 @@ async fn no_token_is_lost_changed_or_doubled_when_hops_die_or_freeze() -> Result
             hop: seed.draw(3) as usize,
             after: Duration::from_millis(after),
         };
-        let answer = disturbed(&mut swarm, &client, prompt, plan)
+        let (answer, said) = disturbed(&mut swarm, &client, prompt, plan)
             .await
             .with_context(|| format!("round {round}, {plan:?}"))?;
         ensure!(
@@ -115,17 +131,25 @@ async fn no_token_is_lost_changed_or_doubled_when_hops_die_or_freeze() -> Result
                 recovery.took_ms,
                 recovery.lost
             );
-            stalls.push(recovery.took_ms);
+            stalls.0.push((recovery.took_ms, round, plan));
+            if recovery.took_ms > 1000.0 {
+                eprintln!(
+                    "round {round}, {plan:?}: {} ms; the client said:\n{said}",
+                    recovery.took_ms
+                );
+            }
         }
     }
-    stalls.sort_by(f64::total_cmp);
-    let at = |q: f64| stalls.get((stalls.len() as f64 * q) as usize).copied();
     eprintln!(
-        "{} faults, {unseen} after the answer; from failure to a new route p50 {:?} p99 {:?} ms",
+        "{} faults, {unseen} after the answer; from failure to a new route: {}; kills {}; freezes {}",
         kills + freezes + early,
-        at(0.5),
-        at(0.99)
+        stalls.of(|_| true),
+        stalls.of(|plan| plan.fault == Fault::Kill),
+        stalls.of(|plan| plan.fault == Fault::Freeze),
     );
+    for (took_ms, round, plan) in stalls.longest(8) {
+        eprintln!("  {took_ms:.0} ms in round {round}, {plan:?}");
+    }
     // A fault that comes after the answer tests nothing.
     ensure!(
         unseen * 2 <= kills + freezes + early,
@@ -133,6 +157,19 @@ async fn no_token_is_lost_changed_or_doubled_when_hops_die_or_freeze() -> Result
     );
     swarm.stop().await;
     Ok(())
+}
+
+/// Kills and freezes while decoding, and kills while the prompt is computed.
+fn fault_counts() -> Result<[u32; 3]> {
+    let counts = std::env::var("SHOAL_FAULTS").unwrap_or_else(|_| "20,20,5".into());
+    let counts: Vec<u32> = counts
+        .split(',')
+        .map(str::parse)
+        .collect::<Result<_, _>>()?;
+    let counts = <[u32; 3]>::try_from(counts);
+    counts.map_err(|_| {
+        anyhow::anyhow!("SHOAL_FAULTS is three numbers: kills,freezes,kills in the prompt")
+    })
 }
 
 fn arguments(client: &Client, prompt: &str) -> Vec<String> {
@@ -149,8 +186,14 @@ async fn run(client: &Client, prompt: &str) -> Result<Answer> {
     client.json(&arguments(client, prompt), PATIENCE).await
 }
 
-/// Runs a prompt and lets the fault happen after the route is known.
-async fn disturbed(swarm: &mut Swarm, client: &Client, prompt: &str, plan: Plan) -> Result<Answer> {
+/// Runs a prompt and lets the fault happen after the route is known; the answer, and what the client
+/// said meanwhile.
+async fn disturbed(
+    swarm: &mut Swarm,
+    client: &Client,
+    prompt: &str,
+    plan: Plan,
+) -> Result<(Answer, String)> {
     let mut child = client.start(&arguments(client, prompt))?;
     let mut notes = BufReader::new(child.stderr.take().context("no stderr")?).lines();
     let mut printed = child.stdout.take().context("no stdout")?;
@@ -211,5 +254,6 @@ async fn disturbed(swarm: &mut Swarm, client: &Client, prompt: &str, plan: Plan)
     }
     let (status, said) = (status.context("the client hangs")??, rest.await?);
     ensure!(status.success(), "the client ended with {status}:\n{said}");
-    serde_json::from_str(&reading.await??).with_context(|| said)
+    let answer = serde_json::from_str(&reading.await??).with_context(|| said.clone())?;
+    Ok((answer, said))
 }

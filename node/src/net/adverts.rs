@@ -100,6 +100,11 @@ impl Adverts {
             .collect()
     }
 
+    /// Who could not be connected to and has been silent since.
+    pub fn unreachable(&self) -> Vec<Peer> {
+        self.with(|table| table.unreachable(now_ms()))
+    }
+
     /// Where `peer` says it listens.
     pub fn addrs(&self, peer: &Peer) -> Vec<String> {
         self.with(|table| table.get(peer, now_ms()).map(|a| a.addrs.clone()))
@@ -284,6 +289,7 @@ impl Task {
                 .await;
             }
             Notice::Identified { peer, fetch } => {
+                self.adverts.with(|table| table.note_reachable(&peer, true));
                 if fetch {
                     self.snapshots.connected(peer, Instant::now().into());
                     self.ask_snapshots();
@@ -292,6 +298,10 @@ impl Task {
             Notice::Disconnected { peer } => {
                 self.snapshots.disconnected(&peer, Instant::now().into());
                 self.ask_snapshots();
+            }
+            Notice::Unreachable { peer } => {
+                self.adverts
+                    .with(|table| table.note_reachable(&peer, false));
             }
             Notice::Subscribed | Notice::Listening => self.publish_soon(),
         }

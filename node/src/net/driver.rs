@@ -73,6 +73,7 @@ pub(super) enum Command {
         reply: oneshot::Sender<Vec<Peer>>,
     },
     Dial(Multiaddr),
+    LookFor(PeerId, Vec<Multiaddr>),
 }
 
 /// What the driver tells the adverts task.
@@ -88,6 +89,8 @@ pub(super) enum Notice {
     Identified { peer: Peer, fetch: bool },
     /// A peer of our swarm has no connection left.
     Disconnected { peer: Peer },
+    /// A peer could not be connected to.
+    Unreachable { peer: Peer },
     /// Somebody new listens to adverts.
     Subscribed,
     /// Our own addresses changed.
@@ -205,6 +208,7 @@ impl Driver {
                 }
             }
             Command::Dial(addr) => self.dial(addr),
+            Command::LookFor(peer, addrs) => self.look_for(peer, addrs),
         }
     }
 
@@ -297,6 +301,9 @@ impl Driver {
                 ..
             } => {
                 tracing::debug!(peer = %peer_id, ?cause, "disconnected");
+                if cause.is_some() {
+                    self.look_for(peer_id, Vec::new());
+                }
                 self.bootstrap.disconnected(peer_id, Instant::now());
                 if let Some(peer) = peer_of(&peer_id) {
                     self.facts.disconnected(&peer);
@@ -310,6 +317,7 @@ impl Driver {
             } => {
                 tracing::debug!(?peer_id, error = %explain_dial(&error), "dial failed");
                 self.bootstrap_failed(connection_id, &error);
+                self.unreachable(peer_id, &error);
             }
             SwarmEvent::IncomingConnectionError {
                 error,
@@ -319,6 +327,28 @@ impl Driver {
                 tracing::debug!(%error, from = %send_back_addr, "inbound connection refused");
             }
             _ => {}
+        }
+    }
+
+    /// A connection broke: whether its peer is gone or the connection was is found out at once, so that
+    /// nobody else has to.
+    fn look_for(&mut self, peer: PeerId, addrs: Vec<Multiaddr>) {
+        let opts = DialOpts::peer_id(peer)
+            .addresses(addrs)
+            .extend_addresses_through_behaviour();
+        if let Err(error) = self.swarm.dial(opts.build()) {
+            tracing::debug!(%peer, error = %explain_dial(&error), "not dialled");
+        }
+    }
+
+    fn unreachable(&mut self, peer: Option<PeerId>, error: &DialError) {
+        let tried = matches!(
+            error,
+            DialError::Transport(_) | DialError::WrongPeerId { .. }
+        );
+        let peer = peer.filter(|peer| tried && !self.swarm.is_connected(peer));
+        if let Some(peer) = peer.and_then(|peer| peer_of(&peer)) {
+            self.pending.push_back(Notice::Unreachable { peer });
         }
     }
 

@@ -337,6 +337,17 @@ impl Net {
         Ok(())
     }
 
+    /// Connects to a peer, in the background, if it is not connected: whether it is reachable then shows in
+    /// [`Adverts::unreachable`]. Where the driver has much to do, it is left out.
+    pub fn look_for(&self, peer: Peer) {
+        let addrs = self.adverts().addrs(&peer);
+        let addrs = addrs.iter().filter_map(|addr| addr.parse().ok());
+        let addrs = addrs.take(ADDRS_PER_PEER).collect();
+        if let Some(id) = peer_id(&peer) {
+            let _ = self.inner.commands.try_send(Command::LookFor(id, addrs));
+        }
+    }
+
     /// Peers that Kademlia says hold `key` (a model's id); empty where nobody answers in time.
     pub async fn providers(&self, key: [u8; 32], deadline: Duration) -> Vec<Peer> {
         let (reply, answer) = oneshot::channel();

@@ -45,7 +45,7 @@ pub(super) async fn open_next(
     let lost = |code, message: String| fail(open.at, Fault::Peer, code, message);
     let late = |_| lost(FailureCode::Deadline, "it did not open in time".into());
     if let Some(pipe) = current {
-        match timeout_at(deadline, ask(pipe, open, shape))
+        match timeout_at(deadline, ask(pipe, open, shape, SILENCE_HELD))
             .await
             .map_err(late)?
         {
@@ -61,15 +61,22 @@ pub(super) async fn open_next(
     };
     let stream = timeout_at(dialled, dial()).await.map_err(late)?;
     let stream = stream.map_err(|e| lost(dial_code(&e), e.to_string()))?;
-    let asked = ask(Pipe::new(stream, UP), open, shape);
+    let asked = ask(Pipe::new(stream, UP), open, shape, SILENCE_NEW);
     timeout_at(deadline, asked).await.map_err(late)?
 }
 
 /// A hop that opens a session again says so every beat until the chain below it is open: one that is
 /// silent this long is dead, frozen or cut off. A slow link's round trip, and two beats.
-const SILENCE: Duration = Duration::from_millis(1200);
+const SILENCE_NEW: Duration = Duration::from_millis(1200);
+/// The same for one that holds the session already: it has nothing to set up, as between two frames.
+const SILENCE_HELD: Duration = Duration::from_millis(600);
 
-async fn ask(mut pipe: Pipe, open: &Open, shape: Shape) -> Result<Next, Failure> {
+async fn ask(
+    mut pipe: Pipe,
+    open: &Open,
+    shape: Shape,
+    silence: Duration,
+) -> Result<Next, Failure> {
     let lost = |code, message: String| fail(open.at, Fault::Peer, code, message);
     let gone = |why: &dyn std::fmt::Display| lost(FailureCode::DownstreamLost, why.to_string());
     pipe.push(&Down::Open(open.clone()));
@@ -77,10 +84,10 @@ async fn ask(mut pipe: Pipe, open: &Open, shape: Shape) -> Result<Next, Failure>
     loop {
         let frame = match open.epoch.0 {
             0 => pipe.frame::<Up>().await,
-            _ => match timeout(SILENCE, pipe.frame::<Up>()).await {
+            _ => match timeout(silence, pipe.frame::<Up>()).await {
                 Ok(frame) => frame,
                 Err(_) => {
-                    let why = format!("it was silent for {SILENCE:?} while opening");
+                    let why = format!("it was silent for {silence:?} while opening");
                     return Err(lost(FailureCode::Deadline, why));
                 }
             },

@@ -552,7 +552,7 @@ impl ClientSession {
 
     /// When the tail is given up: no hop has had any work for so long that its answer is lost.
     fn unanswered(&self) -> Instant {
-        self.heard.max(self.progress) + self.deadlines.silence * 2
+        self.heard.max(self.progress) + self.deadlines.silence * 3 / 2
     }
 
     fn ack_timeout(&self) -> Duration {

@@ -100,6 +100,13 @@ impl View for Known {
         near.map(|node| (self.network.peer(*node), both(*node)))
             .collect()
     }
+
+    /// In this swarm peers that are gone are found out by asking them.
+    fn unreachable(&self) -> Vec<Peer> {
+        Vec::new()
+    }
+
+    fn look_for(&self, _: Peer) {}
 }
 
 /// Lets a node say every ten seconds that it is there, to all clients.
