@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Duration;
 
-use crate::stage::{EngineError, Input, Slot, Stage, StageShape, StageStats, Step};
+use crate::load::{Loaded, Weights};
+use crate::stage::{EngineError, Held, Input, Slot, Stage, StageShape, StageStats, Step};
 use crate::stage::{check_end, check_layers, check_step};
 
 /// Largest value in a row: the largest that a q8_0 block keeps exactly.
@@ -24,6 +25,7 @@ type State = [u8; 32];
 /// The hash-chain stage.
 pub struct ChainStage {
     shape: StageShape,
+    held: Held,
     key: [u8; 32],
     cells_max: u64,
     pace: Duration,
@@ -50,9 +52,9 @@ impl ChainStage {
                 n_embd,
                 n_vocab,
                 n_layer,
-                layers,
                 n_ctx_max: 1 << 20,
             },
+            held: Held::of([layers]),
             key,
             cells_max: u64::MAX / CELL_BYTES,
             pace: Duration::ZERO,
@@ -171,7 +173,7 @@ impl Stage for ChainStage {
     }
 
     fn open(&mut self, n_ctx: u32, layers: Range<u32>) -> Result<Slot, EngineError> {
-        check_layers(&layers, &self.shape.layers)?;
+        check_layers(&layers, &self.held)?;
         if n_ctx == 0 || n_ctx > self.shape.n_ctx_max {
             return Err(EngineError::ContextLength {
                 n_ctx,
@@ -225,11 +227,32 @@ impl Stage for ChainStage {
         result
     }
 
+    fn add(&mut self, loaded: Loaded) -> Result<(), EngineError> {
+        match loaded.weights {
+            Weights::None => {
+                let held = self.held.spans().iter().cloned();
+                self.held = Held::of(held.chain([loaded.layers]));
+                Ok(())
+            }
+            Weights::Llama { .. } => Err(EngineError::Backend("weights for a hash chain".into())),
+        }
+    }
+
+    fn remove(&mut self, layers: &Range<u32>) {
+        let rest = self.held.spans().iter().flat_map(|span| {
+            let below = span.start..span.end.min(layers.start);
+            let above = span.start.max(layers.end)..span.end;
+            [below, above]
+        });
+        self.held = Held::of(rest);
+    }
+
     fn stats(&self) -> StageStats {
         let used = self.used_bytes();
         let budget = self.cells_max * CELL_BYTES;
-        let per_cell = CELL_BYTES * self.shape.layers.len().max(1) as u64;
+        let per_cell = CELL_BYTES * u64::from(self.held.n_layers().max(1));
         StageStats {
+            held: self.held.clone(),
             sessions: self.slots.len() as u32,
             kv_bytes: used,
             kv_bytes_max: budget,
@@ -317,7 +340,7 @@ mod tests {
     ) -> Result<u32, EngineError> {
         let (mut rows, mut out) = (Vec::new(), Vec::new());
         for (stage, slot) in stages {
-            let layers = stage.shape().layers;
+            let layers = stage.stats().held.spans()[0].clone();
             let step = Step {
                 slot: *slot,
                 layers,

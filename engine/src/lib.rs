@@ -29,13 +29,13 @@ pub use blueprint::{Blueprint, UnsupportedModel};
 pub use chain::ChainStage;
 pub use chat::{ChatError, Message, render_chat};
 pub use llama_stage::{LlamaStage, LoadOptions};
-pub use load::LoadError;
+pub use load::{LoadError, Loaded};
 pub use random_model::{
     QuantType, RandomModelError, RandomShape, RandomWeights, quantize, random_model,
 };
 pub use sampler::{Candidates, Penalties, SampleError, Sampler, SamplerOptions};
 pub use source::{FileSource, TensorSource};
-pub use stage::{EngineError, Fault, Input, Slot, Stage, StageShape, StageStats, Step, Want};
+pub use stage::{EngineError, Fault, Held, Input, Slot, Stage, StageShape, StageStats, Step, Want};
 pub use system::{Device, SystemInfo, numerics_class, physical_cores, system_info, threads_for};
 pub use vocab::{Detokenizer, TEXT_BYTES_MAX, Vocab, VocabError};
 pub use whole::WholeModel;

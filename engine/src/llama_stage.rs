@@ -6,7 +6,8 @@
 //! ```
 //!
 //! A session enters and leaves a group at any of its layers. Contexts come in
-//! size classes and are kept for the next session.
+//! size classes and are kept for the next session. Groups come and go while
+//! sessions run: a context keeps its model alive.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,10 +17,10 @@ use crate::PREFILL_CHUNK;
 use crate::blueprint::Blueprint;
 use crate::embedding::Embedding;
 use crate::llama::{self, Context, ContextOptions, Model, Output, ThreadPool};
-use crate::load::{LoadError, load_group};
+use crate::load::{LoadError, Loaded, Weights};
 use crate::memory::{Need, WORK_FREE, positions_left};
 use crate::source::TensorSource;
-use crate::stage::{EngineError, Input, Slot, Stage, StageShape, StageStats, Step, Want};
+use crate::stage::{EngineError, Held, Input, Slot, Stage, StageShape, StageStats, Step, Want};
 use crate::stage::{all_finite, check_end, check_layers, check_step};
 
 /// How to load a stage.
@@ -51,10 +52,12 @@ pub struct LlamaStage {
     blueprint: Blueprint,
     options: LoadOptions,
     embedding: Option<Embedding>,
+    /// In the order of their layers.
     groups: Vec<Group>,
     threads: Arc<ThreadPool>,
     sessions: BTreeMap<Slot, Session>,
     next_slot: u64,
+    next_group: u64,
     /// Hidden rows between groups: written by one, read by the next.
     between: Vec<f32>,
     /// Kept up to date: asked for after every step.
@@ -63,6 +66,8 @@ pub struct LlamaStage {
 
 /// Layers in one model, and the contexts that no session uses just now.
 struct Group {
+    /// Never used again.
+    id: u64,
     layers: Range<u32>,
     model: Model,
     idle: BTreeMap<Kind, Vec<Context>>,
@@ -85,8 +90,8 @@ struct Session {
 
 /// A session in one group.
 struct Part {
-    /// Which of the stage's.
-    group: usize,
+    /// The id of the stage's, which may be gone.
+    group: u64,
     kind: Kind,
     context: Context,
     /// Positions held.
@@ -94,11 +99,46 @@ struct Part {
 }
 
 impl LlamaStage {
-    /// Loads `layers`, calling `progress` after each.
+    /// A stage that holds nothing yet.
     ///
     /// # Errors
-    /// Tensors that cannot be read or that llama.cpp refuses, and no room for
-    /// a group of layers in the temporary directory.
+    /// The system has no threads left.
+    pub fn new(blueprint: &Blueprint, options: &LoadOptions) -> Result<LlamaStage, LoadError> {
+        llama::start();
+        let options = LoadOptions {
+            n_threads: options.n_threads.clamp(1, 512),
+            ..options.clone()
+        };
+        let threads = ThreadPool::new(options.n_threads).map_err(LoadError::Threads)?;
+        let shape = StageShape {
+            n_embd: blueprint.n_embd(),
+            n_vocab: blueprint.n_vocab(),
+            n_layer: blueprint.n_layer(),
+            n_ctx_max: options.n_ctx_max.unwrap_or(blueprint.n_ctx_train()).max(1),
+        };
+        let stats = StageStats {
+            kv_bytes_max: options.kv_bytes_max,
+            ..StageStats::default()
+        };
+        Ok(LlamaStage {
+            shape,
+            blueprint: blueprint.clone(),
+            options,
+            embedding: None,
+            groups: Vec::new(),
+            threads,
+            sessions: BTreeMap::new(),
+            next_slot: 0,
+            next_group: 0,
+            between: Vec::new(),
+            stats,
+        })
+    }
+
+    /// A stage of `layers`, calling `progress` after each.
+    ///
+    /// # Errors
+    /// As [`LlamaStage::new`] and [`Loaded::read`].
     pub fn load(
         blueprint: &Blueprint,
         layers: Range<u32>,
@@ -106,64 +146,60 @@ impl LlamaStage {
         options: &LoadOptions,
         progress: &mut dyn FnMut(u32),
     ) -> Result<LlamaStage, LoadError> {
-        let n_layer = blueprint.n_layer();
-        if layers.start >= layers.end || layers.end > n_layer {
-            return Err(LoadError::Layers {
-                asked: layers,
-                n_layer,
-            });
-        }
-        llama::start();
-        let options = LoadOptions {
-            n_threads: options.n_threads.clamp(1, 512),
-            ..options.clone()
+        let loaded = Loaded::read(blueprint, layers, source, progress)?;
+        let mut stage = LlamaStage::new(blueprint, options)?;
+        stage.take_in(loaded.layers, loaded.weights);
+        Ok(stage)
+    }
+
+    fn take_in(&mut self, layers: Range<u32>, weights: Weights) {
+        let Weights::Llama { embedding, groups } = weights else {
+            return;
         };
-        let threads = ThreadPool::new(options.n_threads).map_err(|why| LoadError::Backend {
-            layers: layers.clone(),
-            why,
-        })?;
-        let embedding = match layers.start {
-            0 => Some(Embedding::load(blueprint, source)?),
-            _ => None,
-        };
-        let mut groups = Vec::new();
-        for layers in blueprint.groups(&layers) {
-            let model = load_group(blueprint, &layers, source)?;
-            layers.clone().for_each(&mut *progress);
-            groups.push(Group {
+        self.drop_groups(&layers);
+        self.embedding = embedding.or(self.embedding.take());
+        for (layers, model) in groups {
+            let id = self.next_group;
+            self.next_group += 1;
+            let idle = BTreeMap::new();
+            self.groups.push(Group {
+                id,
                 layers,
                 model,
-                idle: BTreeMap::new(),
+                idle,
             });
         }
-        let shape = StageShape {
-            n_embd: blueprint.n_embd(),
-            n_vocab: blueprint.n_vocab(),
-            n_layer,
-            layers,
-            n_ctx_max: options.n_ctx_max.unwrap_or(blueprint.n_ctx_train()).max(1),
-        };
-        llama::trim();
-        let tensors: u64 = groups.iter().map(|group| group.model.bytes()).sum();
-        let stats = StageStats {
-            kv_bytes_max: options.kv_bytes_max,
-            tensor_bytes: tensors + embedding.as_ref().map_or(0, Embedding::bytes),
-            ..StageStats::default()
-        };
-        let mut stage = LlamaStage {
-            shape,
-            blueprint: blueprint.clone(),
-            options,
-            embedding,
-            groups,
-            threads,
-            sessions: BTreeMap::new(),
-            next_slot: 0,
-            between: Vec::new(),
-            stats,
-        };
-        stage.count();
-        Ok(stage)
+        self.groups.sort_unstable_by_key(|group| group.layers.start);
+        self.count_layers();
+    }
+
+    /// Drops the groups within `layers`, with the contexts that no session uses.
+    fn drop_groups(&mut self, layers: &Range<u32>) {
+        let within =
+            |group: &Group| layers.start <= group.layers.start && group.layers.end <= layers.end;
+        self.groups.retain(|group| !within(group));
+    }
+
+    /// The embedding goes with the last that needs it.
+    fn drop_embedding(&mut self) {
+        let begins = |layers: &Range<u32>| layers.start == 0;
+        let needed = self.groups.iter().any(|group| begins(&group.layers))
+            || self
+                .sessions
+                .values()
+                .any(|session| begins(&session.layers));
+        if !needed {
+            self.embedding = None;
+        }
+    }
+
+    /// Brings what is said of layers up to date.
+    fn count_layers(&mut self) {
+        self.drop_embedding();
+        let tensors: u64 = self.groups.iter().map(|group| group.model.bytes()).sum();
+        self.stats.held = Held::of(self.groups.iter().map(|group| group.layers.clone()));
+        self.stats.tensor_bytes = tensors + self.embedding.as_ref().map_or(0, Embedding::bytes);
+        self.count();
     }
 
     /// The groups that `layers` touch, with what is asked of each.
@@ -201,12 +237,15 @@ impl LlamaStage {
     /// Brings the counters of memory up to date.
     fn count(&mut self) {
         let open = self.open_need();
-        let layers = self.parts(&self.shape.layers);
+        let layers = self.parts(&(0..self.shape.n_layer));
         let (none, one) = (self.need(&layers, 0), self.need(&layers, 1));
         let budget = self.options.kv_bytes_max;
         self.stats.sessions = self.sessions.len() as u32;
         self.stats.kv_bytes = open.bytes();
-        self.stats.free_cells = positions_left(budget, open, none, one);
+        self.stats.free_cells = match layers.is_empty() {
+            true => 0,
+            false => positions_left(budget, open, none, one),
+        };
     }
 
     /// Frees idle contexts until `more` fits the budget.
@@ -230,12 +269,13 @@ impl LlamaStage {
     }
 
     fn part(&self, group: usize, kind: Kind, kept: Option<Context>) -> Result<Part, EngineError> {
+        let group = &self.groups[group];
         let context = match kept {
             Some(mut context) => context.truncate(0).map(|()| context),
-            None => self.context(&self.groups[group], kind),
+            None => self.context(group, kind),
         };
         Ok(Part {
-            group,
+            group: group.id,
             kind,
             context: context.map_err(EngineError::Backend)?,
             end: 0,
@@ -366,7 +406,7 @@ impl Stage for LlamaStage {
     }
 
     fn open(&mut self, n_ctx: u32, layers: Range<u32>) -> Result<Slot, EngineError> {
-        check_layers(&layers, &self.shape.layers)?;
+        check_layers(&layers, &self.stats.held)?;
         if n_ctx == 0 || n_ctx > self.shape.n_ctx_max {
             return Err(EngineError::ContextLength {
                 n_ctx,
@@ -422,10 +462,14 @@ impl Stage for LlamaStage {
             return;
         };
         for part in session.parts {
-            let idle = &mut self.groups[part.group].idle;
-            idle.entry(part.kind).or_default().push(part.context);
+            let group = self.groups.iter_mut().find(|group| group.id == part.group);
+            if let Some(group) = group {
+                let idle = &mut group.idle;
+                idle.entry(part.kind).or_default().push(part.context);
+            }
         }
         self.make_room(Need::default());
+        self.drop_embedding();
         self.count();
     }
 
@@ -448,6 +492,32 @@ impl Stage for LlamaStage {
             Err(_) => out.clear(),
         }
         result
+    }
+
+    fn add(&mut self, loaded: Loaded) -> Result<(), EngineError> {
+        let Loaded { layers, weights } = loaded;
+        if let Weights::None = weights {
+            return Err(EngineError::Backend("layers without weights".into()));
+        }
+        let cut = |group: &&Group| {
+            let meets = group.layers.start < layers.end && layers.start < group.layers.end;
+            meets && (group.layers.start < layers.start || layers.end < group.layers.end)
+        };
+        if let Some(group) = self.groups.iter().find(cut) {
+            let held = group.layers.clone();
+            return Err(EngineError::Overlap {
+                asked: layers,
+                held,
+            });
+        }
+        self.take_in(layers, weights);
+        Ok(())
+    }
+
+    fn remove(&mut self, layers: &Range<u32>) {
+        self.drop_groups(layers);
+        self.count_layers();
+        llama::trim();
     }
 
     fn stats(&self) -> StageStats {

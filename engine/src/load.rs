@@ -5,6 +5,7 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::ops::Range;
 
 use crate::blueprint::{Blueprint, Fill, StageFile, UnsupportedModel};
+use crate::embedding::Embedding;
 use crate::llama::{self, FileModel, Model};
 use crate::source::TensorSource;
 
@@ -45,6 +46,9 @@ pub enum LoadError {
         /// Why: usually no room in the temporary directory (`TMPDIR`).
         source: std::io::Error,
     },
+    /// No threads to compute with.
+    #[error("no compute threads: {0}")]
+    Threads(String),
     /// The layer's header does not come together.
     #[error(transparent)]
     Model(#[from] UnsupportedModel),
@@ -58,8 +62,73 @@ pub enum LoadError {
     },
 }
 
+/// Layers with their weights, verified and ready to join a stage: [`crate::Stage::add`]. Made on any thread
+/// while the stage runs.
+pub struct Loaded {
+    pub(crate) layers: Range<u32>,
+    pub(crate) weights: Weights,
+}
+
+/// What comes with layers.
+pub(crate) enum Weights {
+    /// Nothing: the hash chain has none.
+    None,
+    /// Models of the groups, with their layers, and the embedding where layer 0 is among them.
+    Llama {
+        embedding: Option<Embedding>,
+        groups: Vec<(Range<u32>, Model)>,
+    },
+}
+
+impl Loaded {
+    /// Reads layers and hands them to llama.cpp, calling `progress` after each.
+    ///
+    /// # Errors
+    /// Tensors that cannot be read or that llama.cpp refuses, and no room for
+    /// a group of layers in the temporary directory.
+    pub fn read(
+        blueprint: &Blueprint,
+        layers: Range<u32>,
+        source: &dyn TensorSource,
+        progress: &mut dyn FnMut(u32),
+    ) -> Result<Loaded, LoadError> {
+        let n_layer = blueprint.n_layer();
+        if layers.start >= layers.end || layers.end > n_layer {
+            return Err(LoadError::Layers {
+                asked: layers,
+                n_layer,
+            });
+        }
+        llama::start();
+        let embedding = match layers.start {
+            0 => Some(Embedding::load(blueprint, source)?),
+            _ => None,
+        };
+        let mut groups = Vec::new();
+        for group in blueprint.groups(&layers) {
+            let model = load_group(blueprint, &group, source)?;
+            group.clone().for_each(&mut *progress);
+            groups.push((group, model));
+        }
+        llama::trim();
+        let weights = Weights::Llama { embedding, groups };
+        Ok(Loaded { layers, weights })
+    }
+
+    /// Layers of the hash chain.
+    pub fn of_chain(layers: Range<u32>) -> Loaded {
+        let weights = Weights::None;
+        Loaded { layers, weights }
+    }
+
+    /// Which layers.
+    pub fn layers(&self) -> &Range<u32> {
+        &self.layers
+    }
+}
+
 /// Writes the group's file, unlinked from the start, and loads it.
-pub(crate) fn load_group(
+fn load_group(
     blueprint: &Blueprint,
     group: &Range<u32>,
     source: &dyn TensorSource,

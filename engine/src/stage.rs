@@ -8,18 +8,72 @@
 //! writing at `pos0` drops what the session held from `pos0` on, so a step may
 //! be sent twice, replayed, or take back rejected drafts.
 
+use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::PREFILL_CHUNK;
+use crate::load::Loaded;
 
 /// One session's KV in one stage. Never reused, so a late step for a closed
 /// session is refused rather than written into another's KV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Slot(pub u64);
 
-impl std::fmt::Display for Slot {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "slot {}", self.0)
+    }
+}
+
+/// Layers that a stage holds: spans in ascending order that do not touch. Holding layer 0 implies the
+/// embedding, holding the last implies the head. Cheap to clone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Held(Arc<[Range<u32>]>);
+
+impl Held {
+    /// These layers, given in any order and any pieces.
+    pub fn of(pieces: impl IntoIterator<Item = Range<u32>>) -> Held {
+        let mut pieces: Vec<_> = pieces.into_iter().filter(|p| !p.is_empty()).collect();
+        pieces.sort_unstable_by_key(|piece| piece.start);
+        let mut spans: Vec<Range<u32>> = Vec::new();
+        for piece in pieces {
+            match spans.last_mut() {
+                Some(last) if piece.start <= last.end => last.end = last.end.max(piece.end),
+                _ => spans.push(piece),
+            }
+        }
+        Held(spans.into())
+    }
+
+    /// The spans.
+    pub fn spans(&self) -> &[Range<u32>] {
+        &self.0
+    }
+
+    /// How many layers.
+    pub fn n_layers(&self) -> u32 {
+        self.0.iter().map(|span| span.end - span.start).sum()
+    }
+
+    /// Whether `layers` are not empty and all held, in one span.
+    pub fn covers(&self, layers: &Range<u32>) -> bool {
+        let within = |span: &Range<u32>| span.start <= layers.start && layers.end <= span.end;
+        layers.start < layers.end && self.0.iter().any(within)
+    }
+}
+
+/// As `0..3, 5..8`, or `none`.
+impl fmt::Display for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, Range { start, end }) in self.0.iter().enumerate() {
+            let comma = if i == 0 { "" } else { ", " };
+            write!(f, "{comma}{start}..{end}")?;
+        }
+        if self.0.is_empty() {
+            f.write_str("none")?;
+        }
+        Ok(())
     }
 }
 
@@ -32,9 +86,6 @@ pub struct StageShape {
     pub n_vocab: u32,
     /// Layers of the whole model.
     pub n_layer: u32,
-    /// Layers held here. Holding layer 0 implies the embedding, holding the
-    /// last implies the head.
-    pub layers: Range<u32>,
     /// Longest context a session may ask for.
     pub n_ctx_max: u32,
 }
@@ -42,6 +93,8 @@ pub struct StageShape {
 /// What a stage has done and what it has left.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StageStats {
+    /// Layers held now.
+    pub held: Held,
     /// Open sessions.
     pub sessions: u32,
     /// Bytes that open sessions hold: KV and working buffers.
@@ -135,7 +188,18 @@ pub trait Stage: Send {
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError>;
 
-    /// Counters, for adverts.
+    /// Takes more layers in. They may replace held ones, of each that was loaded together all or none:
+    /// sessions go on with what they were opened on, new ones get the new.
+    ///
+    /// # Errors
+    /// Layers that were loaded with others that stay, or weights of another kind of stage.
+    fn add(&mut self, loaded: Loaded) -> Result<(), EngineError>;
+
+    /// Holds these layers no more; layers that were loaded together leave together, or stay. Sessions on
+    /// them go on, and their weights go with the last.
+    fn remove(&mut self, layers: &Range<u32>);
+
+    /// Counters and layers, for adverts.
     fn stats(&self) -> StageStats;
 }
 
@@ -152,11 +216,19 @@ pub enum Fault {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
     /// Layers outside those held, or others than those opened.
-    #[error("layers {}..{} asked for, {}..{} are held", asked.start, asked.end, held.start, held.end)]
+    #[error("layers {}..{} asked for, {held} are held", asked.start, asked.end)]
     LayersNotHeld {
         /// What the caller wants.
         asked: Range<u32>,
         /// What there is.
+        held: Held,
+    },
+    /// Layers that would replace a part of what was loaded together.
+    #[error("layers {}..{} cannot replace a part of {}..{}, which were loaded together", asked.start, asked.end, held.start, held.end)]
+    Overlap {
+        /// What is to be added.
+        asked: Range<u32>,
+        /// What they are a part of.
         held: Range<u32>,
     },
     /// A slot that is not open.
@@ -259,14 +331,14 @@ impl EngineError {
     }
 }
 
-/// Whether `inner` is not empty and lies within `outer`.
-pub(crate) fn check_layers(inner: &Range<u32>, outer: &Range<u32>) -> Result<(), EngineError> {
-    if inner.start < inner.end && outer.start <= inner.start && inner.end <= outer.end {
+/// Whether `layers` are held.
+pub(crate) fn check_layers(layers: &Range<u32>, held: &Held) -> Result<(), EngineError> {
+    if held.covers(layers) {
         return Ok(());
     }
     Err(EngineError::LayersNotHeld {
-        asked: inner.clone(),
-        held: outer.clone(),
+        asked: layers.clone(),
+        held: held.clone(),
     })
 }
 
@@ -282,7 +354,7 @@ pub(crate) fn check_step(
     if step.layers != *opened {
         return Err(EngineError::LayersNotHeld {
             asked: step.layers.clone(),
-            held: opened.clone(),
+            held: Held::of([opened.clone()]),
         });
     }
     if step.n_rows == 0 || step.n_rows > PREFILL_CHUNK {
@@ -351,4 +423,22 @@ pub(crate) fn check_end(step: &Step, layer: u32, end: u32) -> Result<(), EngineE
         });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn held_layers_are_spans_that_do_not_touch() {
+        let held = Held::of([6..7, 0..2, 5..6, 2..3, 9..9]);
+        assert_eq!(held.spans(), [0..3, 5..7]);
+        assert_eq!(
+            (held.to_string(), held.n_layers()),
+            ("0..3, 5..7".into(), 5)
+        );
+        assert!(held.covers(&(1..3)) && held.covers(&(5..7)));
+        assert!(!held.covers(&(2..6)) && !held.covers(&(1..1)));
+        assert_eq!(Held::default().to_string(), "none");
+    }
 }

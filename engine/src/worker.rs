@@ -18,7 +18,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::stage::{EngineError, Input, Slot, Stage, StageShape, StageStats, Step};
+use crate::load::Loaded;
+use crate::stage::{EngineError, Held, Input, Slot, Stage, StageShape, StageStats, Step};
 
 mod by_hand;
 mod queue;
@@ -224,6 +225,28 @@ impl Worker {
         }
     }
 
+    /// Queues [`Stage::add`]; `reply` gets the result.
+    ///
+    /// # Errors
+    /// [`Busy`] when the queue is full: what was loaded is dropped.
+    pub fn add(&self, loaded: Loaded, reply: Reply<()>) -> Result<(), Busy> {
+        let loaded = Box::new(loaded);
+        self.shared().push(Item::Add { loaded, reply })
+    }
+
+    /// Queues [`Stage::remove`].
+    ///
+    /// # Errors
+    /// [`Busy`] when the queue is full.
+    pub fn remove(&self, layers: Range<u32>) -> Result<(), Busy> {
+        self.shared().push(Item::Remove(layers))
+    }
+
+    /// Layers held now.
+    pub fn held(&self) -> Held {
+        self.shared().lock().stats.held.clone()
+    }
+
     fn shared(&self) -> &Shared {
         &self.handle.shared
     }
@@ -352,6 +375,17 @@ impl Runner {
                     Ok(())
                 });
                 self.finish(closed, Box::new(|_| {}))
+            }
+            Item::Add { loaded, reply } => {
+                let added = self.guarded(|stage| stage.add(*loaded));
+                self.finish(added, reply)
+            }
+            Item::Remove(layers) => {
+                let removed = self.guarded(|stage| {
+                    stage.remove(&layers);
+                    Ok(())
+                });
+                self.finish(removed, Box::new(|_| {}))
             }
             Item::Run { job, since, .. } => {
                 let queued = since.elapsed();
@@ -509,6 +543,12 @@ mod tests {
             self.gate.recv().map_err(|_| EngineError::Stopped)?;
             assert!(step.pos0 < 63, "as the test wants");
             self.inner.run(step, input, out)
+        }
+        fn add(&mut self, loaded: Loaded) -> Result<(), EngineError> {
+            self.inner.add(loaded)
+        }
+        fn remove(&mut self, layers: &Range<u32>) {
+            self.inner.remove(layers);
         }
         fn stats(&self) -> StageStats {
             self.inner.stats()

@@ -6,22 +6,28 @@
 
 mod support;
 
+use std::ops::Range;
+
 use engine::{Input, LlamaStage, PREFILL_CHUNK, Slot, Stage, Step, Want};
 use support::{Model, process_bytes, tiny};
+
+fn held(stage: &LlamaStage) -> Range<u32> {
+    stage.stats().held.spans()[0].clone()
+}
 
 fn chunk(stage: &mut LlamaStage, slot: Slot) {
     let shape = stage.shape();
     let n_rows = PREFILL_CHUNK;
     let step = Step {
         slot,
-        layers: shape.layers.clone(),
+        layers: held(stage),
         pos0: 0,
         n_rows,
         want: Want::All,
     };
     let tokens: Vec<u32> = (0..n_rows).collect();
     let rows = vec![0.5; (n_rows * shape.n_embd) as usize];
-    let input = match shape.layers.start {
+    let input = match held(stage).start {
         0 => Input::Tokens(&tokens),
         _ => Input::Hidden(&rows),
     };
@@ -43,7 +49,7 @@ fn sessions_take_about_what_they_are_said_to() {
     ] {
         let model = Model::random(arch, &shape, 1);
         let mut stage = model.stage(if inner { 1..2 } else { 0..shape.n_layer });
-        let layers = stage.shape().layers;
+        let layers = held(&stage);
         // The first pays for what is shared.
         let first = stage.open(n_ctx, layers.clone()).unwrap();
         chunk(&mut stage, first);

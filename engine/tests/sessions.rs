@@ -8,8 +8,8 @@ mod support;
 use std::io;
 
 use engine::{
-    EngineError, Fault, Input, LlamaStage, LoadError, LoadOptions, PREFILL_CHUNK, Slot, Stage,
-    Step, TensorSource, Want,
+    EngineError, Fault, Input, LlamaStage, LoadError, LoadOptions, Loaded, PREFILL_CHUNK, Slot,
+    Stage, Step, TensorSource, Want,
 };
 use support::{Chain, Model, greedy, same, tiny};
 
@@ -106,6 +106,62 @@ fn kept_contexts_give_what_fresh_ones_do() {
         let got = chain.generate(&model.prompt(70, 6), 10, 256);
         same(&got, &expected, &format!("round {round}"));
     }
+}
+
+#[test]
+fn layers_come_and_go_while_sessions_run() {
+    let model = llama();
+    let read = |layers| Loaded::read(&model.blueprint, layers, &model.source, &mut |_| ()).unwrap();
+    let prompt = model.prompt(40, 11);
+    let expected = model.reference(&prompt, 6, 256);
+    let mut chain = Chain::apart(&model, &[0, 1]);
+    let stage = &mut chain.stages[0];
+    // Not in the order of the layers, and each a model of its own.
+    for (layer, held) in [(2, "0..1, 2..3"), (1, "0..3")] {
+        stage.add(read(layer..layer + 1)).unwrap();
+        assert_eq!(stage.stats().held.to_string(), held);
+    }
+    chain.cut(&[0, 1, 3]);
+    same(&chain.generate(&prompt, 6, 256), &expected, "one by one");
+    let mut old = chain.open(256);
+    chain.feed(&mut old, 0, &prompt);
+    let first = vec![old.out.clone()];
+    // Replaced by one model of all, then taken away: who is at work does not notice.
+    let stage = &mut chain.stages[0];
+    stage.add(read(0..3)).unwrap();
+    assert!(matches!(
+        stage.add(read(1..2)),
+        Err(EngineError::Overlap { .. })
+    ));
+    same(&chain.generate(&prompt, 6, 256), &expected, "in one");
+    let stage = &mut chain.stages[0];
+    stage.remove(&(0..2));
+    assert_eq!(
+        stage.stats().held.to_string(),
+        "0..3",
+        "loaded together, leave together"
+    );
+    stage.remove(&(0..3));
+    let stats = stage.stats();
+    assert_eq!((stats.held.n_layers(), stats.free_cells), (0, 0));
+    assert!(matches!(
+        stage.open(256, 0..1),
+        Err(EngineError::LayersNotHeld { .. })
+    ));
+    let (mut tokens, mut rows) = (Vec::new(), first);
+    for step in 0..6 {
+        let token = greedy(&old.out);
+        tokens.push(token);
+        chain.frame(&mut old, (prompt.len() + step) as u32, &[token], Want::Last);
+        rows.push(old.out.clone());
+    }
+    same(&(tokens, rows), &expected, "with layers that left");
+    chain.close(old);
+    assert_eq!(
+        chain.stages[0].stats().tensor_bytes,
+        0,
+        "the embedding, too"
+    );
 }
 
 #[test]

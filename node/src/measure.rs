@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::{EngineError, Input, Slot, Stage, StageShape, StageStats, Step, Want};
+use engine::{EngineError, Input, Loaded, Slot, Stage, StageShape, StageStats, Step, Want};
 use swarm_proto::Measured;
 
 /// How long the run at start may take: some hundred steps of a small model, a few of a large one.
@@ -100,6 +100,14 @@ impl<S: Stage> Stage for Timed<S> {
         Ok(())
     }
 
+    fn add(&mut self, loaded: Loaded) -> Result<(), EngineError> {
+        self.stage.add(loaded)
+    }
+
+    fn remove(&mut self, layers: &Range<u32>) {
+        self.stage.remove(layers);
+    }
+
     fn stats(&self) -> StageStats {
         self.stage.stats()
     }
@@ -108,9 +116,10 @@ impl<S: Stage> Stage for Timed<S> {
 /// Decodes rows one by one for a moment: layer-tokens a second.
 fn run(stage: &mut impl Stage) -> Result<f64, EngineError> {
     let shape = stage.shape();
-    let layers = shape.layers.clone();
+    let layers = stage.stats().held.spans().first().cloned();
+    let layers = layers.unwrap_or_default();
     let slot = stage.open(RUN_CTX.min(shape.n_ctx_max), layers.clone())?;
-    let timed = steps(stage, slot, &shape);
+    let timed = steps(stage, slot, &shape, &layers);
     stage.close(slot);
     let (count, took) = timed?;
     Ok(f64::from(count) * layers.len() as f64 / took.as_secs_f64().max(1e-9))
@@ -120,17 +129,18 @@ fn steps(
     stage: &mut impl Stage,
     slot: Slot,
     shape: &StageShape,
+    layers: &Range<u32>,
 ) -> Result<(u32, Duration), EngineError> {
     // Any finite row costs the same; one that is not all zeros stays far from denormal numbers.
     let row = vec![0.5f32; shape.n_embd as usize];
-    let input = if shape.layers.start == 0 {
+    let input = if layers.start == 0 {
         Input::Tokens(&[0])
     } else {
         Input::Hidden(&row)
     };
     let mut out = Vec::new();
     let mut one = |pos0| {
-        let layers = shape.layers.clone();
+        let layers = layers.clone();
         let step = Step {
             slot,
             layers,

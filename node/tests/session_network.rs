@@ -38,7 +38,7 @@ fn swarm_id() -> SwarmId {
 }
 
 async fn start(stage: Box<dyn Stage>, listen: &str) -> Node {
-    let layers = stage.shape().layers;
+    let layers = stage.stats().held.spans()[0].clone();
     let mut config = NetConfig::client(Identity::generate(), swarm_id());
     config.listen = vec![listen.into()];
     let net = Net::start(config).await.unwrap();

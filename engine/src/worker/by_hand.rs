@@ -20,12 +20,12 @@ impl WorkerByHand {
     }
 
     /// Takes the next item off the queue, as the thread would: from now on it cannot be taken back.
-    /// How many rows times layers it runs, 0 for an opening or a closing; `None` where nothing waits.
+    /// How many rows times layers it runs, 0 for anything else; `None` where nothing waits.
     pub fn take(&mut self) -> Option<u64> {
         let item = self.runner.shared.lock().take()?;
         let cells = match &item {
             Item::Run { job, .. } => u64::from(job.step.n_rows) * job.step.layers.len() as u64,
-            Item::Open { .. } | Item::Close(_) => 0,
+            _ => 0,
         };
         self.taken = Some(item);
         Some(cells)

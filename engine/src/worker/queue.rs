@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Instant;
 
-use super::{Job, SlotWaiter};
+use super::{Job, Reply, SlotWaiter};
+use crate::load::Loaded;
 use crate::stage::{EngineError, Slot, StageStats};
 
 /// How often a step may be overtaken: keeps prefill going under many decoders.
@@ -25,6 +26,11 @@ pub(super) enum Item {
         waiter: Box<dyn SlotWaiter>,
     },
     Close(Slot),
+    Add {
+        loaded: Box<Loaded>,
+        reply: Reply<()>,
+    },
+    Remove(Range<u32>),
     Run {
         job: Job,
         since: Instant,
@@ -74,7 +80,11 @@ impl Queue {
                 }
                 Item::Run { overtaken, .. } if *overtaken >= OVERTAKEN_MAX => return None,
                 // Short, and somebody waits for it: at the head nothing overtakes it.
-                Item::Open { .. } | Item::Close(_) if at == 0 => return None,
+                Item::Open { .. } | Item::Close(_) | Item::Add { .. } | Item::Remove(_)
+                    if at == 0 =>
+                {
+                    return None;
+                }
                 _ => {}
             }
         }
@@ -85,7 +95,7 @@ impl Queue {
 impl Item {
     fn slot(&self) -> Option<Slot> {
         match self {
-            Item::Open { .. } => None,
+            Item::Open { .. } | Item::Add { .. } | Item::Remove(_) => None,
             Item::Close(slot) => Some(*slot),
             Item::Run { job, .. } => Some(job.step.slot),
         }
@@ -94,7 +104,8 @@ impl Item {
     pub(super) fn stopped(self) {
         match self {
             Item::Open { waiter, .. } => waiter.take(Err(EngineError::Stopped)),
-            Item::Close(_) => {}
+            Item::Close(_) | Item::Remove(_) => {}
+            Item::Add { reply, .. } => reply(Err(EngineError::Stopped)),
             Item::Run { job, .. } => (job.reply)(Err(EngineError::Stopped)),
         }
     }
@@ -144,7 +155,7 @@ mod tests {
                 Some(Item::Close(_)) => "close",
                 Some(Item::Open { .. }) => "open",
                 Some(Item::Run { .. }) => "row",
-                None => "nothing",
+                Some(_) | None => "something else",
             });
         }
         assert_eq!(taken, ["close", "row", "open"]);

@@ -198,7 +198,7 @@ pub fn greedy(row: &[f32]) -> u32 {
 
 /// Stages one after the other, or one stage run several times.
 pub struct Chain {
-    stages: Vec<LlamaStage>,
+    pub stages: Vec<LlamaStage>,
     hops: Vec<(usize, Range<u32>)>,
 }
 

@@ -52,13 +52,11 @@ pub(super) fn admit(
         return Err(fail(at, Fault::Local, FailureCode::UnknownModel, message));
     };
     check_route(&open.hops, served.n_layer).map_err(caller)?;
-    let held = &served.layers;
+    let held = served.worker.held();
     let layers = u32::from(hop.layers.start)..u32::from(hop.layers.end);
-    if layers.start < held.start || layers.end > held.end {
-        let message = format!(
-            "layers {}..{} are asked for, {}..{} are held",
-            layers.start, layers.end, held.start, held.end
-        );
+    if !held.covers(&layers) {
+        let Range { start, end } = layers;
+        let message = format!("layers {start}..{end} are asked for, {held} are held");
         return Err(fail(at, Fault::Local, FailureCode::LayersNotHeld, message));
     }
     if open.n_ctx == 0 || open.n_ctx > served.n_ctx_max {

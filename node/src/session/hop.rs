@@ -11,7 +11,6 @@
 
 use std::{
     collections::HashMap,
-    ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -80,33 +79,30 @@ impl Dialer for Net {
     }
 }
 
-/// A model that this node serves a span of.
+/// A model that this node serves layers of.
 #[derive(Clone)]
 pub struct Served {
     /// Which model.
     pub model: ModelId,
     /// Layers of the whole model.
     pub n_layer: u32,
-    /// The span held here.
-    pub layers: Range<u32>,
     /// Floats in a hidden row.
     pub n_embd: u32,
     /// Floats in a logits row.
     pub n_vocab: u32,
     /// Longest context a session may ask for.
     pub n_ctx_max: u32,
-    /// The worker that holds the weights. Its queue must be [`SessionLimits::worker_queue`] long.
+    /// The worker that holds the weights of some layers: which, may change. Its queue must be [`SessionLimits::worker_queue`] long.
     pub worker: Worker,
 }
 
 impl Served {
-    /// The span that a worker holds of a model.
+    /// What a worker holds of a model.
     pub fn new(model: ModelId, worker: Worker) -> Self {
         let shape = worker.shape();
         Self {
             model,
             n_layer: shape.n_layer,
-            layers: shape.layers.clone(),
             n_embd: shape.n_embd,
             n_vocab: shape.n_vocab,
             n_ctx_max: shape.n_ctx_max,
