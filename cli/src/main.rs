@@ -16,6 +16,7 @@ mod journal;
 mod layer_map;
 mod local_models;
 mod model_facts;
+mod obtain;
 mod opening;
 mod prompt;
 mod run_report;
@@ -32,7 +33,8 @@ use std::process::ExitCode;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use commands::{
-    bench, chat, completions, doctor, import, inspect, invite, join, models, node, run, status,
+    bench, chat, completions, doctor, import, inspect, invite, join, models, node, pin, route, run,
+    sign, status, verify,
 };
 
 /// Run a language model that is too big for any one of your machines, on several of them.
@@ -47,7 +49,7 @@ pub struct Cli {
 const EXAMPLES: &str = "\
 Start here:
   shoal run --local demo \"Once upon a time\"    the demo model, in this process
-  shoal import model.gguf                       make a GGUF known, without copying it
+  shoal import model.gguf                       make a GGUF known, without copying it (hf:… downloads one)
   shoal node --model NAME                       serve the layers that fit this machine
   shoal invite                                  a ticket for the next machine
   shoal run \"Why is the sea salt?\"              ask the swarm
@@ -60,9 +62,13 @@ enum Command {
     Run(run::Args),
     Chat(chat::Args),
     Status(status::Args),
+    Route(route::Args),
     Models(models::Args),
     Import(import::Args),
     Inspect(inspect::Args),
+    Pin(pin::Args),
+    Sign(sign::Args),
+    Verify(verify::Args),
     Node(node::Args),
     Invite(invite::Args),
     Join(join::Args),
@@ -92,9 +98,13 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Run(args) => run::main(args),
         Command::Chat(args) => chat::main(args),
         Command::Status(args) => status::main(args),
+        Command::Route(args) => route::main(args),
         Command::Models(args) => models::main(args),
         Command::Import(args) => import::main(args),
         Command::Inspect(args) => inspect::main(args),
+        Command::Pin(args) => pin::main(args),
+        Command::Sign(args) => sign::main(args),
+        Command::Verify(args) => verify::main(args),
         Command::Node(args) => node::main(args),
         Command::Invite(args) => invite::main(args),
         Command::Join(args) => join::main(args),

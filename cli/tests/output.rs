@@ -35,13 +35,17 @@ fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
-const COMMANDS: [&[&str]; 17] = [
+const COMMANDS: [&[&str]; 21] = [
     &["run"],
     &["chat"],
     &["status"],
     &["models"],
     &["import"],
     &["inspect"],
+    &["pin"],
+    &["sign"],
+    &["verify"],
+    &["route"],
     &["node"],
     &["invite"],
     &["join"],

@@ -11,7 +11,7 @@ use crate::{
     net::{FetchError, Net, NetConfig, NetError},
     peer_book::PeerBook,
     recovery::Session,
-    routes::{Privacy, Routes, SessionSpec},
+    routes::{Explained, Privacy, Routes, SessionSpec},
     session::{ClientError, Opener},
 };
 
@@ -145,6 +145,11 @@ impl Client {
         seed: u64,
     ) -> Result<Vec<Hop>, ClientError> {
         self.routes.plan(spec, avoid, seed)
+    }
+
+    /// The route that [`Client::open`] would take now, with the planner's reasons.
+    pub fn explain(&self, spec: &SessionSpec) -> Explained {
+        self.routes.explain(spec, self.routes.opener().random.u64())
     }
 
     /// Leaves the swarm.

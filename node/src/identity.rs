@@ -80,7 +80,11 @@ impl Identity {
         }
     }
 
-    fn load(path: &Path) -> Result<Self, IdentityError> {
+    /// Reads a key file: 32 raw bytes that only their owner may read.
+    ///
+    /// # Errors
+    /// As [`Identity::load_or_create`], and where there is none.
+    pub fn load(path: &Path) -> Result<Self, IdentityError> {
         let io = |source| IdentityError::Io {
             path: path.to_owned(),
             source,

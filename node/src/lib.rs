@@ -29,6 +29,6 @@ pub use net::{Access, Net, NetConfig, NetError, OpenError, Proto, Stream};
 pub use peer_book::PeerBook;
 pub use random::Random;
 pub use recovery::{Event, Listener, Recovery, Session};
-pub use routes::{Privacy, Routes, SessionSpec, View, exact_batch};
+pub use routes::{Explained, Privacy, Routes, SessionSpec, View, exact_batch};
 pub use session::{ClientError, ClientSession};
 pub use swarm_node::{NodeConfig, StartError, SwarmNode};

@@ -12,7 +12,9 @@ use std::{sync::Arc, time::Duration};
 use gguf::TensorType;
 use shard_registry::{
     Manifest, Snapshot,
-    route::{Query, plan, spread, standbys},
+    route::{
+        NoStandby, Other, Priced, Query, others, plan, price, spread, standbys, why_no_standby,
+    },
 };
 use swarm_proto::{
     Advert, Dtype, Hop, LayerRange, ModelId, Peer, Standby, Standbys, session::STANDBYS_MAX,
@@ -158,6 +160,23 @@ pub fn exact_batch(mut types: impl Iterator<Item = TensorType>) -> u16 {
     }
 }
 
+/// The route that would be taken now, and why.
+#[derive(Debug)]
+pub struct Explained {
+    /// The route, or why there is none.
+    pub hops: Result<Vec<Hop>, ClientError>,
+    /// What it costs by the adverts; `None` without a route.
+    pub priced: Option<Priced>,
+    /// For each hop who would stand by, or why nobody.
+    pub standbys: Vec<Result<Peer, NoStandby>>,
+    /// Everybody else who names the model.
+    pub others: Vec<Other>,
+    /// Peers left alone after failures; not when there is no route without them.
+    pub left_alone: Vec<Peer>,
+    /// By the adverts nobody has room for some layers, so it is planned as if they had.
+    pub as_if_idle: bool,
+}
+
 /// Plans routes and opens sessions along them; clones share the view.
 #[derive(Clone)]
 pub struct Routes {
@@ -244,6 +263,46 @@ impl Routes {
         let gone: Vec<Peer> = gone.filter(|peer| !alone.contains(peer)).collect();
         alone.extend(gone);
         alone
+    }
+
+    /// The route that a session would be opened along now, with the planner's reasons. Like opening one, it
+    /// draws among routes that are about as cheap.
+    pub fn explain(&self, spec: &SessionSpec, seed: u64) -> Explained {
+        let mut snapshot = self.view.adverts();
+        let mut left_alone = self.opener.book.left_alone();
+        let mut hops = self.plan_in(&snapshot, spec, &left_alone, seed);
+        if hops.is_err() && !left_alone.is_empty() {
+            left_alone.clear();
+            hops = self.plan_in(&snapshot, spec, &[], seed);
+        }
+        let avoid: Vec<Peer> = spec.avoid.iter().chain(&left_alone).copied().collect();
+        let rtts = self.rtts();
+        let query = self.query(spec, &avoid, &rtts);
+        let route = hops.as_deref().ok();
+        let mut priced = route.and_then(|hops| price(&snapshot, &query, hops));
+        let as_if_idle = route.is_some() && priced.is_none();
+        let others = others(&snapshot, &query, route);
+        if as_if_idle {
+            snapshot = idle(&snapshot);
+            priced = route.and_then(|hops| price(&snapshot, &query, hops));
+        }
+        let route = route.unwrap_or_default();
+        let found = self.standbys(spec, route, &left_alone, &Route::default());
+        let standby = |at: usize| {
+            let mut peers = found.peers.iter();
+            let standby = peers.find(|standby| usize::from(standby.at) == at);
+            let peer = standby.map(|standby| standby.peer);
+            peer.ok_or_else(|| why_no_standby(&self.view.adverts(), &query, route, at))
+        };
+        let standbys = (0..route.len()).map(standby).collect();
+        Explained {
+            standbys,
+            priced,
+            others,
+            left_alone,
+            as_if_idle,
+            hops,
+        }
     }
 
     /// The route that would be taken now, without the peers to avoid. Where the adverts

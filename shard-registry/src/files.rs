@@ -59,7 +59,8 @@ impl GgufFiles {
             path: path.to_owned(),
             source,
         };
-        let path = path.canonicalize().map_err(|e| io_at(path, e))?;
+        path.metadata().map_err(|e| io_at(path, e))?;
+        let path = place(path).map_err(|e| io_at(path, e))?;
         let mut all = GgufFiles {
             files: Vec::new(),
             kv: Vec::new(),
@@ -122,6 +123,16 @@ impl GgufFiles {
         self.files.push((file, mark));
         Ok(())
     }
+}
+
+/// The absolute path of a file under its own name. Links of its folder are followed, its own is not: the parts
+/// of a model find each other by their names, and in a cache a name may be a link to bytes called by a hash.
+pub(crate) fn place(path: &Path) -> io::Result<PathBuf> {
+    let Some(name) = path.file_name() else {
+        return path.canonicalize();
+    };
+    let folder = path.parent().filter(|folder| *folder != Path::new(""));
+    Ok(folder.unwrap_or(Path::new(".")).canonicalize()?.join(name))
 }
 
 /// `stem-00002-of-00005.gguf`.

@@ -13,7 +13,7 @@ use std::{
 use swarm_proto::{Hash, ModelId, ShardId};
 
 use crate::{
-    files::{FileMark, GgufFiles},
+    files::{FileMark, GgufFiles, place},
     layout::{Piece, ShardKind},
     manifest::{Manifest, ManifestError},
     store::{AliasName, Sources, Store, StoreError, TensorSource},
@@ -114,7 +114,8 @@ impl Store {
     /// A process killed in between leaves the store as it was, or with the model whole.
     ///
     /// # Errors
-    /// The file is no model, cannot be read, or changes meanwhile; the store cannot be written.
+    /// The file is no model, cannot be read, or changes meanwhile; the alias is pinned to another model; the
+    /// store cannot be written.
     pub fn import(
         &self,
         path: &Path,
@@ -127,8 +128,9 @@ impl Store {
             metadata,
             sources,
         } = hash(path, progress)?;
-        self.put_model(id, &manifest, &metadata, Some(&sources))?;
         let alias = alias.cloned().unwrap_or_else(|| AliasName::for_file(path));
+        self.check_pin(&alias, id)?;
+        self.put_model(id, &manifest, &metadata, Some(&sources))?;
         let replaced = self.alias(&alias).filter(|old| *old != id);
         self.set_alias(&alias, id)?;
         Ok(Imported {
@@ -141,7 +143,7 @@ impl Store {
     /// The model that this file was imported as, unless the file has changed since: by name, length
     /// and time, without reading it. What is wrong inside shows when it is read.
     pub fn find_file(&self, path: &Path) -> Option<ModelId> {
-        let path = path.canonicalize().ok()?;
+        let path = place(path).ok()?;
         let file = std::fs::File::open(&path).ok()?;
         let mark = FileMark::of(&path, &file).ok()?;
         let (models, _) = self.models();

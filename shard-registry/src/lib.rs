@@ -14,8 +14,10 @@ mod files;
 mod import;
 mod layout;
 mod manifest;
+mod pins;
 mod reader;
 pub mod route;
+mod signatures;
 mod store;
 
 pub use adverts::{AdvertTable, Coverage, Outcome, Refusal, Snapshot};

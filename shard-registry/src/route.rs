@@ -20,9 +20,11 @@ use std::{collections::HashMap, fmt::Write as _, time::Duration};
 
 use swarm_proto::{Advert, Hop, LayerRange, ModelAdvert, ModelId, Peer, session};
 
+mod reasons;
 mod search;
 mod standby;
 
+pub use self::reasons::{NoStandby, Other, Parts, Priced, WhyNot, others, price, why_no_standby};
 use self::search::search;
 pub use self::standby::standbys;
 use crate::adverts::Snapshot;
@@ -206,23 +208,8 @@ pub fn spread(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
 /// would not.
 pub fn estimate(snapshot: &Snapshot, query: &Query, hops: &[Hop]) -> Option<Duration> {
     let table = Table::new(snapshot, query);
-    let mut ns = 0;
-    let mut last: Option<usize> = None;
-    for hop in hops {
-        let i = table
-            .peers
-            .iter()
-            .position(|peer| peer.advert.peer == hop.peer)?;
-        let peer = &table.peers[i];
-        let all_held = hop.layers.layers().all(|layer| peer.holds(layer));
-        if !all_held {
-            return None;
-        }
-        let link = last.map_or(peer.half_ns, |from| table.link(from, i));
-        ns += link + peer.enter_ns + peer.layer_ns * u64::from(hop.layers.len());
-        last = Some(i);
-    }
-    last.map(|i| Duration::from_nanos(ns + table.peers[i].exit_ns))
+    let route = table.find(hops).filter(|route| !route.is_empty())?;
+    Some(Duration::from_nanos(table.cost(&route)))
 }
 
 /// A peer as the planner sees it.
@@ -239,6 +226,8 @@ struct Usable<'a> {
     send_ns: u64,
     /// Waking up and waiting in its queue.
     enter_ns: u64,
+    /// Of that, its queue.
+    queued_ns: u64,
     /// From it back to the client.
     exit_ns: u64,
     /// One-way delays to other usable peers that are known: (index, ns), by index.
@@ -258,7 +247,18 @@ struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
+    /// The holders that are looked at in a search.
     fn new(snapshot: &'a Snapshot, query: &Query) -> Table<'a> {
+        let peers = shortlist(Self::usable(snapshot, query), query.n_layer);
+        Self::of(peers, query)
+    }
+
+    /// All of them.
+    fn whole(snapshot: &'a Snapshot, query: &Query) -> Table<'a> {
+        Self::of(Self::usable(snapshot, query), query)
+    }
+
+    fn usable(snapshot: &'a Snapshot, query: &Query) -> Vec<Usable<'a>> {
         let rtts: HashMap<Peer, u32> = query.rtts.iter().copied().collect();
         let mut peers: Vec<Usable> = Vec::new();
         for advert in &snapshot.adverts {
@@ -270,7 +270,10 @@ impl<'a> Table<'a> {
                 peers.push(weigh(advert, model, room, query, &rtts));
             }
         }
-        let mut peers = shortlist(peers, query.n_layer);
+        peers
+    }
+
+    fn of(mut peers: Vec<Usable<'a>>, query: &Query) -> Table<'a> {
         let known = known_delays(&peers);
         for (peer, mut known) in peers.iter_mut().zip(known) {
             // Both ends may have measured: the smaller one is nearer to the wire.
@@ -428,7 +431,8 @@ fn weigh<'a>(
     let n_live: u64 = live.iter().map(|span| u64::from(span.len())).sum();
     let queued = layer_ns
         .saturating_mul(n_live)
-        .saturating_mul(advert.queue.into());
+        .saturating_mul(advert.queue.into())
+        .min(COST_MAX >> 16);
     let hop_extra = u64::try_from(query.hop_extra.as_nanos()).unwrap_or(u64::MAX);
     Usable {
         advert,
@@ -436,7 +440,8 @@ fn weigh<'a>(
         layer_ns,
         half_ns,
         send_ns: send(query.frame_bytes),
-        enter_ns: HOP_NS + hop_extra.min(COST_MAX >> 16) + queued.min(COST_MAX >> 16),
+        enter_ns: HOP_NS + hop_extra.min(COST_MAX >> 16) + queued,
+        queued_ns: queued,
         exit_ns: half_ns + send(query.reply_bytes),
         known: Vec::new(),
         live,

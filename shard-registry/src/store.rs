@@ -4,7 +4,8 @@
 //! models/<id>/manifest      canonical encoding; its hash is <id>
 //! models/<id>/metadata      the metadata shard
 //! models/<id>/sources.json  which file and offset holds each tensor (absent: weights are elsewhere)
-//! aliases/<name>            an id
+//! models/<id>/signatures/   publishers' words on it, one file each (`signatures.rs`)
+//! aliases/<name>            an id; with `pinned` in a second line it is not moved (`pins.rs`)
 //! tmp/                      files being written
 //! ```
 //!
@@ -21,7 +22,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use swarm_proto::{ModelId, ShardId};
+use swarm_proto::{ModelId, ModelSignatureError, ShardId};
 
 use crate::{
     files::FileMark,
@@ -125,6 +126,19 @@ pub enum StoreError {
     /// Bytes given for the store are no manifest.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// A name that was pinned to another model.
+    #[error("`{alias}` is pinned to model {}, it cannot become the name of {}", .pinned.short(), .other.short())]
+    Pinned {
+        /// The name.
+        alias: AliasName,
+        /// What it stands for.
+        pinned: ModelId,
+        /// What it was to stand for.
+        other: ModelId,
+    },
+    /// A publisher's signature that is none.
+    #[error(transparent)]
+    Signature(#[from] ModelSignatureError),
     /// A name that cannot be an alias.
     #[error(
         "{text:?} cannot be an alias: 1 to {ALIAS_LEN_MAX} of letters, digits, '.', '-' and '_', not first a '.' or '-'"
@@ -287,16 +301,27 @@ impl Store {
 
     /// The model that an alias points at.
     pub fn alias(&self, alias: &AliasName) -> Option<ModelId> {
-        let text = read_limited(&self.dir.join("aliases").join(&alias.0), 256).ok()?;
-        std::str::from_utf8(&text).ok()?.trim().parse().ok()
+        self.alias_lines(alias)?.lines().next()?.trim().parse().ok()
     }
 
     /// Points an alias at a model.
     ///
     /// # Errors
-    /// The store cannot be written.
+    /// It is pinned to another; the store cannot be written.
     pub fn set_alias(&self, alias: &AliasName, id: ModelId) -> Result<(), StoreError> {
-        let text = format!("{id}\n");
+        self.check_pin(alias, id)?;
+        if self.pinned(alias) == Some(id) {
+            return Ok(());
+        }
+        self.write_alias(alias, &format!("{id}\n"))
+    }
+
+    pub(crate) fn alias_lines(&self, alias: &AliasName) -> Option<String> {
+        let text = read_limited(&self.dir.join("aliases").join(&alias.0), 256).ok()?;
+        String::from_utf8(text).ok()
+    }
+
+    pub(crate) fn write_alias(&self, alias: &AliasName, text: &str) -> Result<(), StoreError> {
         self.write(&self.dir.join("aliases").join(&alias.0), text.as_bytes())
     }
 
@@ -453,7 +478,7 @@ impl Store {
         Ok(Some(sources))
     }
 
-    fn path(&self, id: ModelId, file: &str) -> PathBuf {
+    pub(crate) fn path(&self, id: ModelId, file: &str) -> PathBuf {
         self.dir.join("models").join(id.to_string()).join(file)
     }
 
@@ -467,7 +492,7 @@ impl Store {
         })
     }
 
-    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    pub(crate) fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
         let put = || -> io::Result<()> {
             let mut temp = tempfile::NamedTempFile::new_in(self.dir.join("tmp"))?;
             temp.write_all(bytes)?;
@@ -495,14 +520,14 @@ impl Store {
     }
 }
 
-fn problem(path: &Path, why: impl Into<String>) -> Problem {
+pub(crate) fn problem(path: &Path, why: impl Into<String>) -> Problem {
     Problem {
         path: path.to_owned(),
         why: why.into(),
     }
 }
 
-fn entries(folder: &Path, problems: &mut Vec<Problem>) -> Vec<PathBuf> {
+pub(crate) fn entries(folder: &Path, problems: &mut Vec<Problem>) -> Vec<PathBuf> {
     match fs::read_dir(folder) {
         Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
         Err(e) => {
@@ -512,7 +537,7 @@ fn entries(folder: &Path, problems: &mut Vec<Problem>) -> Vec<PathBuf> {
     }
 }
 
-fn read_limited(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read_limited(path: &Path, max: u64) -> io::Result<Vec<u8>> {
     use io::Read;
     let file = fs::File::open(path)?;
     let len = file.metadata()?.len();

@@ -15,6 +15,7 @@ pub mod frame;
 mod hash;
 mod ids;
 mod protocol;
+mod publisher;
 pub mod session;
 mod span;
 pub mod ticket;
@@ -27,6 +28,7 @@ pub use frame::{FrameDecoder, FrameError, FrameLimits, decode_header, encode_fra
 pub use hash::{Hash, HashError, ModelId, ShardId};
 pub use ids::{Peer, PeerError, SwarmId, SwarmIdError};
 pub use protocol::PROTOCOL_VERSION;
+pub use publisher::{ModelSignature, ModelSignatureError};
 pub use session::{
     Answer, Attach, Content, Down, Dtype, DtypeError, Epoch, Failure, FailureCode, Fault, Form,
     Hop, Logits, LogitsForm, Open, ROWS_MAX, Rows, SessionId, Standby, Standbys, TraceParent, Up,

@@ -1,26 +1,30 @@
-//! `shoal import`: makes a GGUF known under its hash and a name, without copying it.
-
-use std::path::PathBuf;
+//! `shoal import`: makes a GGUF, here or elsewhere, known under its hash and a name, without copying it.
 
 use serde::Serialize;
-use shard_registry::AliasName;
+use shard_registry::{AliasName, ImportError, StoreError};
 
 use crate::failure::Failure;
 use crate::home::Home;
 use crate::terminal::{self, BOLD, HINT, paint};
-use crate::{figures, local_models};
+use crate::{figures, local_models, obtain};
 
-/// Make a GGUF file known, without copying it.
+/// Make a GGUF file known, without copying it; from Hugging Face or an https address too.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   shoal import ~/models/Llama-3.2-1B-Instruct-Q4_K_M.gguf --name llama-1b
   shoal import big-00001-of-00003.gguf
+  shoal import hf:bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M
+  shoal import hf:owner/repo/file.gguf@main
+  shoal import https://example.org/model.gguf
 
-The file is hashed where it is and must stay there. Of a model in several files give any one.")]
+The file is hashed where it is and must stay there. Of a model in several files give any one.
+Downloads from Hugging Face go into its own cache (HF_HOME) and use its token (HF_TOKEN); others into the home
+directory. What was cut off goes on where it stopped.")]
 pub struct Args {
-    /// The GGUF file.
-    file: PathBuf,
+    /// The GGUF file, `hf:OWNER/REPO/FILE.gguf[@REVISION]`, `hf:OWNER/REPO[:Q4_K_M]` or an https address.
+    #[arg(value_name = "FILE|hf:…|https://…")]
+    source: String,
     /// What to call it [default: as the file].
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -50,8 +54,11 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         .map(str::parse::<AliasName>)
         .transpose()
         .map_err(|e| Failure::usage(e.to_string()))?;
-    let store = local_models::store(&args.home.dir()?)?;
-    let imported = local_models::import(&store, &args.file, name.as_ref())?;
+    let source = obtain::source(&args.source)?;
+    let home = args.home.dir()?;
+    let store = local_models::store(&home)?;
+    let file = obtain::obtain(&home, &source)?;
+    let imported = local_models::import(&store, &file, name.as_ref()).map_err(with_remedy)?;
     let manifest = store.manifest(imported.id)?;
     let unsupported = engine::Blueprint::new(&manifest.header()?).err();
     let report = Report {
@@ -90,4 +97,16 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         report.name
     ));
     Ok(())
+}
+
+/// What to do about a name that is pinned to another model.
+fn with_remedy(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast_ref() {
+        Some(ImportError::Store(pinned @ StoreError::Pinned { .. })) => {
+            Failure::new(pinned.to_string())
+                .try_this("--name with another name, or `shoal pin NAME --remove` first")
+                .into()
+        }
+        _ => error,
+    }
 }

@@ -39,6 +39,9 @@ struct Inspection {
     id: Option<String>,
     #[serde(flatten)]
     facts: ModelFacts,
+    /// Publishers whose signature on it is right.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    signed_by: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     shards: Vec<ShardFacts>,
 }
@@ -65,6 +68,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         Inspection {
             id: None,
             facts,
+            signed_by: Vec::new(),
             shards: Vec::new(),
         }
     } else {
@@ -94,9 +98,14 @@ fn of_store(home: &Path, store: &Store, model: &str) -> anyhow::Result<Inspectio
             id: shard.id.to_string(),
         })
         .collect();
+    let (signatures, problems) = store.signatures(id);
+    for problem in problems {
+        terminal::warn(problem);
+    }
     Ok(Inspection {
         id: Some(id.to_string()),
         facts: ModelFacts::new(&header)?,
+        signed_by: signatures.iter().map(|s| s.publisher.to_string()).collect(),
         shards,
     })
 }
@@ -176,6 +185,9 @@ fn print(inspection: &Inspection) -> anyhow::Result<()> {
         )?;
     }
     row("cuts", cuts(facts))?;
+    for publisher in &inspection.signed_by {
+        row("signed by", publisher)?;
+    }
     print_shards(inspection)
 }
 

@@ -41,6 +41,10 @@ struct Report {
 struct LocalModel {
     model: String,
     names: Vec<String>,
+    /// Of these, names that nothing moves.
+    pinned: Vec<String>,
+    /// Publishers whose signature on it is right.
+    signed_by: Vec<String>,
     arch: String,
     n_layer: u16,
     bytes: u64,
@@ -88,13 +92,21 @@ pub fn main(args: Args) -> anyhow::Result<()> {
 
 fn local(args: &Args) -> anyhow::Result<(Vec<LocalModel>, Vec<shard_registry::Problem>)> {
     let store = local_models::store(&args.swarm.home()?)?;
-    let (models, problems) = store.models();
+    let (models, mut problems) = store.models();
     let mut local = Vec::new();
     for model in models {
         let manifest = store.manifest(model.id)?;
+        let (signatures, wrong) = store.signatures(model.id);
+        problems.extend(wrong);
+        let pinned = model
+            .aliases
+            .iter()
+            .filter(|alias| store.pinned(alias).is_some());
         let shown = |path: &PathBuf| path.display().to_string();
         local.push(LocalModel {
             model: model.id.to_string(),
+            pinned: pinned.map(ToString::to_string).collect(),
+            signed_by: signatures.iter().map(|s| s.publisher.to_string()).collect(),
             names: model.aliases.iter().map(ToString::to_string).collect(),
             arch: figures::printable(&manifest.arch, 64),
             n_layer: manifest.n_layer,
@@ -136,6 +148,13 @@ fn print(report: &Report, offline: bool) -> anyhow::Result<()> {
             model.names.join(", "),
             model.arch
         ))?;
+        if !model.pinned.is_empty() {
+            let pinned = model.pinned.join(", ");
+            terminal::say(format!("  {} {pinned}", paint(DIM, "pinned:")))?;
+        }
+        for publisher in &model.signed_by {
+            terminal::say(format!("  {} {publisher}", paint(DIM, "signed by")))?;
+        }
         for path in &model.missing {
             let path = figures::printable(path, 400);
             terminal::say(format!("  {} {path}", paint(BAD, "file missing:")))?;

@@ -9,7 +9,7 @@ use crate::adverts::Snapshot;
 
 /// A standby takes a place that another session might need: it is asked only of peers with room for so
 /// many of the kind.
-const ROOM_FOR: usize = 2;
+pub(super) const ROOM_FOR: usize = 2;
 
 /// For each hop another peer that holds all its layers and computes the same bits: the quickest of those
 /// with room to spare that are not on the route. Nobody stands by for two hops.

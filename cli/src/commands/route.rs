@@ -1,0 +1,432 @@
+//! `shoal route`: the route that would be taken now, what it costs by which parts, and why everybody else is
+//! not on it. Asks the swarm as `shoal status` does, and opens nothing.
+
+use std::time::Duration;
+
+use node::{Explained, SessionSpec};
+use serde::Serialize;
+use shard_registry::route::{NoStandby, Other, WhyNot};
+use swarm_proto::{Hop, LayerRange, Peer};
+
+use crate::failure::Failure;
+use crate::figures;
+use crate::swarm::{Member, Swarm, SwarmModel};
+use crate::terminal::{self, BAD, BOLD, DIM, GOOD, HINT, WARN, paint};
+
+/// Show the route that would be taken now, and why.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  shoal route demo
+  shoal route demo --explain
+  shoal route llama-1b --ctx 8192 --explain --json | jq '.others[] | {peer, why}'
+
+Nothing is opened. Times are the planner's, for one token, from the adverts and from round trips measured here.
+Among routes that are about as cheap one is drawn, as for a session, so two calls may differ.")]
+pub struct Args {
+    /// Which model: a name, or the beginning of its id [default: the only one served].
+    #[arg(value_name = "NAME|ID", env = "SHOAL_MODEL")]
+    model: Option<String>,
+    /// Also what each hop costs, who stands by, and why everybody else is not on it.
+    #[arg(long)]
+    explain: bool,
+    /// Positions that a session would hold.
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
+    ctx: u32,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    swarm: Swarm,
+}
+
+/// What is printed.
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    name: String,
+    n_layer: u16,
+    n_ctx: u32,
+    /// In order; empty where there is no route.
+    hops: Vec<HopReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reply_ms: Option<f64>,
+    /// Why there is no route.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    no_route: Option<String>,
+    /// Layers that no usable peer serves.
+    missing: Vec<MissingReport>,
+    /// By the adverts some layers have no room; the hops say themselves whether they are full.
+    as_if_idle: bool,
+    others: Vec<OtherReport>,
+}
+
+#[derive(Serialize)]
+struct HopReport {
+    layers: String,
+    peer: String,
+    age_s: f64,
+    network_ms: f64,
+    network_measured: bool,
+    queue_ms: f64,
+    overhead_ms: f64,
+    compute_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    standby: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    no_standby: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct MissingReport {
+    layers: String,
+    /// Peers that serve some of them and may not be used, or are loading them, with the reason.
+    peers: Vec<OtherReport>,
+}
+
+#[derive(Clone, Serialize)]
+struct OtherReport {
+    peer: String,
+    serves: Vec<String>,
+    loading: Vec<String>,
+    age_s: f64,
+    why: String,
+}
+
+/// Asks the swarm, plans and prints.
+pub fn main(args: Args) -> anyhow::Result<()> {
+    let (asked, json, explain) = (args.model.clone(), args.json, args.explain);
+    let report = node::runtime::run(async move {
+        let member = args.swarm.join(false).await?;
+        let report = look(&member, asked.as_deref(), args.ctx).await;
+        member.leave().await;
+        report
+    })??;
+    let failure = report.no_route.as_ref().map(|why| {
+        let failure = Failure::new(format!("{}: {why}", report.name));
+        failure.try_this(remedy(&report))
+    });
+    if json {
+        terminal::say_json(&report)?;
+    } else {
+        print(&report, explain)?;
+    }
+    match failure {
+        Some(failure) if json => Err(failure.told_in_json().into()),
+        Some(failure) => Err(failure.into()),
+        None => Ok(()),
+    }
+}
+
+async fn look(member: &Member, asked: Option<&str>, n_ctx: u32) -> anyhow::Result<Report> {
+    let model = member.model(asked).await?;
+    let n_ctx = n_ctx.min(model.n_ctx_max);
+    let spec = SessionSpec::new(model.id, &model.manifest, n_ctx);
+    let explained = member.client.explain(&spec);
+    let now_ms = crate::swarm::now_ms();
+    let adverts = member.client.adverts();
+    let age_s = |peer: Peer| {
+        let mut adverts = adverts.adverts.iter();
+        let made = adverts
+            .find(|advert| advert.peer == peer)
+            .map(|advert| advert.seq);
+        let ms = now_ms.saturating_sub(made.unwrap_or(now_ms));
+        (ms / 100) as f64 / 10.0
+    };
+    Ok(Report::new(&model, n_ctx, &explained, &age_s))
+}
+
+fn remedy(report: &Report) -> String {
+    let name = &report.name;
+    match report.missing.first() {
+        Some(gap) => format!("`shoal node --model {name} --layers {}`", gap.layers),
+        None => format!("`shoal status --model {name}` shows who holds what"),
+    }
+}
+
+fn ms(d: Duration) -> f64 {
+    (d.as_secs_f64() * 1e6).round() / 1e3
+}
+
+impl Report {
+    fn new(
+        model: &SwarmModel,
+        n_ctx: u32,
+        explained: &Explained,
+        age_s: &dyn Fn(Peer) -> f64,
+    ) -> Self {
+        let route = explained.hops.as_deref().unwrap_or_default();
+        let others: Vec<(&Other, OtherReport)> = explained
+            .others
+            .iter()
+            .map(|other| (other, OtherReport::new(other, age_s)))
+            .collect();
+        let missing = match &explained.hops {
+            Err(node::ClientError::NoRoute(none)) => none.missing.clone(),
+            Err(node::ClientError::Untrusted { missing, .. }) => missing.clone(),
+            _ => Vec::new(),
+        };
+        let missing = missing.iter().map(|gap| MissingReport::new(*gap, &others));
+        Self {
+            model: model.id.to_string(),
+            name: model.name.clone(),
+            n_layer: model.manifest.n_layer,
+            n_ctx,
+            hops: hop_reports(route, explained, age_s),
+            token_ms: explained.priced.as_ref().map(|priced| ms(priced.total())),
+            reply_ms: explained.priced.as_ref().map(|priced| ms(priced.reply)),
+            no_route: explained
+                .hops
+                .as_ref()
+                .err()
+                .map(|e| figures::printable(&e.to_string(), 300)),
+            missing: missing.collect(),
+            as_if_idle: explained.as_if_idle,
+            others: others.into_iter().map(|(_, report)| report).collect(),
+        }
+    }
+}
+
+fn hop_reports(
+    route: &[Hop],
+    explained: &Explained,
+    age_s: &dyn Fn(Peer) -> f64,
+) -> Vec<HopReport> {
+    let parts = explained.priced.iter().flat_map(|priced| &priced.hops);
+    let hops = route.iter().zip(parts).zip(&explained.standbys);
+    hops.map(|((hop, parts), standby)| HopReport {
+        layers: hop.layers.to_string(),
+        peer: hop.peer.to_string(),
+        age_s: age_s(hop.peer),
+        network_ms: ms(parts.network),
+        network_measured: parts.measured,
+        queue_ms: ms(parts.queue),
+        overhead_ms: ms(parts.overhead),
+        compute_ms: ms(parts.compute),
+        standby: standby.as_ref().ok().map(ToString::to_string),
+        no_standby: standby.as_ref().err().map(|why| alone(*why)),
+    })
+    .collect()
+}
+
+impl MissingReport {
+    fn new(gap: LayerRange, others: &[(&Other, OtherReport)]) -> Self {
+        let meets = |layers: &LayerRange| layers.start < gap.end && gap.start < layers.end;
+        let of_gap = others.iter().filter(|(other, _)| {
+            let named = other.live.iter().chain(&other.intended);
+            named.into_iter().any(meets)
+        });
+        Self {
+            layers: gap.to_string(),
+            peers: of_gap.map(|(_, report)| report.clone()).collect(),
+        }
+    }
+}
+
+impl OtherReport {
+    fn new(other: &Other, age_s: &dyn Fn(Peer) -> f64) -> Self {
+        let list = |ranges: &[LayerRange]| ranges.iter().map(ToString::to_string).collect();
+        Self {
+            peer: other.peer.to_string(),
+            serves: list(&other.live),
+            loading: list(&other.intended),
+            age_s: age_s(other.peer),
+            why: why_not(other.why),
+        }
+    }
+}
+
+fn why_not(why: WhyNot) -> String {
+    let time = figures::duration;
+    match why {
+        WhyNot::Leaving => "it is shutting down".into(),
+        WhyNot::Avoided => "left alone after failures (`shoal status --why`)".into(),
+        WhyNot::NotAllowed => "not on the list of trusted peers".into(),
+        WhyNot::OtherLayers(n) => format!(
+            "it says that the model has {}",
+            figures::plural(n.into(), "layer")
+        ),
+        WhyNot::Loading => "it serves nothing of it yet".into(),
+        WhyNot::NoRoom => "no free KV for this context".into(),
+        WhyNot::Usable => "it could be used, others are missing".into(),
+        WhyNot::Dearer { by, layers } if by.is_zero() => format!("no cheaper, for {layers}"),
+        WhyNot::Dearer { by, layers } => format!("{} dearer, at best for {layers}", time(by)),
+        WhyNot::NoHelp { saves, layers } => {
+            format!(
+                "no help: one more hop for {layers} would save {}",
+                time(saves)
+            )
+        }
+        WhyNot::Drawn { saves, layers } => format!(
+            "about as cheap ({} less for {layers}): the draw that spreads clients fell on another",
+            time(saves)
+        ),
+    }
+}
+
+fn alone(why: NoStandby) -> &'static str {
+    match why {
+        NoStandby::NobodyElse => "nobody else serves all these layers",
+        NoStandby::OtherBits => "who else serves them would compute other bits",
+        NoStandby::NoRoom => "who else serves them has no room to spare",
+        NoStandby::Taken => "who else serves them stands by elsewhere",
+    }
+}
+
+fn print(report: &Report, explain: bool) -> anyhow::Result<()> {
+    let about = format!(
+        "{} · {} · context {}",
+        figures::short_hash(&report.model),
+        figures::plural(report.n_layer.into(), "layer"),
+        report.n_ctx
+    );
+    terminal::say(format!(
+        "{} {}",
+        paint(BOLD, &report.name),
+        paint(DIM, about)
+    ))?;
+    if let Some(total) = report.token_ms {
+        let hops: Vec<String> = report
+            .hops
+            .iter()
+            .map(|hop| format!("{} {}", figures::short_peer(&hop.peer), hop.layers))
+            .collect();
+        terminal::say(format!("{} {}", paint(GOOD, "route:"), hops.join(" → ")))?;
+        terminal::say(format!("  {total:.3} ms a token by the planner's figures"))?;
+    }
+    if report.as_if_idle {
+        terminal::say(paint(
+            WARN,
+            "  by the adverts nobody has room for some of these layers; they will say so themselves",
+        ))?;
+    }
+    for gap in &report.missing {
+        print_missing(gap)?;
+    }
+    if explain {
+        print_hops(report)?;
+        print_others(report)?;
+    }
+    Ok(())
+}
+
+fn print_missing(gap: &MissingReport) -> anyhow::Result<()> {
+    let layers = paint(BAD, format!("missing: layers {}", gap.layers));
+    if gap.peers.is_empty() {
+        terminal::say(format!("{layers}, and nobody is loading them"))?;
+    } else {
+        terminal::say(layers)?;
+    }
+    for peer in &gap.peers {
+        terminal::say(format!("  {}", peer.line()))?;
+    }
+    Ok(())
+}
+
+fn print_hops(report: &Report) -> anyhow::Result<()> {
+    if report.hops.is_empty() {
+        return Ok(());
+    }
+    let head = format!(
+        "  {:<9} {:<8} {:>10} {:>10} {:>10} {:>10}   {:>7}",
+        "layers", "peer", "network", "queue", "hop", "compute", "heard"
+    );
+    terminal::say("")?;
+    terminal::say(paint(DIM, head))?;
+    for hop in &report.hops {
+        let network = match hop.network_measured {
+            true => format!("{:.3} ms", hop.network_ms),
+            false => format!("≈ {:.1} ms", hop.network_ms),
+        };
+        terminal::say(format!(
+            "  {:<9} {:<8} {network:>10} {:>7.3} ms {:>7.3} ms {:>7.3} ms   {:>3.0} s ago",
+            hop.layers,
+            figures::short_peer(&hop.peer),
+            hop.queue_ms,
+            hop.overhead_ms,
+            hop.compute_ms,
+            hop.age_s
+        ))?;
+        let standby = match (&hop.standby, hop.no_standby) {
+            (Some(peer), _) => format!("stands by: {}", figures::short_peer(peer)),
+            (None, why) => format!("nobody stands by: {}", why.unwrap_or_default()),
+        };
+        terminal::say(paint(DIM, format!("  {:<9} {standby}", "")))?;
+    }
+    if let Some(reply) = report.reply_ms {
+        terminal::say(format!("  {:<18} {reply:>7.3} ms", "back to here"))?;
+    }
+    if report.hops.iter().any(|hop| !hop.network_measured) {
+        let about = "  ≈: not measured, estimated from both ends' round trips";
+        terminal::say(paint(DIM, about))?;
+    }
+    Ok(())
+}
+
+fn print_others(report: &Report) -> anyhow::Result<()> {
+    if report.others.is_empty() {
+        return Ok(());
+    }
+    terminal::say("")?;
+    terminal::say(paint(BOLD, "not on it"))?;
+    for other in &report.others {
+        terminal::say(format!("  {}", other.line()))?;
+    }
+    terminal::say(format!(
+        "  {} peers whose adverts expired are in no list: `shoal status`",
+        paint(HINT, "→")
+    ))?;
+    Ok(())
+}
+
+impl OtherReport {
+    fn line(&self) -> String {
+        let what = match (&self.serves[..], &self.loading[..]) {
+            ([], []) => "nothing".into(),
+            ([], loading) => format!("loading {}", loading.join(" ")),
+            (serves, _) => serves.join(" "),
+        };
+        let peer = figures::short_peer(&self.peer);
+        let heard = paint(DIM, format!("heard {:.0} s ago", self.age_s));
+        format!("{peer:<8} {what:<9} {}  {heard}", self.why)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_is_a_sentence_of_its_own() {
+        let layers = LayerRange { start: 0, end: 2 };
+        let time = Duration::from_millis(2);
+        let all = [
+            WhyNot::Leaving,
+            WhyNot::Avoided,
+            WhyNot::NotAllowed,
+            WhyNot::OtherLayers(3),
+            WhyNot::Loading,
+            WhyNot::NoRoom,
+            WhyNot::Usable,
+            WhyNot::Dearer { by: time, layers },
+            WhyNot::Dearer {
+                by: Duration::ZERO,
+                layers,
+            },
+            WhyNot::NoHelp {
+                saves: time,
+                layers,
+            },
+            WhyNot::Drawn {
+                saves: time,
+                layers,
+            },
+        ];
+        let texts: std::collections::BTreeSet<String> =
+            all.iter().map(|why| why_not(*why)).collect();
+        assert_eq!(texts.len(), all.len());
+        assert!(texts.contains("2 ms dearer, at best for 0..2"), "{texts:?}");
+    }
+}
