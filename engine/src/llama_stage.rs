@@ -469,8 +469,7 @@ impl Stage for LlamaStage {
             }
         }
         self.make_room(Need::default());
-        self.drop_embedding();
-        self.count();
+        self.count_layers();
     }
 
     fn run(
