@@ -18,6 +18,7 @@ mod protocol;
 pub mod session;
 mod span;
 pub mod ticket;
+pub mod transfer;
 
 pub use activation::ActivationError;
 pub use advert::{Advert, AdvertError, Measured, ModelAdvert, SignedAdvert};
@@ -34,3 +35,4 @@ pub use session::{
 };
 pub use span::{LayerRange, LayerRangeError};
 pub use ticket::{Ticket, TicketError};
+pub use transfer::{Ask, Give};

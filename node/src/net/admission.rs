@@ -37,23 +37,31 @@ pub(super) const BUSY: u8 = 2;
 /// The queues of those who accept streams, by protocol name.
 #[derive(Default)]
 pub(super) struct Acceptors {
-    queues: Mutex<HashMap<String, mpsc::Sender<(Peer, Stream)>>>,
+    queues: Mutex<HashMap<String, Queue>>,
     refusing: Seldom,
 }
 
+struct Queue {
+    streams: mpsc::Sender<(Peer, Stream)>,
+    bulk: bool,
+}
+
 impl Acceptors {
-    /// Registers a queue of `depth`; `None` where another one for `name` is alive.
+    /// Registers a queue of `depth`; `None` where another one for `name` is alive. `bulk` streams mark the
+    /// connection they come on.
     pub(super) fn register(
         &self,
         name: String,
+        bulk: bool,
         depth: usize,
     ) -> Option<mpsc::Receiver<(Peer, Stream)>> {
         let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        if queues.get(&name).is_some_and(|queue| !queue.is_closed()) {
+        let taken = |queue: &Queue| !queue.streams.is_closed();
+        if queues.get(&name).is_some_and(taken) {
             return None;
         }
-        let (sender, receiver) = mpsc::channel(depth);
-        queues.insert(name, sender);
+        let (streams, receiver) = mpsc::channel(depth);
+        queues.insert(name, Queue { streams, bulk });
         Some(receiver)
     }
 
@@ -67,13 +75,16 @@ impl Acceptors {
 
     fn names(&self) -> Vec<String> {
         let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        queues.retain(|_, queue| !queue.is_closed());
+        queues.retain(|_, queue| !queue.streams.is_closed());
         queues.keys().cloned().collect()
     }
 
-    fn reserve(&self, name: &str) -> Option<mpsc::OwnedPermit<(Peer, Stream)>> {
+    /// A place in the queue of `name`, and whether its streams are bulk.
+    fn reserve(&self, name: &str) -> Option<(mpsc::OwnedPermit<(Peer, Stream)>, bool)> {
         let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        queues.get(name)?.clone().try_reserve_owned().ok()
+        let queue = queues.get(name)?;
+        let place = queue.streams.clone().try_reserve_owned().ok()?;
+        Some((place, queue.bulk))
     }
 }
 
@@ -98,14 +109,16 @@ impl UpgradeInfo for Admit {
 }
 
 impl InboundUpgrade<libp2p::Stream> for Admit {
-    type Output = ();
+    /// Whether it is a bulk stream.
+    type Output = bool;
     type Error = io::Error;
-    type Future = BoxFuture<'static, Result<(), io::Error>>;
+    type Future = BoxFuture<'static, Result<bool, io::Error>>;
 
     fn upgrade_inbound(self, mut stream: libp2p::Stream, name: StreamProtocol) -> Self::Future {
         async move {
             let slot = self.slots.clone().try_acquire_owned().ok();
-            let (Some(slot), Some(place)) = (slot, self.acceptors.reserve(name.as_ref())) else {
+            let reserved = self.acceptors.reserve(name.as_ref());
+            let (Some(slot), Some((place, bulk))) = (slot, reserved) else {
                 let peer = self.remote;
                 if self.acceptors.refusing.now(Instant::now()) {
                     tracing::warn!(%peer, protocol = %name, "streams are refused: queue full");
@@ -113,12 +126,13 @@ impl InboundUpgrade<libp2p::Stream> for Admit {
                     tracing::debug!(%peer, protocol = %name, "stream refused: queue full");
                 }
                 stream.write_all(&[BUSY]).await?;
-                return stream.close().await;
+                stream.close().await?;
+                return Ok(false);
             };
             stream.write_all(&[ADMITTED]).await?;
             stream.flush().await?;
             place.send((self.remote, Stream::with_slot(stream.compat(), slot)));
-            Ok(())
+            Ok(bulk)
         }
         .boxed()
     }

@@ -73,6 +73,11 @@ pub(super) enum Command {
         reply: oneshot::Sender<Vec<Peer>>,
     },
     Dial(Multiaddr),
+    /// How many connections to a peer are for everything, and for bulk.
+    Connections {
+        id: PeerId,
+        reply: oneshot::Sender<(usize, usize)>,
+    },
 }
 
 /// What the driver tells the adverts task.
@@ -205,6 +210,9 @@ impl Driver {
                 }
             }
             Command::Dial(addr) => self.dial(addr),
+            Command::Connections { id, reply } => {
+                let _ = reply.send(behaviour.streams.connections(&id));
+            }
         }
     }
 

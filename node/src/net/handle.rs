@@ -307,6 +307,7 @@ impl Net {
             id,
             addrs,
             name,
+            bulk: proto.is_bulk(),
             reply,
         };
         let opened = async {
@@ -322,12 +323,23 @@ impl Net {
         timed.unwrap_or(Err(OpenError::Timeout { peer, deadline }))
     }
 
+    /// How many connections to a peer are for everything, and how many for bulk streams only.
+    pub async fn connections_to(&self, peer: &Peer) -> (usize, usize) {
+        let Some(id) = peer_id(peer) else {
+            return (0, 0);
+        };
+        let (reply, answer) = oneshot::channel();
+        let asked = Command::Connections { id, reply };
+        let _ = self.inner.commands.send(asked).await;
+        answer.await.unwrap_or_default()
+    }
+
     /// Takes the streams that peers open for `proto`, until the receiver is dropped; `None` where
     /// somebody takes them already. The queue is bounded: while it is full, openers are refused.
     pub fn accept(&self, proto: Proto) -> Option<mpsc::Receiver<(Peer, Stream)>> {
         self.inner
             .acceptors
-            .register(proto.name(&self.inner.swarm), ACCEPT_MAX)
+            .register(proto.name(&self.inner.swarm), proto.is_bulk(), ACCEPT_MAX)
     }
 
     /// Connects to an address, once, in the background; failures are logged.

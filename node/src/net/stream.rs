@@ -89,11 +89,13 @@ pub enum Proto {
     Answer,
     /// Adverts, manifests and metadata by hash.
     Fetch,
+    /// Parts of shards, on a connection of their own.
+    Transfer,
 }
 
 impl Proto {
     /// All of them.
-    pub const ALL: [Proto; 3] = [Proto::Session, Proto::Answer, Proto::Fetch];
+    pub const ALL: [Proto; 4] = [Proto::Session, Proto::Answer, Proto::Fetch, Proto::Transfer];
 
     /// The name negotiated on the wire; it carries the swarm id, so that swarms do not mix.
     pub fn name(self, swarm: &SwarmId) -> String {
@@ -101,7 +103,13 @@ impl Proto {
             Proto::Session => swarm.session_protocol(),
             Proto::Answer => swarm.answer_protocol(),
             Proto::Fetch => swarm.fetch_protocol(),
+            Proto::Transfer => swarm.transfer_protocol(),
         }
+    }
+
+    /// Whether its streams get a connection of their own, so that nothing small waits behind them.
+    pub(super) fn is_bulk(self) -> bool {
+        self == Proto::Transfer
     }
 }
 

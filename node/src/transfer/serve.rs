@@ -1,0 +1,257 @@
+//! The giving side: bounded in streams, in ranges under way, in time and, if wanted, in bytes a second. Waits are
+//! short and said, so that an asker with other holders goes to them.
+
+use std::{
+    io::{self, Write},
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use shard_registry::blobs::{GiveError, OpenShard};
+use swarm_proto::{Ask, Give, Peer, codec::cut_text};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::JoinHandle,
+    time::timeout,
+};
+
+use super::{
+    Inner, Transfer, blocking,
+    bucket::Bucket,
+    grants::{Asker, Grants, Verdict},
+    wire::{ASK, Wire, WireError},
+};
+use crate::{
+    net::{Proto, Stream},
+    seldom::Seldom,
+    shares::Shares,
+};
+
+/// Streams that may be open, over all peers.
+const STREAMS_MAX: usize = 128;
+/// Those of one peer: it needs one, and a second while it starts anew.
+const STREAMS_PER_PEER_MAX: usize = 4;
+/// Ranges that are given at once: each holds a thread and a few buffers.
+const GIVEN_MAX: usize = 8;
+/// How long a request waits for its turn before the asker is sent away for a moment.
+const TURN_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a stream may stay without a request.
+const IDLE_DEADLINE: Duration = Duration::from_secs(30);
+/// How long one part may take to leave: 128 KiB on a 128 kbit/s uplink need eight seconds.
+const PART_DEADLINE: Duration = Duration::from_secs(20);
+/// How long one range may take, as on the asking side: it holds one of a few turns.
+const RANGE_DEADLINE: Duration = Duration::from_secs(120);
+/// Payload of one frame: a wake-up each, and what a pause for the upload limit is counted in.
+const PART_BYTES: usize = 128 * 1024;
+/// Parts between the thread that reads and hashes and the task that sends.
+const PARTS_AHEAD: usize = 2;
+
+/// What serving shares.
+struct Uploads {
+    transfer: Arc<Inner>,
+    turns: Semaphore,
+    grants: Mutex<Grants>,
+    bucket: Option<Mutex<Bucket>>,
+    /// Files that peers ask for cannot be read, or changed.
+    unreadable: Seldom,
+}
+
+/// Why a stream of requests ends.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("too slow")]
+    Slow,
+    #[error("{0}")]
+    Request(GiveError),
+    #[error(transparent)]
+    Task(#[from] tokio::task::JoinError),
+}
+
+impl Transfer {
+    /// Gives what is here to peers until the network is shut down; `None` where somebody does so already.
+    pub fn serve(&self) -> Option<JoinHandle<()>> {
+        let mut streams = self.inner.net.accept(Proto::Transfer)?;
+        let limit = self.inner.limits.upload_bytes_s;
+        let uploads = Arc::new(Uploads {
+            transfer: self.inner.clone(),
+            turns: Semaphore::new(GIVEN_MAX),
+            grants: Mutex::default(),
+            bucket: limit.map(|bytes_s| Mutex::new(Bucket::new(bytes_s, Instant::now()))),
+            unreadable: Seldom::default(),
+        });
+        let shares = Shares::new(STREAMS_MAX, STREAMS_PER_PEER_MAX);
+        Some(tokio::spawn(async move {
+            while let Some((peer, stream)) = streams.recv().await {
+                let share = match shares.take(peer) {
+                    Ok(share) => share,
+                    Err(why) => {
+                        tracing::debug!(%peer, ?why, "transfer stream dropped");
+                        continue;
+                    }
+                };
+                let uploads = uploads.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = uploads.serve(peer, stream).await {
+                        tracing::debug!(%peer, %error, "transfer stream ended");
+                    }
+                    drop(share);
+                });
+            }
+        }))
+    }
+}
+
+impl Uploads {
+    async fn serve(self: &Arc<Self>, peer: Peer, stream: Stream) -> Result<(), ServeError> {
+        let mut wire = Wire::new(stream);
+        loop {
+            let asked = timeout(IDLE_DEADLINE, wire.next::<Ask>(ASK)).await;
+            let Some((ask, _)) = asked.map_err(|_| ServeError::Slow)?? else {
+                return Ok(());
+            };
+            let said = match timeout(TURN_DEADLINE, self.turns.acquire()).await {
+                Ok(_turn) => {
+                    let answered = self.answer(peer, &ask, &mut wire);
+                    let answered = timeout(RANGE_DEADLINE, answered).await;
+                    answered.map_err(|_| ServeError::Slow)??
+                }
+                Err(_) => Some(Give::Later),
+            };
+            if let Some(said) = said {
+                let sent = timeout(PART_DEADLINE, wire.send(&said, &[])).await;
+                sent.map_err(|_| ServeError::Slow)??;
+            }
+        }
+    }
+
+    /// Gives the range, or says what to say instead.
+    async fn answer(
+        self: &Arc<Self>,
+        peer: Peer,
+        ask: &Ask,
+        wire: &mut Wire,
+    ) -> Result<Option<Give>, ServeError> {
+        let (transfer, wanted) = (self.transfer.clone(), *ask);
+        let found = blocking(move || {
+            let found = transfer.shards.get(wanted.model, wanted.shard)?;
+            let Some(shard) = found else { return Ok(None) };
+            shard.check(&wanted.range()).map(|()| Some(shard))
+        })
+        .await?;
+        let shard = match found {
+            Ok(Some(shard)) => shard,
+            Ok(None) => return Ok(Some(Give::Missing)),
+            Err(GiveError::NotYet) => return Ok(Some(Give::Later)),
+            Err(error @ GiveError::Range { .. }) => return Err(ServeError::Request(error)),
+            Err(error) => return Ok(Some(self.cannot(ask, &error))),
+        };
+        let asker = Asker {
+            peer,
+            shares: ask.shares,
+            in_vain: ask.in_vain,
+        };
+        let verdict = {
+            let peers = self.transfer.net.peers();
+            let there = peers.borrow();
+            let live = |peer: &Peer| there.contains(peer);
+            let mut grants = self.grants.lock().unwrap_or_else(PoisonError::into_inner);
+            grants.ask(ask.shard, shard.bytes(), asker, Instant::now(), live)
+        };
+        if let Verdict::Elsewhere(peers) = verdict {
+            return Ok(Some(Give::Elsewhere { peers }));
+        }
+        match self.give(shard, ask.range(), wire).await? {
+            Ok(sent) => {
+                let mut grants = self.grants.lock().unwrap_or_else(PoisonError::into_inner);
+                grants.sent(&ask.shard, &peer, sent);
+                Ok(None)
+            }
+            Err(error) => {
+                self.transfer.shards.forget(&ask.shard);
+                Ok(Some(self.cannot(ask, &error)))
+            }
+        }
+    }
+
+    /// Reads, checks and hashes on a thread, and sends what is right.
+    async fn give(
+        &self,
+        shard: Arc<OpenShard>,
+        range: Range<u32>,
+        wire: &mut Wire,
+    ) -> Result<Result<u64, GiveError>, ServeError> {
+        let (parts, mut ready) = mpsc::channel::<Vec<u8>>(PARTS_AHEAD);
+        let giving = tokio::task::spawn_blocking(move || {
+            let mut out = Parts {
+                parts,
+                part: Vec::with_capacity(PART_BYTES),
+            };
+            shard.give(&range, &mut out)?;
+            out.flush().map_err(|_| GiveError::Left)
+        });
+        let mut sent = 0;
+        while let Some(part) = ready.recv().await {
+            self.pause(part.len()).await;
+            let sending = timeout(PART_DEADLINE, wire.send(&Give::Part, &part)).await;
+            sending.map_err(|_| ServeError::Slow)??;
+            sent += part.len() as u64;
+            let given = &self.transfer.given;
+            given.fetch_add(part.len() as u64, Ordering::Relaxed);
+        }
+        Ok(giving.await?.map(|()| sent))
+    }
+
+    async fn pause(&self, bytes: usize) {
+        let Some(bucket) = &self.bucket else { return };
+        let wait = {
+            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            bucket.take(bytes, Instant::now())
+        };
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    fn cannot(&self, ask: &Ask, error: &GiveError) -> Give {
+        if self.unreadable.now(Instant::now()) {
+            tracing::warn!(shard = %ask.shard, %error, "cannot give a shard that a peer asks for");
+        } else {
+            tracing::debug!(shard = %ask.shard, %error, "cannot give a shard that a peer asks for");
+        }
+        // The error's own words name our files: they stay here.
+        let mut why = match error {
+            GiveError::Changed { .. } => "its bytes here are not what they were".to_owned(),
+            _ => "it is here and cannot be read".to_owned(),
+        };
+        cut_text(&mut why, 512);
+        Give::Failed(why)
+    }
+}
+
+/// Collects what is written into parts and hands them over; fails once nobody takes them.
+struct Parts {
+    parts: mpsc::Sender<Vec<u8>>,
+    part: Vec<u8>,
+}
+
+impl Write for Parts {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.part.len() + bytes.len() > PART_BYTES {
+            self.flush()?;
+        }
+        self.part.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.part.is_empty() {
+            return Ok(());
+        }
+        let part = std::mem::replace(&mut self.part, Vec::with_capacity(PART_BYTES));
+        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
+        self.parts.blocking_send(part).map_err(gone)
+    }
+}
