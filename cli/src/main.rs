@@ -32,7 +32,8 @@ use std::process::ExitCode;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use commands::{
-    bench, chat, completions, doctor, import, inspect, invite, join, models, node, run, status,
+    bench, chat, completions, doctor, gc, import, inspect, invite, join, models, node, pull, rm,
+    run, status,
 };
 
 /// Run a language model that is too big for any one of your machines, on several of them.
@@ -48,6 +49,7 @@ const EXAMPLES: &str = "\
 Start here:
   shoal run --local demo \"Once upon a time\"    the demo model, in this process
   shoal import model.gguf                       make a GGUF known, without copying it
+  shoal pull NAME                               fetch a model from the peers that have it
   shoal node --model NAME                       serve the layers that fit this machine
   shoal invite                                  a ticket for the next machine
   shoal run \"Why is the sea salt?\"              ask the swarm
@@ -62,6 +64,9 @@ enum Command {
     Status(status::Args),
     Models(models::Args),
     Import(import::Args),
+    Pull(pull::Args),
+    Rm(rm::Args),
+    Gc(gc::Args),
     Inspect(inspect::Args),
     Node(node::Args),
     Invite(invite::Args),
@@ -94,6 +99,9 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Status(args) => status::main(args),
         Command::Models(args) => models::main(args),
         Command::Import(args) => import::main(args),
+        Command::Pull(args) => pull::main(args),
+        Command::Rm(args) => rm::main(args),
+        Command::Gc(args) => gc::main(args),
         Command::Inspect(args) => inspect::main(args),
         Command::Node(args) => node::main(args),
         Command::Invite(args) => invite::main(args),
