@@ -536,7 +536,7 @@ fn read_limited(path: &Path, max: u64) -> io::Result<Vec<u8>> {
 }
 
 /// A rename is on disk once its folder is.
-pub(crate) fn sync_folder(folder: &Path) -> Result<(), StoreError> {
+fn sync_folder(folder: &Path) -> Result<(), StoreError> {
     fs::File::open(folder)
         .and_then(|folder| folder.sync_all())
         .map_err(|source| StoreError::Io {

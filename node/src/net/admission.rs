@@ -26,7 +26,7 @@ use swarm_proto::Peer;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::compat::FuturesAsyncReadCompatExt;
 
-use super::stream::Stream;
+use super::stream::{Activity, Stream};
 use crate::seldom::Seldom;
 
 /// The stream is in the acceptor's queue.
@@ -41,18 +41,26 @@ pub(super) struct Acceptors {
     refusing: Seldom,
 }
 
+type Reserved = (
+    mpsc::OwnedPermit<(Peer, Stream)>,
+    bool,
+    Option<Arc<Activity>>,
+);
+
 struct Queue {
     streams: mpsc::Sender<(Peer, Stream)>,
     bulk: bool,
+    activity: Option<Arc<Activity>>,
 }
 
 impl Acceptors {
     /// Registers a queue of `depth`; `None` where another one for `name` is alive. `bulk` streams mark the
-    /// connection they come on.
+    /// connection they come on, and `activity` is told of writes.
     pub(super) fn register(
         &self,
         name: String,
         bulk: bool,
+        activity: Option<Arc<Activity>>,
         depth: usize,
     ) -> Option<mpsc::Receiver<(Peer, Stream)>> {
         let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
@@ -61,7 +69,12 @@ impl Acceptors {
             return None;
         }
         let (streams, receiver) = mpsc::channel(depth);
-        queues.insert(name, Queue { streams, bulk });
+        let queue = Queue {
+            streams,
+            bulk,
+            activity,
+        };
+        queues.insert(name, queue);
         Some(receiver)
     }
 
@@ -79,12 +92,12 @@ impl Acceptors {
         queues.keys().cloned().collect()
     }
 
-    /// A place in the queue of `name`, and whether its streams are bulk.
-    fn reserve(&self, name: &str) -> Option<(mpsc::OwnedPermit<(Peer, Stream)>, bool)> {
+    /// A place in the queue of `name`, whether its streams are bulk, and who is told of writes.
+    fn reserve(&self, name: &str) -> Option<Reserved> {
         let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
         let queue = queues.get(name)?;
         let place = queue.streams.clone().try_reserve_owned().ok()?;
-        Some((place, queue.bulk))
+        Some((place, queue.bulk, queue.activity.clone()))
     }
 }
 
@@ -118,7 +131,7 @@ impl InboundUpgrade<libp2p::Stream> for Admit {
         async move {
             let slot = self.slots.clone().try_acquire_owned().ok();
             let reserved = self.acceptors.reserve(name.as_ref());
-            let (Some(slot), Some((place, bulk))) = (slot, reserved) else {
+            let (Some(slot), Some((place, bulk, activity))) = (slot, reserved) else {
                 let peer = self.remote;
                 if self.acceptors.refusing.now(Instant::now()) {
                     tracing::warn!(%peer, protocol = %name, "streams are refused: queue full");
@@ -131,7 +144,8 @@ impl InboundUpgrade<libp2p::Stream> for Admit {
             };
             stream.write_all(&[ADMITTED]).await?;
             stream.flush().await?;
-            place.send((self.remote, Stream::with_slot(stream.compat(), slot)));
+            let stream = Stream::with_slot(stream.compat(), slot).watched(activity);
+            place.send((self.remote, stream));
             Ok(bulk)
         }
         .boxed()

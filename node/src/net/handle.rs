@@ -26,7 +26,7 @@ use super::{
     driver::{Command, Driver, OUTBOX_MAX},
     facts::Facts,
     gate::Access,
-    stream::{OpenError, Proto, Stream},
+    stream::{Activity, OpenError, Proto, Stream},
     streams::OpenRequest,
     transport::{self, TransportError},
     uplink::Uplink,
@@ -47,6 +47,8 @@ const LISTEN_DEADLINE: Duration = Duration::from_secs(5);
 const IDLE_CONNECTION: Duration = Duration::from_secs(600);
 /// How long signing and queueing the last advert may take.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
+/// A session that nothing was written to for so long does not run.
+const RUNNING: Duration = Duration::from_secs(1);
 /// Addresses of one peer that are tried.
 const ADDRS_PER_PEER: usize = 8;
 
@@ -150,6 +152,7 @@ pub(super) struct Inner {
     /// Files that peers ask for cannot be read.
     unreadable: Seldom,
     uplink: std::sync::Mutex<Uplink>,
+    activity: Arc<Activity>,
 }
 
 impl Net {
@@ -221,6 +224,7 @@ impl Net {
             driver: Mutex::new(Some(driver)),
             unreadable: Seldom::default(),
             uplink: Default::default(),
+            activity: Arc::new(Activity::new()),
         });
         let net = Self { inner };
         net.wait_listening(listen.len()).await?;
@@ -320,7 +324,17 @@ impl Net {
             answer.await.unwrap_or_else(|_| Err(lost()))
         };
         let timed = tokio::time::timeout(deadline, opened).await;
-        timed.unwrap_or(Err(OpenError::Timeout { peer, deadline }))
+        let opened = timed.unwrap_or(Err(OpenError::Timeout { peer, deadline }))?;
+        Ok(opened.watched(self.activity_of(proto)))
+    }
+
+    fn activity_of(&self, proto: Proto) -> Option<Arc<Activity>> {
+        proto.is_session().then(|| self.inner.activity.clone())
+    }
+
+    /// Whether rows or logits passed through this node within the last second.
+    pub(crate) fn sessions_run(&self) -> bool {
+        self.inner.activity.within(RUNNING)
     }
 
     /// How many connections to a peer are for everything, and how many for bulk streams only.
@@ -337,9 +351,11 @@ impl Net {
     /// Takes the streams that peers open for `proto`, until the receiver is dropped; `None` where
     /// somebody takes them already. The queue is bounded: while it is full, openers are refused.
     pub fn accept(&self, proto: Proto) -> Option<mpsc::Receiver<(Peer, Stream)>> {
+        let activity = self.activity_of(proto);
+        let name = proto.name(&self.inner.swarm);
         self.inner
             .acceptors
-            .register(proto.name(&self.inner.swarm), proto.is_bulk(), ACCEPT_MAX)
+            .register(name, proto.is_bulk(), activity, ACCEPT_MAX)
     }
 
     /// Connects to an address, once, in the background; failures are logged.

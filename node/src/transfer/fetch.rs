@@ -27,9 +27,9 @@ const LOOK: Duration = Duration::from_millis(200);
 const LATER: Duration = Duration::from_millis(200);
 const LATER_MAX: Duration = Duration::from_secs(2);
 /// A holder that failed is asked again after so long.
-const AGAIN: Duration = Duration::from_secs(3);
+const AGAIN: Duration = Duration::from_millis(1500);
 /// Times that one holder may fail.
-const FAILURES_MAX: u32 = 3;
+const FAILURES_MAX: u32 = 4;
 /// Without a byte for so long, those that sent us elsewhere are told that it was in vain.
 const IN_VAIN_AFTER: Duration = Duration::from_secs(4);
 /// The same where those elsewhere say that it is on its way to them: a slow holder may serve many.

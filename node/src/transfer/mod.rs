@@ -26,6 +26,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use shard_registry::{
@@ -40,8 +41,15 @@ use crate::{
     peer_book::PeerBook,
 };
 
+use bucket::Bucket;
 pub use holders::holders;
 use shards::Shards;
+
+/// What shards may take in a second, both ways together, while a session runs on this node: about what a gigabit
+/// link carries in half of its time. Reading, hashing and encrypting more takes the cores from frames that wait.
+const BESIDE_BYTES_S: u64 = 64_000_000;
+/// Some parts at once: timers are no finer.
+const BESIDE_BURST: Duration = Duration::from_millis(2);
 
 /// What may be used for others and kept for ourselves.
 #[derive(Debug, Clone, Copy, Default)]
@@ -70,6 +78,8 @@ struct Inner {
     needed: Mutex<HashSet<ShardId>>,
     /// Bytes of shards that went to peers, hashes included.
     given: AtomicU64,
+    /// What shards may take beside sessions that run here.
+    beside: Mutex<Bucket>,
 }
 
 /// Why a shard was not fetched.
@@ -111,7 +121,7 @@ pub enum TransferError {
         /// Bytes of the shard.
         bytes: u64,
         /// How long.
-        waited: std::time::Duration,
+        waited: Duration,
         /// What the last holder did.
         last: String,
     },
@@ -138,6 +148,7 @@ impl Transfer {
             shares,
             needed: Mutex::default(),
             given: AtomicU64::new(0),
+            beside: Mutex::new(Bucket::new(BESIDE_BYTES_S, BESIDE_BURST, Instant::now())),
         };
         Self {
             inner: Arc::new(inner),
@@ -189,6 +200,20 @@ impl Transfer {
 impl Inner {
     fn needed(&self) -> std::sync::MutexGuard<'_, HashSet<ShardId>> {
         self.needed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits where a session runs here, so that no more than `BESIDE_BYTES_S` pass.
+    async fn give_way(&self, bytes: usize) {
+        if !self.net.sessions_run() {
+            return;
+        }
+        let wait = {
+            let mut beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner);
+            beside.take(bytes, Instant::now())
+        };
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
     }
 
     /// Room for a shard; what had to go is told. Blocks.

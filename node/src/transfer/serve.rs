@@ -20,7 +20,7 @@ use super::{
     Inner, Transfer, blocking,
     bucket::Bucket,
     grants::{Asker, Grants, Verdict},
-    wire::{ASK, Wire, WireError},
+    wire::{ASK, Buffers, Wire, WireError},
 };
 use crate::{
     net::{Proto, Stream},
@@ -38,14 +38,16 @@ const GIVEN_MAX: usize = 8;
 const TURN_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a stream may stay without a request.
 const IDLE_DEADLINE: Duration = Duration::from_secs(30);
-/// How long one part may take to leave: 128 KiB on a 128 kbit/s uplink need eight seconds.
+/// How long one part may take to leave: 64 KiB on a 64 kbit/s uplink need eight seconds.
 const PART_DEADLINE: Duration = Duration::from_secs(20);
 /// How long one range may take, as on the asking side: it holds one of a few turns.
 const RANGE_DEADLINE: Duration = Duration::from_secs(120);
 /// Payload of one frame: a wake-up each, and what a pause for the upload limit is counted in.
-const PART_BYTES: usize = 128 * 1024;
+const PART_BYTES: usize = 64 * 1024;
+/// How much may leave at once, in time at the full rate.
+const BURST: Duration = Duration::from_millis(50);
 /// Parts between the thread that reads and hashes and the task that sends.
-const PARTS_AHEAD: usize = 2;
+const PARTS_AHEAD: usize = 4;
 
 /// What serving shares.
 struct Uploads {
@@ -79,7 +81,7 @@ impl Transfer {
             transfer: self.inner.clone(),
             turns: Semaphore::new(GIVEN_MAX),
             grants: Mutex::default(),
-            bucket: limit.map(|bytes_s| Mutex::new(Bucket::new(bytes_s, Instant::now()))),
+            bucket: limit.map(|bytes_s| Mutex::new(Bucket::new(bytes_s, BURST, Instant::now()))),
             unreadable: Seldom::default(),
         });
         let shares = Shares::new(STREAMS_MAX, STREAMS_PER_PEER_MAX);
@@ -107,14 +109,15 @@ impl Transfer {
 impl Uploads {
     async fn serve(self: &Arc<Self>, peer: Peer, stream: Stream) -> Result<(), ServeError> {
         let mut wire = Wire::new(stream);
+        let buffers = Buffers::default();
         loop {
-            let asked = timeout(IDLE_DEADLINE, wire.next::<Ask>(ASK)).await;
+            let asked = timeout(IDLE_DEADLINE, wire.next::<Ask>(ASK, &buffers)).await;
             let Some((ask, _)) = asked.map_err(|_| ServeError::Slow)?? else {
                 return Ok(());
             };
             let said = match timeout(TURN_DEADLINE, self.turns.acquire()).await {
                 Ok(_turn) => {
-                    let answered = self.answer(peer, &ask, &mut wire);
+                    let answered = self.answer(peer, &ask, &mut wire, &buffers);
                     let answered = timeout(RANGE_DEADLINE, answered).await;
                     answered.map_err(|_| ServeError::Slow)??
                 }
@@ -133,6 +136,7 @@ impl Uploads {
         peer: Peer,
         ask: &Ask,
         wire: &mut Wire,
+        buffers: &Buffers,
     ) -> Result<Option<Give>, ServeError> {
         let (transfer, wanted) = (self.transfer.clone(), *ask);
         let found = blocking(move || {
@@ -163,7 +167,7 @@ impl Uploads {
         if let Verdict::Elsewhere(peers) = verdict {
             return Ok(Some(Give::Elsewhere { peers }));
         }
-        match self.give(shard, ask.range(), wire).await? {
+        match self.give(shard, ask.range(), wire, buffers).await? {
             Ok(sent) => {
                 let mut grants = self.grants.lock().unwrap_or_else(PoisonError::into_inner);
                 grants.sent(&ask.shard, &peer, sent);
@@ -182,12 +186,15 @@ impl Uploads {
         shard: Arc<OpenShard>,
         range: Range<u32>,
         wire: &mut Wire,
+        buffers: &Buffers,
     ) -> Result<Result<u64, GiveError>, ServeError> {
         let (parts, mut ready) = mpsc::channel::<Vec<u8>>(PARTS_AHEAD);
+        let spare = buffers.clone();
         let giving = tokio::task::spawn_blocking(move || {
             let mut out = Parts {
                 parts,
-                part: Vec::with_capacity(PART_BYTES),
+                part: Vec::new(),
+                buffers: spare,
             };
             shard.give(&range, &mut out)?;
             out.flush().map_err(|_| GiveError::Left)
@@ -200,11 +207,13 @@ impl Uploads {
             sent += part.len() as u64;
             let given = &self.transfer.given;
             given.fetch_add(part.len() as u64, Ordering::Relaxed);
+            buffers.put(part);
         }
         Ok(giving.await?.map(|()| sent))
     }
 
     async fn pause(&self, bytes: usize) {
+        self.transfer.give_way(bytes).await;
         let Some(bucket) = &self.bucket else { return };
         let wait = {
             let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
@@ -235,6 +244,7 @@ impl Uploads {
 struct Parts {
     parts: mpsc::Sender<Vec<u8>>,
     part: Vec<u8>,
+    buffers: Buffers,
 }
 
 impl Write for Parts {
@@ -250,7 +260,9 @@ impl Write for Parts {
         if self.part.is_empty() {
             return Ok(());
         }
-        let part = std::mem::replace(&mut self.part, Vec::with_capacity(PART_BYTES));
+        let mut next = self.buffers.get();
+        next.clear();
+        let part = std::mem::replace(&mut self.part, next);
         let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
         self.parts.blocking_send(part).map_err(gone)
     }

@@ -19,7 +19,7 @@ use tokio::{
 use super::{
     Inner,
     ranges::Ranges,
-    wire::{GIVE, Wire, WireError},
+    wire::{Buffers, GIVE, Wire, WireError},
 };
 use crate::net::{OpenError, Proto};
 
@@ -167,6 +167,7 @@ impl Source {
             .await
             .map_err(|e: OpenError| End::Failed(e.to_string()))?;
         let mut wire = Wire::new(stream);
+        let buffers = Buffers::default();
         let mut asked: VecDeque<Lease> = VecDeque::new();
         loop {
             while asked.len() < ASKED_AHEAD {
@@ -195,7 +196,8 @@ impl Source {
             let Some(lease) = asked.pop_front() else {
                 continue;
             };
-            let received = timeout(RANGE_DEADLINE, receive(&mut wire, work, &lease.range)).await;
+            let received = receive(inner, &mut wire, work, &lease.range, &buffers);
+            let received = timeout(RANGE_DEADLINE, received).await;
             received.map_err(|_| slow())??;
             lease.done(self.peer);
         }
@@ -203,12 +205,19 @@ impl Source {
 }
 
 /// Receives one range.
-async fn receive(wire: &mut Wire, work: &Arc<Work>, range: &Range<u32>) -> Result<(), End> {
+async fn receive(
+    inner: &Inner,
+    wire: &mut Wire,
+    work: &Arc<Work>,
+    range: &Range<u32>,
+    buffers: &Buffers,
+) -> Result<(), End> {
     let expected = encoded_len(work.partial.bytes(), range);
     let (parts, incoming) = mpsc::channel::<Vec<u8>>(PARTS_AHEAD);
     let taking = tokio::task::spawn_blocking({
         let (partial, range) = (work.partial.clone(), range.clone());
-        move || partial.take(&range, Incoming::new(incoming))
+        let incoming = Incoming::new(incoming, buffers.clone());
+        move || partial.take(&range, incoming)
     });
     let mut got = 0u64;
     while got < expected {
@@ -216,7 +225,7 @@ async fn receive(wire: &mut Wire, work: &Arc<Work>, range: &Range<u32>) -> Resul
             biased;
             // What came was refused: why is said below. The stream is of no more use.
             () = parts.closed() => break,
-            next = timeout(FRAME_DEADLINE, wire.next::<Give>(GIVE)) => next,
+            next = timeout(FRAME_DEADLINE, wire.next::<Give>(GIVE, buffers)) => next,
         };
         let Some((give, part)) = next.map_err(|_| slow())?.map_err(broken)? else {
             return Err(End::Failed("it closed the stream".into()));
@@ -228,6 +237,7 @@ async fn receive(wire: &mut Wire, work: &Arc<Work>, range: &Range<u32>) -> Resul
                     let why = format!("{got} bytes of a range that takes {expected}");
                     return Err(End::Wrong(why));
                 }
+                inner.give_way(part.len()).await;
                 if parts.send(part).await.is_err() {
                     break;
                 }
@@ -264,11 +274,13 @@ struct Incoming {
     parts: mpsc::Receiver<Vec<u8>>,
     part: Vec<u8>,
     at: usize,
+    buffers: Buffers,
 }
 
 impl Incoming {
-    fn new(parts: mpsc::Receiver<Vec<u8>>) -> Self {
+    fn new(parts: mpsc::Receiver<Vec<u8>>, buffers: Buffers) -> Self {
         Self {
+            buffers,
             parts,
             part: Vec::new(),
             at: 0,
@@ -280,7 +292,10 @@ impl Read for Incoming {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         if self.at == self.part.len() {
             match self.parts.blocking_recv() {
-                Some(part) => (self.part, self.at) = (part, 0),
+                Some(part) => {
+                    self.buffers.put(std::mem::replace(&mut self.part, part));
+                    self.at = 0;
+                }
                 None => return Ok(0),
             }
         }

@@ -1,7 +1,10 @@
 //! Frames of a transfer stream: read straight into the buffer that goes on to a blocking thread, and written from
 //! one that is used again.
 
-use std::io;
+use std::{
+    io,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use swarm_proto::{
     FrameError, FrameLimits, Give, Message, decode_header, encode_frame, frame::PREFIX,
@@ -32,6 +35,29 @@ pub(super) enum WireError {
     Frame(#[from] FrameError),
 }
 
+/// Buffers between a task and a thread.
+const BUFFERS_MAX: usize = 8;
+
+/// Buffers that go round between a task and a thread: asking the system for 64 KiB for each part, and giving them
+/// back on another thread, costs as much as hashing them.
+#[derive(Clone, Default)]
+pub(super) struct Buffers(Arc<Mutex<Vec<Vec<u8>>>>);
+
+impl Buffers {
+    /// One with whatever was in it.
+    pub(super) fn get(&self) -> Vec<u8> {
+        let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        spare.pop().unwrap_or_default()
+    }
+
+    pub(super) fn put(&self, buffer: Vec<u8>) {
+        let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.len() < BUFFERS_MAX {
+            spare.push(buffer);
+        }
+    }
+}
+
 /// One transfer stream.
 pub(super) struct Wire {
     stream: Stream,
@@ -55,10 +81,11 @@ impl Wire {
         Ok(self.stream.flush().await?)
     }
 
-    /// The next frame: its header, and its payload in a buffer of its own. None where the stream ends between two.
+    /// The next frame: its header, and its payload in one of `buffers`. None where the stream ends between two.
     pub(super) async fn next<M: Message>(
         &mut self,
         limits: FrameLimits,
+        buffers: &Buffers,
     ) -> Result<Option<(M, Vec<u8>)>, WireError> {
         let mut prefix = [0; PREFIX];
         match self.stream.read(&mut prefix).await? {
@@ -69,8 +96,12 @@ impl Wire {
         let mut bytes = vec![0; header];
         self.stream.read_exact(&mut bytes).await?;
         let header = decode_header(&bytes)?;
-        let mut bytes = vec![0; payload];
-        self.stream.read_exact(&mut bytes).await?;
-        Ok(Some((header, bytes)))
+        if payload == 0 {
+            return Ok(Some((header, Vec::new())));
+        }
+        let mut part = buffers.get();
+        part.resize(payload, 0);
+        self.stream.read_exact(&mut part).await?;
+        Ok(Some((header, part)))
     }
 }

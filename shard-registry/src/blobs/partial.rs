@@ -24,7 +24,7 @@ use super::{
     BlobError, PARTIAL,
     tree::{self, Outboard},
 };
-use crate::{manifest::ShardEntry, store::Store, store::sync_folder};
+use crate::{manifest::ShardEntry, store::Store};
 
 /// A shard that is partly here. Shared by those who write its ranges and those who give them on.
 #[derive(Debug)]
@@ -224,13 +224,8 @@ impl Partial {
             let shard = self.shard;
             return Err(BlobError::Incomplete { shard, missing });
         }
-        self.data
-            .sync_all()
-            .map_err(BlobError::at(&self.paths.data))?;
+        // Not synced: what a power cut takes is found when the blob is read, and fetched again.
         fs::rename(&self.paths.data, &self.paths.blob).map_err(BlobError::at(&self.paths.blob))?;
-        if let Some(folder) = self.paths.blob.parent() {
-            sync_folder(folder)?;
-        }
         // Only in the way of nobody: the next to open it would begin anew.
         let _ = fs::remove_file(&self.paths.outboard);
         Ok(())
