@@ -38,12 +38,14 @@ const GIVEN_MAX: usize = 8;
 const TURN_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a stream may stay without a request.
 const IDLE_DEADLINE: Duration = Duration::from_secs(30);
-/// How long one part may take to leave: 64 KiB on a 64 kbit/s uplink need eight seconds.
+/// How long one part may take to leave: 128 KiB on a 128 kbit/s uplink need eight seconds.
 const PART_DEADLINE: Duration = Duration::from_secs(20);
 /// How long one range may take, as on the asking side: it holds one of a few turns.
 const RANGE_DEADLINE: Duration = Duration::from_secs(120);
-/// Payload of one frame: a wake-up each, and what a pause for the upload limit is counted in.
-const PART_BYTES: usize = 64 * 1024;
+/// Payload of one frame: a wake-up each on five tasks and threads, and what a pause for the upload limit is counted in.
+const PART_BYTES: usize = 128 * 1024;
+/// The same while a session runs here: its frames wait for one at most.
+const PART_BYTES_BESIDE: usize = 32 * 1024;
 /// How much may leave at once, in time at the full rate.
 const BURST: Duration = Duration::from_millis(50);
 /// Parts between the thread that reads and hashes and the task that sends.
@@ -190,10 +192,15 @@ impl Uploads {
     ) -> Result<Result<u64, GiveError>, ServeError> {
         let (parts, mut ready) = mpsc::channel::<Vec<u8>>(PARTS_AHEAD);
         let spare = buffers.clone();
+        let part_bytes = match self.transfer.net.sessions_run() {
+            true => PART_BYTES_BESIDE,
+            false => PART_BYTES,
+        };
         let giving = tokio::task::spawn_blocking(move || {
             let mut out = Parts {
                 parts,
                 part: Vec::new(),
+                part_bytes,
                 buffers: spare,
             };
             shard.give(&range, &mut out)?;
@@ -244,12 +251,13 @@ impl Uploads {
 struct Parts {
     parts: mpsc::Sender<Vec<u8>>,
     part: Vec<u8>,
+    part_bytes: usize,
     buffers: Buffers,
 }
 
 impl Write for Parts {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.part.len() + bytes.len() > PART_BYTES {
+        if self.part.len() + bytes.len() > self.part_bytes {
             self.flush()?;
         }
         self.part.extend_from_slice(bytes);

@@ -38,7 +38,7 @@ pub(super) enum WireError {
 /// Buffers between a task and a thread.
 const BUFFERS_MAX: usize = 8;
 
-/// Buffers that go round between a task and a thread: asking the system for 64 KiB for each part, and giving them
+/// Buffers that go round between a task and a thread: asking the system for memory for each part, and giving them
 /// back on another thread, costs as much as hashing them.
 #[derive(Clone, Default)]
 pub(super) struct Buffers(Arc<Mutex<Vec<Vec<u8>>>>);
