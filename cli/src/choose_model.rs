@@ -116,6 +116,7 @@ mod tests {
                 free_cells: 512,
                 n_embd: 64,
                 numerics: 0,
+                stored: Vec::new(),
             })
             .collect();
         let advert = Advert {

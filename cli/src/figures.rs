@@ -87,6 +87,21 @@ pub fn plural(n: usize, word: &str) -> String {
     }
 }
 
+/// How much of a model is here: `8 of 8 layers`, `3 of 8 layers (0..3)`.
+pub fn layers_here(spans: &[String], n_layer: u16) -> String {
+    let ranges = spans.iter().filter_map(|span| {
+        let (start, end) = span.split_once("..")?;
+        end.parse::<u16>().ok()?.checked_sub(start.parse().ok()?)
+    });
+    let here: u16 = ranges.fold(0, u16::saturating_add);
+    let some = format!("{here} of {}", plural(n_layer.into(), "layer"));
+    if here == 0 || here == n_layer {
+        some
+    } else {
+        format!("{some} ({})", list(spans))
+    }
+}
+
 /// Things one after another: `0..4, 6..8`.
 pub fn list(things: &[impl ToString]) -> String {
     let texts: Vec<String> = things.iter().map(ToString::to_string).collect();

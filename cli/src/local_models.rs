@@ -98,6 +98,8 @@ pub struct WholeFile {
     pub path: PathBuf,
     /// What it was imported as, where a name or an id led to it.
     pub id: Option<ModelId>,
+    /// It was put together from fetched shards, and goes when this does.
+    made: Option<tempfile::TempPath>,
 }
 
 /// What is known of a model before it is loaded.
@@ -111,6 +113,19 @@ pub struct Description {
 }
 
 impl WholeFile {
+    /// Its path; one that was put together moves to `folder`, which outlives this.
+    ///
+    /// # Errors
+    /// It cannot be moved there.
+    pub fn into_path(self, folder: &Path) -> anyhow::Result<PathBuf> {
+        let Some(made) = self.made else {
+            return Ok(self.path);
+        };
+        let path = folder.join("model.gguf");
+        std::fs::copy(&made, &path)?;
+        Ok(path)
+    }
+
     /// Reads the file's header.
     ///
     /// # Errors
@@ -167,7 +182,10 @@ impl WholeFile {
 pub fn whole_file(home: &Path, text: &str) -> anyhow::Result<WholeFile> {
     let store = store(home)?;
     let id = match resolve(home, &store, text)? {
-        Resolved::File(path) => return Ok(WholeFile { path, id: None }),
+        Resolved::File(path) => {
+            let (id, made) = (None, None);
+            return Ok(WholeFile { path, id, made });
+        }
         Resolved::Model(id) => id,
     };
     let (models, _) = store.models();
@@ -176,6 +194,10 @@ pub fn whole_file(home: &Path, text: &str) -> anyhow::Result<WholeFile> {
         .find(|model| model.id == id)
         .map(|model| model.files)
         .unwrap_or_default();
+    let here = store.here(id)?;
+    if here.is_whole() && (files.is_empty() || missing(&files).next().is_some()) {
+        return put_together(&store, id);
+    }
     if let Some(gone) = missing(&files).next() {
         let failure = Failure::new(format!(
             "the weights of `{}` are not where they were: {} is gone",
@@ -185,13 +207,37 @@ pub fn whole_file(home: &Path, text: &str) -> anyhow::Result<WholeFile> {
         return Err(failure.try_this(BRING_BACK).into());
     }
     let path = files.into_iter().next().ok_or_else(|| {
-        Failure::new(format!(
-            "only the description of `{}` is here, not its weights",
-            figures::printable(text, 80)
+        let asked = figures::printable(text, 80);
+        let what = match here.layers.as_slice() {
+            [] => "only the description".to_owned(),
+            some => format!("only layers {}", figures::list(some)),
+        };
+        Failure::new(format!("{what} of `{asked}` is here, not all its weights")).try_this(format!(
+            "`shoal pull {asked}`, `shoal import FILE.gguf`, or leave --local out to ask the swarm"
         ))
-        .try_this("`shoal import FILE.gguf`, or leave --local out to ask the swarm")
     })?;
-    Ok(WholeFile { path, id: Some(id) })
+    Ok(WholeFile {
+        path,
+        id: Some(id),
+        made: None,
+    })
+}
+
+/// A file of fetched shards, for as long as it is needed: llama.cpp loads whole models from files only.
+fn put_together(store: &Store, id: ModelId) -> anyhow::Result<WholeFile> {
+    let total = store.manifest(id)?.total_bytes();
+    let bar = terminal::bar_of_bytes(total, "putting shards together");
+    let mut file = tempfile::Builder::new()
+        .suffix(".gguf")
+        .tempfile_in(store.dir().join("tmp"))?;
+    store.assemble(id, file.as_file_mut(), &mut |done| bar.set_position(done))?;
+    bar.finish_and_clear();
+    let made = file.into_temp_path();
+    Ok(WholeFile {
+        path: made.to_path_buf(),
+        id: Some(id),
+        made: Some(made),
+    })
 }
 
 /// Of a model's files those that are not there any more.

@@ -33,8 +33,8 @@ use std::process::ExitCode;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use commands::{
-    bench, chat, completions, doctor, import, inspect, invite, join, models, node, pin, route, run,
-    sign, status, verify,
+    bench, chat, completions, doctor, gc, import, inspect, invite, join, models, node, pin, pull, rm,
+    route, run, sign, status, verify,
 };
 
 /// Run a language model that is too big for any one of your machines, on several of them.
@@ -50,6 +50,7 @@ const EXAMPLES: &str = "\
 Start here:
   shoal run --local demo \"Once upon a time\"    the demo model, in this process
   shoal import model.gguf                       make a GGUF known, without copying it (hf:… downloads one)
+  shoal pull NAME                               fetch a model from the peers that have it
   shoal node --model NAME                       serve the layers that fit this machine
   shoal invite                                  a ticket for the next machine
   shoal run \"Why is the sea salt?\"              ask the swarm
@@ -65,6 +66,9 @@ enum Command {
     Route(route::Args),
     Models(models::Args),
     Import(import::Args),
+    Pull(pull::Args),
+    Rm(rm::Args),
+    Gc(gc::Args),
     Inspect(inspect::Args),
     Pin(pin::Args),
     Sign(sign::Args),
@@ -101,6 +105,9 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Route(args) => route::main(args),
         Command::Models(args) => models::main(args),
         Command::Import(args) => import::main(args),
+        Command::Pull(args) => pull::main(args),
+        Command::Rm(args) => rm::main(args),
+        Command::Gc(args) => gc::main(args),
         Command::Inspect(args) => inspect::main(args),
         Command::Pin(args) => pin::main(args),
         Command::Sign(args) => sign::main(args),

@@ -35,12 +35,15 @@ fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
-const COMMANDS: [&[&str]; 21] = [
+const COMMANDS: [&[&str]; 24] = [
     &["run"],
     &["chat"],
     &["status"],
     &["models"],
     &["import"],
+    &["pull"],
+    &["rm"],
+    &["gc"],
     &["inspect"],
     &["pin"],
     &["sign"],
@@ -457,6 +460,30 @@ fn a_model_whose_file_is_gone_is_marked() {
     assert!(
         error.contains("mine.gguf is gone") && error.contains("try:"),
         "{error}"
+    );
+}
+
+#[test]
+fn removing_a_model_leaves_the_users_file_and_says_so() {
+    let (home, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = import_copy(home.path(), dir.path());
+    let shoal = |args: &[&str]| shoal(home.path(), args).output().unwrap();
+    let report = |args: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&stdout(&shoal(args))).unwrap()
+    };
+    assert_eq!(report(&["gc", "--json"])["blobs"], 0);
+    let file = shoal(&["rm", path.to_str().unwrap()]);
+    assert_eq!(file.status.code(), Some(2), "{}", stderr(&file));
+    let removed = report(&["rm", "mine", "--json"]);
+    assert_eq!(removed["aliases"][0], "mine", "{removed}");
+    assert_eq!(removed["blobs"], 0, "{removed}");
+    assert_eq!(removed["files"].as_array().unwrap().len(), 1, "{removed}");
+    assert!(path.exists());
+    let again = shoal(&["rm", "mine"]);
+    assert_eq!(again.status.code(), Some(1), "{}", stderr(&again));
+    assert_eq!(
+        report(&["models", "--offline", "--json"])["local"],
+        serde_json::json!([])
     );
 }
 

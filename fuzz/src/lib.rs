@@ -20,6 +20,8 @@ pub const TARGETS: &[Target] = &[
     ("answer", answer),
     ("fetch", fetch),
     ("found", found),
+    ("ask", ask),
+    ("give", give),
     ("snapshot", snapshot),
     ("advert", advert),
     ("ticket", ticket),
@@ -135,6 +137,18 @@ pub fn fetch(data: &[u8]) {
 /// The reply to it.
 pub fn found(data: &[u8]) {
     message::<Found>(data);
+}
+
+/// A request for groups of a shard.
+pub fn ask(data: &[u8]) {
+    if let Some(ask) = message::<Ask>(data) {
+        assert!(!ask.range().is_empty());
+    }
+}
+
+/// The reply to it.
+pub fn give(data: &[u8]) {
+    message::<Give>(data);
 }
 
 /// Adverts one after the other.

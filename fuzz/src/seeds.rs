@@ -54,6 +54,21 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
             encoded(&Found::Bytes { len: 70_000 }),
             encoded(&Found::Failed("no".into())),
         ],
+        "ask" => vec![encoded(&Ask {
+            model: ModelId(Hash([1; 32])),
+            shard: ShardId(Hash([2; 32])),
+            first: 70_000,
+            groups: 64,
+            shares: true,
+            in_vain: false,
+        })],
+        "give" => vec![
+            encoded(&Give::Part),
+            encoded(&Give::Elsewhere {
+                peers: vec![Peer([1; 32]), Peer([2; 32])],
+            }),
+            encoded(&Give::Failed("no".into())),
+        ],
         "snapshot" => vec![
             encode_snapshot(&signed()),
             encode_snapshot(signed().iter().chain(&signed())),
@@ -162,6 +177,7 @@ fn signed() -> Vec<SignedAdvert> {
             free_cells: 4096,
             n_embd: 256,
             numerics: 77,
+            stored: vec![LayerRange { start: 0, end: 8 }],
         }],
         uplink_bytes_s: figure(1e7),
         queue: 2,

@@ -151,6 +151,8 @@ pub struct FileConfig {
     pub listen: Vec<String>,
     pub announce: Vec<String>,
     pub threads: Option<u32>,
+    pub upload_limit: Option<String>,
+    pub disk: Option<String>,
 }
 
 /// Settings after all sources are merged.

@@ -8,7 +8,9 @@ use crate::{
     load::LoadError,
     swarm_node::{NodeConfig, StartError, SwarmNode},
     telemetry::{self, TelemetryConfig, TelemetryError},
+    transfer::Limits,
 };
+use shard_registry::blobs::Quota;
 
 /// Both transports on every interface, ports by the system.
 const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1"];
@@ -40,6 +42,12 @@ pub struct Args {
     /// Compute threads [default: physical cores; 1 for a few small layers].
     #[arg(long, value_name = "N", env = "SHOAL_THREADS", value_parser = clap::value_parser!(u32).range(1..=512))]
     pub threads: Option<u32>,
+    /// Most that shards may take of the uplink in a second, for example 10M [default: as much as there is].
+    #[arg(long, value_name = "SIZE", env = "SHOAL_UPLOAD_LIMIT", value_parser = parse_bytes)]
+    pub upload_limit: Option<u64>,
+    /// Most that fetched shards may take of the disk, for example 20G [default: all but a reserve].
+    #[arg(long, value_name = "SIZE", env = "SHOAL_DISK", value_parser = parse_bytes)]
+    pub disk: Option<u64>,
     /// Print one line of JSON on standard output once sessions are served.
     #[arg(long)]
     pub ready_json: bool,
@@ -171,10 +179,13 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
         (None, Some(text)) => Some(filed("layers", text, parse_layers)?),
         (flag, _) => flag.clone(),
     };
-    let memory = match (args.memory, &file.memory) {
-        (None, Some(text)) => Some(filed("memory", text, parse_bytes)?),
-        (flag, _) => flag,
+    let bytes = |flag: Option<u64>, key, filed_text: &Option<String>| match (flag, filed_text) {
+        (None, Some(text)) => filed(key, text, parse_bytes).map(Some),
+        (flag, _) => Ok(flag),
     };
+    let memory = bytes(args.memory, "memory", &file.memory)?;
+    let upload_bytes_s = bytes(args.upload_limit, "upload-limit", &file.upload_limit)?;
+    let max_bytes = bytes(args.disk, "disk", &file.disk)?;
     let mut listen = if args.listen.is_empty() {
         file.listen.clone()
     } else {
@@ -209,6 +220,13 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
         listen,
         announce,
         threads: args.threads.or(file.threads.map(|n| n.clamp(1, 512))),
+        transfer: Limits {
+            upload_bytes_s,
+            quota: Quota {
+                max_bytes,
+                ..Quota::default()
+            },
+        },
         settings,
     })
 }

@@ -21,6 +21,7 @@ mod shares;
 mod swarm_file;
 pub mod swarm_node;
 pub mod telemetry;
+pub mod transfer;
 
 pub use client::Client;
 pub use identity::{Identity, IdentityError};
@@ -32,3 +33,4 @@ pub use recovery::{Event, Listener, Recovery, Session};
 pub use routes::{Explained, Privacy, Routes, SessionSpec, View, exact_batch};
 pub use session::{ClientError, ClientSession};
 pub use swarm_node::{NodeConfig, StartError, SwarmNode};
+pub use transfer::{Transfer, TransferError};

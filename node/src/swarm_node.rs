@@ -15,7 +15,7 @@ use std::{
 
 use engine::Worker;
 use shard_registry::{Store, StoreError};
-use swarm_proto::{LayerRange, ModelAdvert, ModelId, Peer, ShardId};
+use swarm_proto::{LayerRange, ModelAdvert, ModelId, Peer, ShardId, advert::ADVERT_SPANS_MAX};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -26,7 +26,9 @@ use crate::{
     load::{self, Found, LoadError, Plan},
     measure::{Speed, Timed},
     net::{Announcement, Net, NetConfig, NetError, Proto, Shelf},
+    peer_book::PeerBook,
     session::{Served, SessionLimits, Sessions},
+    transfer::{self, Transfer},
 };
 
 /// How long to wait for the first adverts before choosing layers.
@@ -60,6 +62,8 @@ pub struct NodeConfig {
     pub announce: Vec<String>,
     /// Compute threads; none: as [`crate::load::default_threads`] says.
     pub threads: Option<u32>,
+    /// What others may have of our uplink, and fetched shards of our disk.
+    pub transfer: transfer::Limits,
 }
 
 /// Why a node did not start.
@@ -102,6 +106,7 @@ pub enum StartError {
 /// A running node. It serves until [`SwarmNode::shutdown`].
 pub struct SwarmNode {
     net: Net,
+    transfer: Transfer,
     sessions: Sessions,
     model: ModelId,
     layers: Range<u32>,
@@ -144,8 +149,7 @@ impl SwarmNode {
         net: Net,
         lock: File,
     ) -> Result<Self, StartError> {
-        let mut tasks = Vec::new();
-        tasks.extend(net.serve_fetch(Arc::new(StoreShelf(store.clone()))));
+        let (transfer, mut tasks) = give(config, &net, &store);
         let settings = &config.settings;
         let known = KnownPeers::new(&settings.home, &settings.swarm);
         let given = !settings.peers.is_empty();
@@ -154,7 +158,8 @@ impl SwarmNode {
             let (known, net) = (known.clone(), net.clone());
             async move { known.fall_back(&net, given).await }
         });
-        let plan = choose_layers(config, &found, &net, alone).await?;
+        let stored = stored(&store, found.id).await;
+        let plan = choose_layers(config, &found, &stored, &net, alone).await?;
         tracing::info!(model = %found.name, id = %found.id.short(), layers = ?plan.layers, "loading");
         let speed = Speed::default();
         let limits = SessionLimits::default();
@@ -163,6 +168,7 @@ impl SwarmNode {
             .unwrap_or_else(|| load::default_threads(&found.blueprint, &plan.layers));
         let worker = blocking({
             let (found, plan, speed) = (found.clone(), plan.clone(), speed.clone());
+            let store = store.clone();
             move || {
                 let stage = load::load(&store, &found, &plan, threads)?;
                 let stage = Timed::new(stage, speed);
@@ -181,6 +187,8 @@ impl SwarmNode {
         }
         let model = found.id;
         let figures = Figures {
+            store,
+            stored,
             found,
             layers: plan.layers.clone(),
             worker,
@@ -189,22 +197,12 @@ impl SwarmNode {
         };
         net.publish(figures.announcement(&net)).await;
         let died = CancellationToken::new();
-        tasks.push(tokio::spawn({
-            let (net, sessions, died) = (net.clone(), sessions.clone(), died.clone());
-            async move {
-                keep_announcing(&net, figures).await;
-                sessions.withdraw(&model);
-                net.withdraw().await;
-                tracing::error!(
-                    "the stage worker died: the model is withdrawn and this node serves nothing any more; \
-                     start it again, and report the panic above if it comes back"
-                );
-                died.cancel();
-            }
-        }));
+        let watched = watch(net.clone(), sessions.clone(), figures, died.clone());
+        tasks.push(tokio::spawn(watched));
         tasks.push(tokio::spawn(known.keep(net.clone())));
         Ok(Self {
             net,
+            transfer,
             sessions,
             model,
             layers: plan.layers,
@@ -217,6 +215,11 @@ impl SwarmNode {
     /// The network.
     pub fn net(&self) -> &Net {
         &self.net
+    }
+
+    /// Shards to and from others.
+    pub fn transfer(&self) -> &Transfer {
+        &self.transfer
     }
 
     /// Our id.
@@ -304,6 +307,7 @@ fn net_config(config: &NodeConfig, identity: Identity) -> NetConfig {
 async fn choose_layers(
     config: &NodeConfig,
     found: &Found,
+    stored: &[LayerRange],
     net: &Net,
     alone: bool,
 ) -> Result<Plan, StartError> {
@@ -325,7 +329,7 @@ async fn choose_layers(
     };
     let mut window = pick().unwrap_or(0..1);
     for _ in 0..ROUNDS {
-        net.publish(intention(found, window.clone())).await;
+        net.publish(intention(found, window.clone(), stored)).await;
         if alone {
             break;
         }
@@ -339,7 +343,7 @@ async fn choose_layers(
     Ok(load::plan(&found.blueprint, window, memory))
 }
 
-fn intention(found: &Found, layers: Range<u32>) -> Announcement {
+fn intention(found: &Found, layers: Range<u32>, stored: &[LayerRange]) -> Announcement {
     let model = ModelAdvert {
         model: found.id,
         name: found.name.clone(),
@@ -351,6 +355,7 @@ fn intention(found: &Found, layers: Range<u32>) -> Announcement {
         free_cells: 0,
         n_embd: found.manifest.n_embd,
         numerics: 0,
+        stored: stored.to_vec(),
     };
     Announcement {
         models: vec![model],
@@ -368,6 +373,8 @@ fn span(layers: &Range<u32>) -> Vec<LayerRange> {
 
 /// What the advert says, as it is now.
 struct Figures {
+    store: Store,
+    stored: Vec<LayerRange>,
     found: Found,
     layers: Range<u32>,
     worker: Worker,
@@ -378,7 +385,7 @@ struct Figures {
 impl Figures {
     fn announcement(&self, net: &Net) -> Announcement {
         let stats = self.worker.stats();
-        let mut announcement = intention(&self.found, self.layers.clone());
+        let mut announcement = intention(&self.found, self.layers.clone(), &self.stored);
         for model in &mut announcement.models {
             model.live = model.intended.clone();
             model.layer_tokens_s = self.speed.get();
@@ -392,8 +399,30 @@ impl Figures {
     }
 }
 
+/// Gives what the store has to others: descriptions, and shards.
+fn give(config: &NodeConfig, net: &Net, store: &Store) -> (Transfer, Vec<JoinHandle<()>>) {
+    let described = net.serve_fetch(Arc::new(StoreShelf(store.clone())));
+    let book = PeerBook::default();
+    let transfer = Transfer::new(net.clone(), store.clone(), config.transfer, book, true);
+    let tasks = described.into_iter().chain(transfer.serve()).collect();
+    (transfer, tasks)
+}
+
+/// Announces until the stage worker dies, and says so then.
+async fn watch(net: Net, sessions: Sessions, figures: Figures, died: CancellationToken) {
+    let model = figures.found.id;
+    keep_announcing(&net, figures).await;
+    sessions.withdraw(&model);
+    net.withdraw().await;
+    tracing::error!(
+        "the stage worker died: the model is withdrawn and this node serves nothing any more; \
+         start it again, and report the panic above if it comes back"
+    );
+    died.cancel();
+}
+
 /// Keeps the figures of the advert fresh for as long as the stage worker lives.
-async fn keep_announcing(net: &Net, figures: Figures) {
+async fn keep_announcing(net: &Net, mut figures: Figures) {
     let mut refresh = tokio::time::interval(REFRESH);
     let mut watch = tokio::time::interval(WATCH);
     loop {
@@ -403,9 +432,23 @@ async fn keep_announcing(net: &Net, figures: Figures) {
                     return;
                 }
             }
-            _ = refresh.tick() => net.publish(figures.announcement(net)).await,
+            _ = refresh.tick() => {
+                figures.stored = stored(&figures.store, figures.found.id).await;
+                net.publish(figures.announcement(net)).await;
+            }
         }
     }
+}
+
+/// Layers of a model that others can have from here, as many spans of them as an advert holds.
+async fn stored(store: &Store, model: ModelId) -> Vec<LayerRange> {
+    let store = store.clone();
+    let here = blocking(move || store.here(model)).await;
+    let mut layers = here.map_or_else(|_| Ok(Vec::new()), |here| here.map(|here| here.layers));
+    if let Ok(layers) = &mut layers {
+        layers.truncate(ADVERT_SPANS_MAX);
+    }
+    layers.unwrap_or_default()
 }
 
 async fn blocking<T: Send + 'static>(
@@ -464,6 +507,7 @@ mod tests {
             listen: vec!["/ip4/127.0.0.1/tcp/0".into()],
             announce: Vec::new(),
             threads: Some(1),
+            transfer: transfer::Limits::default(),
         };
         SwarmNode::start(config).await.unwrap()
     }

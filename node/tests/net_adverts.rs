@@ -49,6 +49,7 @@ fn announcement(free_cells: u64) -> Announcement {
         free_cells,
         n_embd: 8,
         numerics: 1,
+        stored: Vec::new(),
     };
     Announcement {
         models: vec![model],

@@ -10,10 +10,12 @@ use std::{
 
 use engine::{ChainStage, Worker};
 use node::{
-    Identity, Net, NetConfig, OpenError, Proto,
+    Identity, Net, NetConfig, OpenError, PeerBook, Proto, Transfer,
     session::{Kind, Opener, Served, SessionLimits, Sessions},
     telemetry::DEFAULT_FILTER,
+    transfer::Limits,
 };
+use shard_registry::Store;
 use swarm_proto::{Dtype, Form, Hash, Hop, LayerRange, ModelId, Want, WantRows};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tracing::field::{Field, Visit};
@@ -65,6 +67,10 @@ fn serve(net: &Net) -> Sessions {
     let service = sessions.clone();
     tokio::spawn(async move { service.run(down, answers).await });
     net.serve_fetch(Arc::new(())).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (store, limits) = (Store::open(folder.path()).unwrap(), Limits::default());
+    let transfer = Transfer::new(net.clone(), store, limits, PeerBook::default(), true);
+    transfer.serve().unwrap();
     sessions
 }
 

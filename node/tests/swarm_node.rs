@@ -42,6 +42,7 @@ async fn serve(
         announce: Vec::new(),
         listen: vec!["/ip4/127.0.0.1/tcp/0".into()],
         threads: Some(1),
+        transfer: Default::default(),
     };
     (SwarmNode::start(config).await.expect("node starts"), home)
 }

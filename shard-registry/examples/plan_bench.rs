@@ -74,6 +74,7 @@ fn swarm(n_peers: u64, span_max: u64, n_rtts: u64, room: u64) -> Snapshot {
                 free_cells: room * u64::from(N_CTX),
                 n_embd: 8192,
                 numerics: 0,
+                stored: Vec::new(),
             }],
             uplink_bytes_s: Some(Measured {
                 value: 1e6 + draw.below(50_000_000) as f32,

@@ -157,7 +157,7 @@ impl Store {
     }
 }
 
-fn unchanged(mark: &FileMark) -> bool {
+pub(crate) fn unchanged(mark: &FileMark) -> bool {
     let file = std::fs::File::open(&mark.path);
     file.is_ok_and(|file| FileMark::of(&mark.path, &file).is_ok_and(|now| now == *mark))
 }

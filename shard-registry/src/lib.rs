@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! GGUF files ─import─▶ Store ─▶ Manifest (its hash is the model's id)
+//! peers ─────fetch─────▶ │
 //!                        └────▶ ShardReader: bytes of tensors, after their shard's hash was right
 //! adverts ─▶ AdvertTable ─▶ Snapshot ─▶ route::plan ─▶ hops
 //! ```
@@ -10,6 +11,8 @@
 //! I/O is the store's.
 
 pub mod adverts;
+mod assemble;
+pub mod blobs;
 mod files;
 mod import;
 mod layout;
@@ -21,6 +24,7 @@ mod signatures;
 mod store;
 
 pub use adverts::{AdvertTable, Coverage, Outcome, Refusal, Snapshot};
+pub use assemble::AssembleError;
 pub use files::GgufFiles;
 pub use import::{ImportError, Imported, Progress, identify};
 pub use layout::{Piece, ShardKind};

@@ -1,12 +1,12 @@
-//! Reading tensors out of the files they were imported from. A byte is given out only after the
-//! whole shard it belongs to had the right hash, and from the very buffer that was hashed.
+//! Reading tensors out of the files they were imported from, or the shards that were fetched. A byte is given out
+//! only after the whole shard it belongs to had the right hash, and from the very buffer that was hashed.
 //!
 //! Shards of one layer (or the embedding, or the head) are held at a time; a shard leaves the buffer
 //! when all its tensors were read or another layer's are asked for.
 
 use std::{
     fs::File,
-    io,
+    io::{self, Read},
     os::unix::fs::FileExt,
     path::PathBuf,
     sync::{Mutex, PoisonError},
@@ -15,10 +15,11 @@ use std::{
 use swarm_proto::{ModelId, ShardId};
 
 use crate::{
+    blobs::used_now,
     files::FileMark,
     layout::ShardKind,
     manifest::{Manifest, ShardEntry},
-    store::{Sources, StoreError, TensorSource},
+    store::{Sources, Store, StoreError, TensorSource},
 };
 
 /// Why a tensor cannot be read.
@@ -29,11 +30,30 @@ pub enum ReadError {
     Store(#[from] StoreError),
     /// Only the manifest is known here.
     #[error(
-        "the weights of model {id} are not on this machine; import its GGUF: shoal import FILE"
+        "the weights of model {id} are not on this machine; fetch them: shoal pull {}, or import its GGUF: shoal import FILE",
+        .id.short()
     )]
     Elsewhere {
         /// The model.
         id: ModelId,
+    },
+    /// Some of it is here, and this is not.
+    #[error("{kind} of model {id} is not on this machine; fetch it: shoal pull {}", .id.short())]
+    Absent {
+        /// The model.
+        id: ModelId,
+        /// Which shard.
+        kind: ShardKind,
+    },
+    /// A fetched shard is not what it was.
+    #[error("{path}: {kind} has another hash than it was fetched with: the disk damaged it; fetch it again: shoal pull {}", .id.short())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// The model.
+        id: ModelId,
+        /// Which shard.
+        kind: ShardKind,
     },
     /// The model has no such tensor.
     #[error("model {id} has no tensor {name:?}")]
@@ -93,8 +113,10 @@ impl From<ReadError> for io::Error {
 /// Reads a model's tensors, each after its shard was verified.
 #[derive(Debug)]
 pub struct ShardReader {
+    store: Store,
     id: ModelId,
     manifest: Manifest,
+    /// Those it was imported from, if it was.
     files: Vec<(File, FileMark)>,
     tensors: Vec<TensorSource>,
     /// For each tensor the shards that hold it, in the order of its bytes.
@@ -112,10 +134,16 @@ struct Held {
 
 impl ShardReader {
     pub(crate) fn open(
+        store: Store,
         id: ModelId,
         manifest: Manifest,
-        sources: Sources,
+        sources: Option<Sources>,
     ) -> Result<ShardReader, ReadError> {
+        let lies = |sources: &Sources| sources.tensors.len() != manifest.tensors.len();
+        if sources.as_ref().is_some_and(lies) {
+            return Err(ReadError::Elsewhere { id });
+        }
+        let sources = sources.unwrap_or_default();
         let mut files = Vec::with_capacity(sources.files.len());
         for mark in sources.files {
             let fail = |source| ReadError::Io {
@@ -134,9 +162,6 @@ impl ShardReader {
             }
             files.push((file, mark));
         }
-        if sources.tensors.len() != manifest.tensors.len() {
-            return Err(ReadError::Elsewhere { id });
-        }
         let mut holders = vec![Vec::new(); manifest.tensors.len()];
         for (shard, i) in manifest.shards.iter().zip(0u32..) {
             for piece in &shard.pieces {
@@ -144,6 +169,7 @@ impl ShardReader {
             }
         }
         Ok(ShardReader {
+            store,
             id,
             manifest,
             files,
@@ -184,11 +210,14 @@ impl ShardReader {
                 .any(|p| p.tensor == index && p.len == tensor.bytes)
         };
         let is_held = |i: &&u32| held.iter().any(|h| h.shard == **i);
-        // Of several shards that hold all of it (shared tensors, a tied head) one that is here, or
-        // the smallest.
+        // Of several shards that hold all of it (shared tensors, a tied head) one that is in memory, or
+        // the smallest of those on this machine.
         let one = holders.iter().filter(whole).find(is_held);
-        let smallest = |i: &&u32| self.manifest.shards[**i as usize].bytes;
-        let one = one.or_else(|| holders.iter().filter(whole).min_by_key(smallest));
+        let least = |i: &&u32| {
+            let shard = &self.manifest.shards[**i as usize];
+            (!self.is_here(shard), shard.bytes)
+        };
+        let one = one.or_else(|| holders.iter().filter(whole).min_by_key(least));
         let wanted: Vec<u32> = one.map_or_else(|| holders.clone(), |i| vec![*i]);
         out.reserve_exact(usize::try_from(tensor.bytes).unwrap_or(0));
         for shard in wanted {
@@ -237,8 +266,20 @@ impl ShardReader {
         let entry = &self.manifest.shards[shard as usize];
         let group = group(entry.kind);
         held.retain(|held| self::group(self.manifest.shards[held.shard as usize].kind) == group);
-        let bytes = self.read_shard(entry)?;
+        let fetched = self.store.has_blob(entry);
+        let bytes = if fetched {
+            self.read_blob(entry)?
+        } else {
+            self.read_shard(entry)?
+        };
         let found = ShardId::of(&bytes);
+        if found != entry.id && fetched {
+            return Err(ReadError::Damaged {
+                path: self.store.blob_path(&entry.id),
+                id: self.id,
+                kind: entry.kind,
+            });
+        }
         if found != entry.id {
             let file = entry
                 .pieces
@@ -259,7 +300,34 @@ impl ShardReader {
         Ok(())
     }
 
+    fn is_here(&self, entry: &ShardEntry) -> bool {
+        !self.tensors.is_empty() || self.store.has_blob(entry)
+    }
+
+    fn read_blob(&self, entry: &ShardEntry) -> Result<Vec<u8>, ReadError> {
+        let path = self.store.blob_path(&entry.id);
+        let read = || {
+            let file = File::open(&path)?;
+            used_now(&file);
+            let mut bytes = Vec::new();
+            bytes.reserve_exact(usize::try_from(entry.bytes).unwrap_or(0));
+            file.take(entry.bytes).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        read().map_err(|source| ReadError::Io {
+            path: path.clone(),
+            what: entry.kind.to_string(),
+            source,
+        })
+    }
+
     fn read_shard(&self, entry: &ShardEntry) -> Result<Vec<u8>, ReadError> {
+        if self.tensors.is_empty() {
+            return Err(ReadError::Absent {
+                id: self.id,
+                kind: entry.kind,
+            });
+        }
         // The length was held against the files' when the model was imported; a source list that
         // lies meets the end of the file below.
         let n_bytes = usize::try_from(entry.bytes).unwrap_or(usize::MAX);

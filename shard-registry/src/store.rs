@@ -1,9 +1,10 @@
-//! The store: what this machine knows of models. Small files only; the weights stay where they are.
+//! The store: what this machine knows of models. Imported weights stay where they are; fetched shards lie in
+//! `blobs` and `partial` (see there).
 //!
 //! ```text
 //! models/<id>/manifest      canonical encoding; its hash is <id>
 //! models/<id>/metadata      the metadata shard
-//! models/<id>/sources.json  which file and offset holds each tensor (absent: weights are elsewhere)
+//! models/<id>/sources.json  which file and offset holds each tensor (absent: it was not imported here)
 //! models/<id>/signatures/   publishers' words on it, one file each (`signatures.rs`)
 //! aliases/<name>            an id; with `pinned` in a second line it is not moved (`pins.rs`)
 //! tmp/                      files being written
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use swarm_proto::{ModelId, ModelSignatureError, ShardId};
 
 use crate::{
+    blobs::{BLOBS, PARTIAL},
     files::FileMark,
     manifest::{MANIFEST_BYTES_MAX, Manifest, ManifestError},
     reader::{ReadError, ShardReader},
@@ -203,7 +205,7 @@ fn is_alias_char(c: char) -> bool {
 }
 
 /// Where the bytes of a model are.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Sources {
     pub(crate) version: u32,
     pub(crate) files: Vec<FileMark>,
@@ -229,7 +231,8 @@ impl Store {
         let store = Store {
             dir: dir.to_owned(),
         };
-        for folder in ["models", "aliases", "tmp"] {
+        let folders = ["models", "aliases", "tmp"].into_iter();
+        for folder in folders.chain([BLOBS, PARTIAL]) {
             let path = dir.join(folder);
             fs::create_dir_all(&path).map_err(|source| StoreError::Io { path, source })?;
         }
@@ -424,15 +427,22 @@ impl Store {
         Ok(id)
     }
 
-    /// A reader of a model's weights, which were imported here.
+    /// A reader of a model's weights, which were imported or fetched: each shard from where it is.
     ///
     /// # Errors
-    /// The model is not there, its weights are elsewhere, or its files cannot be opened.
+    /// The model is not there, all its weights are elsewhere, or its files cannot be opened.
     pub fn reader(&self, id: ModelId) -> Result<ShardReader, ReadError> {
         let manifest = self.manifest(id)?;
+        let fetched = manifest.shards.iter().any(|shard| self.has_blob(shard));
         let sources = self.sources(id).map_err(StoreError::Torn)?;
-        let sources = sources.ok_or(ReadError::Elsewhere { id })?;
-        ShardReader::open(id, manifest, sources)
+        match sources {
+            None if !fetched => Err(ReadError::Elsewhere { id }),
+            // Files that are gone are no loss where their shards were fetched.
+            Some(_) if fetched && !self.in_place(id) => {
+                ShardReader::open(self.clone(), id, manifest, None)
+            }
+            sources => ShardReader::open(self.clone(), id, manifest, sources),
+        }
     }
 
     pub(crate) fn put_model(

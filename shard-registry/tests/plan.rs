@@ -45,6 +45,7 @@ fn advert(peer: Peer, n_layer: u16, live: LayerRange, speed: f32) -> Advert {
             free_cells: 100_000,
             n_embd: 64,
             numerics: 0,
+            stored: Vec::new(),
         }],
         uplink_bytes_s: Some(Measured {
             value: 1e9,

@@ -101,6 +101,8 @@ pub struct ModelAdvert {
     pub n_embd: u32,
     /// The numerics class: equal numbers compute equal bits.
     pub numerics: u64,
+    /// Layers whose shards it gives to others; who has the first has the embedding, the last one the head.
+    pub stored: Vec<LayerRange>,
 }
 
 impl Advert {
@@ -141,8 +143,9 @@ impl ModelAdvert {
         at_most("bytes of a model's name", self.name.len(), NAME_BYTES_MAX)?;
         at_most("live spans", self.live.len(), ADVERT_SPANS_MAX)?;
         at_most("intended spans", self.intended.len(), ADVERT_SPANS_MAX)?;
+        at_most("stored spans", self.stored.len(), ADVERT_SPANS_MAX)?;
         check_figure("layer speed", self.layer_tokens_s)?;
-        for span in self.live.iter().chain(&self.intended) {
+        for span in self.live.iter().chain(&self.intended).chain(&self.stored) {
             if span.is_empty() || span.end > self.n_layer {
                 let n_layer = self.n_layer;
                 return Err(wrong(format!(
@@ -332,6 +335,7 @@ mod tests {
                 free_cells,
                 n_embd: 8,
                 numerics: 0,
+                stored: Vec::new(),
             };
             model.room(n_ctx)
         };

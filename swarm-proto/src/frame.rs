@@ -10,7 +10,7 @@ use std::ops::Range;
 use crate::codec::{CodecError, Message, decode, encode};
 
 /// Bytes before the header.
-const PREFIX: usize = 6;
+pub const PREFIX: usize = 6;
 /// What a drained decoder keeps of its buffer: a long prefill's memory is given back.
 const KEEP_BYTES: usize = 256 * 1024;
 /// A header's length is a `u16`.
@@ -23,6 +23,49 @@ pub struct FrameLimits {
     pub header_max: usize,
     /// Most bytes of payload.
     pub payload_max: usize,
+}
+
+impl FrameLimits {
+    /// Bytes of the header and of the payload that a frame's first six bytes announce.
+    ///
+    /// # Errors
+    /// One of them is over its limit.
+    pub fn lengths(&self, prefix: [u8; PREFIX]) -> Result<(usize, usize), FrameError> {
+        let [a, b, c, d, e, f] = prefix;
+        self.parts(self.total([a, b, c, d])?, [e, f])
+    }
+
+    fn total(&self, bytes: [u8; 4]) -> Result<usize, FrameError> {
+        let len = u32::from_le_bytes(bytes) as usize;
+        let max = self
+            .header_max
+            .saturating_add(self.payload_max)
+            .saturating_add(2);
+        if len > max {
+            return Err(FrameError::Large { len, max });
+        }
+        Ok(len)
+    }
+
+    fn parts(&self, total: usize, header: [u8; 2]) -> Result<(usize, usize), FrameError> {
+        let header = usize::from(u16::from_le_bytes(header));
+        if header > self.header_max {
+            return Err(FrameError::LargeHeader {
+                len: header,
+                max: self.header_max,
+            });
+        }
+        let Some(payload) = total.checked_sub(header + 2) else {
+            return Err(FrameError::Short { total, header });
+        };
+        if payload > self.payload_max {
+            return Err(FrameError::LargePayload {
+                len: payload,
+                max: self.payload_max,
+            });
+        }
+        Ok((header, payload))
+    }
 }
 
 /// Why bytes are no frame, or a frame cannot be written.
@@ -174,34 +217,11 @@ impl FrameDecoder {
         let Some((total, rest)) = rest.split_first_chunk::<4>() else {
             return Ok(None);
         };
-        let total = u32::from_le_bytes(*total) as usize;
-        let FrameLimits {
-            header_max,
-            payload_max,
-        } = self.limits;
-        let max = header_max.saturating_add(payload_max).saturating_add(2);
-        if total > max {
-            return Err(FrameError::Large { len: total, max });
-        }
+        let total = self.limits.total(*total)?;
         let Some((header, _)) = rest.split_first_chunk::<2>() else {
             return Ok(None);
         };
-        let header = usize::from(u16::from_le_bytes(*header));
-        if header > header_max {
-            return Err(FrameError::LargeHeader {
-                len: header,
-                max: header_max,
-            });
-        }
-        let Some(payload) = total.checked_sub(header + 2) else {
-            return Err(FrameError::Short { total, header });
-        };
-        if payload > payload_max {
-            return Err(FrameError::LargePayload {
-                len: payload,
-                max: payload_max,
-            });
-        }
+        let (header, payload) = self.limits.parts(total, *header)?;
         if rest.len() < total {
             return Ok(None);
         }

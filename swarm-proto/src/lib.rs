@@ -19,6 +19,7 @@ mod publisher;
 pub mod session;
 mod span;
 pub mod ticket;
+pub mod transfer;
 
 pub use activation::ActivationError;
 pub use advert::{Advert, AdvertError, Measured, ModelAdvert, SignedAdvert};
@@ -36,3 +37,4 @@ pub use session::{
 };
 pub use span::{LayerRange, LayerRangeError};
 pub use ticket::{Ticket, TicketError};
+pub use transfer::{Ask, Give};

@@ -22,6 +22,11 @@ impl SwarmId {
         format!("/shoal/{self}/fetch/{PROTOCOL_VERSION}")
     }
 
+    /// Parts of shards.
+    pub fn transfer_protocol(&self) -> String {
+        format!("/shoal/{self}/transfer/{PROTOCOL_VERSION}")
+    }
+
     /// Kademlia.
     pub fn kad_protocol(&self) -> String {
         format!("/shoal/{self}/kad/{PROTOCOL_VERSION}")

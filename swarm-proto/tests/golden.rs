@@ -157,6 +157,22 @@ fn answers_and_fetches() {
     golden(&Found::Chunk, "01");
     golden(&Found::Missing, "02");
     golden(&Found::Failed("no".into()), "03 02 6e6f");
+    let ask = Ask {
+        model: ModelId(hash),
+        shard: ShardId(hash),
+        first: 300,
+        groups: 64,
+        shares: true,
+        in_vain: false,
+    };
+    golden(&ask, &format!("{hash}{hash} fb2c01 40 01 00"));
+    golden(&Give::Part, "00");
+    golden(&Give::Missing, "01");
+    golden(&Give::Later, "02");
+    let peers = vec![Peer([2; 32])];
+    let two = "02".repeat(32);
+    golden(&Give::Elsewhere { peers }, &format!("03 01 {two}"));
+    golden(&Give::Failed("no".into()), "04 02 6e6f");
 }
 
 #[test]
@@ -190,6 +206,7 @@ fn advert() -> Advert {
             free_cells: 4096,
             n_embd: 64,
             numerics: 1,
+            stored: vec![range("0..6")],
         }],
         uplink_bytes_s: None,
         queue: 0,
@@ -208,7 +225,7 @@ fn an_advert_and_its_signature() {
         hex(&signed.bytes),
         format!(
             "{}fd0068e5cf8b010000fbc8af0112{}01{}0464656d6f06010002010003010000004003fb0004fb00104001\
-             000001{}fa000773686f616c2f30",
+             010006000001{}fa000773686f616c2f30",
             hex(&advert.peer.0),
             "2f6970342f312e322e332e342f7463702f39",
             "ab".repeat(32),
@@ -229,7 +246,7 @@ fn an_advert_and_its_signature() {
 }
 
 /// ed25519 signatures are deterministic.
-const SIGNATURE: &str = "51a48b0562d0116f9ce90e2a5aec2f761de9fdfdde5071a05e47da6bec7a5b729602925c48b913945fe5fe8699d6af5457923a26e4d21e8b71ad2edd7ad49507";
+const SIGNATURE: &str = "b26e6b8f20215b14f8e330d1e15567985f6a2b9e5f44c3687aeeeae1e07133a64528cb6542a3650418c8e34ec04445c5ea1c5f4a591825f094d3bf7db4e55d0b";
 
 #[test]
 fn a_ticket() {
@@ -256,6 +273,7 @@ fn names() {
     assert_eq!(swarm.session_protocol(), "/shoal/home/session/1");
     assert_eq!(swarm.answer_protocol(), "/shoal/home/answer/1");
     assert_eq!(swarm.fetch_protocol(), "/shoal/home/fetch/1");
+    assert_eq!(swarm.transfer_protocol(), "/shoal/home/transfer/1");
     assert_eq!(swarm.kad_protocol(), "/shoal/home/kad/1");
     assert_eq!(swarm.identify_protocol(), "/shoal/home/1");
     assert_eq!(swarm.advert_topic(), "shoal/home/adverts/1");

@@ -93,6 +93,47 @@ fn announced_lengths_are_refused_before_allocation() {
     );
 }
 
+/// A range that no shard has, or that no one should have to hold.
+#[test]
+fn absurd_ranges_and_too_many_names_are_refused() {
+    let hash = Hash([1; 32]);
+    let ask = |first: u32, groups: u32| {
+        let number = |n: u32| [&[252][..], &n.to_le_bytes()].concat();
+        let mut bytes = [hash.0, hash.0].concat();
+        bytes.extend(number(first));
+        bytes.extend(number(groups));
+        bytes.extend([1, 0]);
+        refusal::<Ask>(&bytes)
+    };
+    assert_eq!(ask(0, 0), "transfer request: a range of no groups");
+    assert_eq!(
+        ask(0, 257),
+        "transfer request: groups of a range: 257, the limit is 256"
+    );
+    assert_eq!(
+        ask(0, u32::MAX),
+        "transfer request: groups of a range: 4294967295, the limit is 256"
+    );
+    assert_eq!(
+        ask(u32::MAX, 2),
+        "transfer request: a range from group 4294967295"
+    );
+    let mut nine = vec![3, 9];
+    nine.extend([7; 9 * 32]);
+    assert_eq!(
+        refusal::<Give>(&nine),
+        "transfer reply: peers named: 9, the limit is 8"
+    );
+    assert_eq!(
+        refusal::<Give>(&[3, 252, 255, 255, 255, 255]),
+        "transfer reply announces more than 262144 bytes of memory"
+    );
+    assert_eq!(
+        refusal::<Give>(&[5]),
+        "transfer reply: unknown kind 5 of Give; is the sender newer?"
+    );
+}
+
 fn open(layers: &[(u16, u16)]) -> Open {
     let hop = |(start, end): &(u16, u16)| Hop {
         peer: Peer([1; 32]),
@@ -348,6 +389,7 @@ fn advert(secret: &[u8; 32]) -> Advert {
             free_cells: 4096,
             n_embd: 64,
             numerics: 0,
+            stored: Vec::new(),
         }],
         uplink_bytes_s: None,
         queue: 0,

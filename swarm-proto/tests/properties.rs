@@ -101,6 +101,13 @@ proptest! {
     }
 
     #[test]
+    fn transfers(hash: [u8; 32], first in 0..u32::MAX - 256, groups in 1u32..=256, shares: bool, in_vain: bool, n in 0usize..=8) {
+        let (model, shard) = (ModelId(Hash(hash)), ShardId(Hash(hash)));
+        both_ways(&Ask { model, shard, first, groups, shares, in_vain });
+        both_ways(&Give::Elsewhere { peers: vec![Peer(hash); n] });
+    }
+
+    #[test]
     fn failures_always_fit(text in ".{0,2000}") {
         let failure = Failure::new(0, Fault::Peer, FailureCode::Full, text);
         both_ways(&Up::Failed(failure));
@@ -114,6 +121,8 @@ proptest! {
         any_bytes::<Attach>(&bytes);
         any_bytes::<Fetch>(&bytes);
         any_bytes::<Found>(&bytes);
+        any_bytes::<Ask>(&bytes);
+        any_bytes::<Give>(&bytes);
         any_bytes::<Advert>(&bytes);
         let _ = decode_snapshot(&bytes);
         let _ = SignedAdvert::from_bytes(&bytes).map(|signed| signed.verify(&"x".parse().unwrap()));

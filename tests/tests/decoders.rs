@@ -93,7 +93,9 @@ fn no_input_makes_a_decoder_panic_or_take_much_memory() {
 /// A seed that no decoder accepts would test nothing.
 #[test]
 fn seeds_are_accepted() {
-    use swarm_proto::{Advert, Answer, Attach, Down, Fetch, Found, Ticket, Up, codec::decode};
+    use swarm_proto::{
+        Advert, Answer, Ask, Attach, Down, Fetch, Found, Give, Ticket, Up, codec::decode,
+    };
     for seed in seeds("manifest") {
         assert!(shard_registry::Manifest::decode(&seed).is_ok());
     }
@@ -126,6 +128,12 @@ fn seeds_are_accepted() {
         seeds("found")
             .iter()
             .all(|seed| decode::<Found>(seed).is_ok())
+    );
+    assert!(seeds("ask").iter().all(|seed| decode::<Ask>(seed).is_ok()));
+    assert!(
+        seeds("give")
+            .iter()
+            .all(|seed| decode::<Give>(seed).is_ok())
     );
     assert!(
         seeds("advert")

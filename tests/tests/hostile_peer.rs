@@ -135,6 +135,7 @@ fn lie(model: ModelId) -> Announcement {
             free_cells: 1 << 30,
             n_embd: 256,
             numerics: 1,
+            stored: Vec::new(),
         }],
         ..Announcement::default()
     }

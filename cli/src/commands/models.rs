@@ -48,8 +48,12 @@ struct LocalModel {
     arch: String,
     n_layer: u16,
     bytes: u64,
-    /// The weights are here, not only the description.
+    /// All weights are here, not only the description or some layers.
     weights: bool,
+    /// Layers that are here.
+    layers: Vec<String>,
+    /// Bytes of fetched shards.
+    fetched_bytes: u64,
     files: Vec<String>,
     /// Of these, files that are gone.
     missing: Vec<String>,
@@ -103,6 +107,7 @@ fn local(args: &Args) -> anyhow::Result<(Vec<LocalModel>, Vec<shard_registry::Pr
             .iter()
             .filter(|alias| store.pinned(alias).is_some());
         let shown = |path: &PathBuf| path.display().to_string();
+        let here = store.here(model.id)?;
         local.push(LocalModel {
             model: model.id.to_string(),
             pinned: pinned.map(ToString::to_string).collect(),
@@ -111,7 +116,9 @@ fn local(args: &Args) -> anyhow::Result<(Vec<LocalModel>, Vec<shard_registry::Pr
             arch: figures::printable(&manifest.arch, 64),
             n_layer: manifest.n_layer,
             bytes: manifest.total_bytes(),
-            weights: !model.files.is_empty(),
+            weights: !model.files.is_empty() || here.is_whole(),
+            layers: here.layers.iter().map(ToString::to_string).collect(),
+            fetched_bytes: here.blob_bytes,
             files: model.files.iter().map(shown).collect(),
             missing: local_models::missing(&model.files).map(shown).collect(),
         });
@@ -137,12 +144,15 @@ fn print(report: &Report, offline: bool) -> anyhow::Result<()> {
     terminal::say(paint(BOLD, "on this machine"))?;
     for model in &report.local {
         let id = paint(DIM, figures::short_hash(&model.model));
-        let here = if model.weights {
-            figures::bytes(model.bytes)
-        } else {
-            "description only".into()
+        let here = match (model.weights, model.layers.is_empty()) {
+            (true, _) => figures::bytes(model.bytes),
+            (false, false) => figures::bytes(model.fetched_bytes),
+            (false, true) => "description only".into(),
         };
-        let layers = figures::plural(model.n_layer.into(), "layer");
+        let layers = match model.files.is_empty() && !model.layers.is_empty() {
+            true => figures::layers_here(&model.layers, model.n_layer),
+            false => figures::plural(model.n_layer.into(), "layer"),
+        };
         terminal::say(format!(
             "  {:<24} {id}  {:<9} {layers:>10}  {here}",
             model.names.join(", "),
@@ -166,7 +176,7 @@ fn print(report: &Report, offline: bool) -> anyhow::Result<()> {
     }
     if report.local.is_empty() {
         terminal::say(format!(
-            "  none yet {} `shoal import FILE.gguf`; `demo` comes with the program",
+            "  none yet {} `shoal import FILE.gguf`, `shoal pull NAME`; `demo` comes with the program",
             paint(HINT, "→")
         ))?;
     }

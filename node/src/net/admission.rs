@@ -26,7 +26,7 @@ use swarm_proto::Peer;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::compat::FuturesAsyncReadCompatExt;
 
-use super::stream::Stream;
+use super::stream::{Activity, Stream};
 use crate::seldom::Seldom;
 
 /// The stream is in the acceptor's queue.
@@ -37,23 +37,44 @@ pub(super) const BUSY: u8 = 2;
 /// The queues of those who accept streams, by protocol name.
 #[derive(Default)]
 pub(super) struct Acceptors {
-    queues: Mutex<HashMap<String, mpsc::Sender<(Peer, Stream)>>>,
+    queues: Mutex<HashMap<String, Queue>>,
     refusing: Seldom,
 }
 
+type Reserved = (
+    mpsc::OwnedPermit<(Peer, Stream)>,
+    bool,
+    Option<Arc<Activity>>,
+);
+
+struct Queue {
+    streams: mpsc::Sender<(Peer, Stream)>,
+    bulk: bool,
+    activity: Option<Arc<Activity>>,
+}
+
 impl Acceptors {
-    /// Registers a queue of `depth`; `None` where another one for `name` is alive.
+    /// Registers a queue of `depth`; `None` where another one for `name` is alive. `bulk` streams mark the
+    /// connection they come on, and `activity` is told of writes.
     pub(super) fn register(
         &self,
         name: String,
+        bulk: bool,
+        activity: Option<Arc<Activity>>,
         depth: usize,
     ) -> Option<mpsc::Receiver<(Peer, Stream)>> {
         let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        if queues.get(&name).is_some_and(|queue| !queue.is_closed()) {
+        let taken = |queue: &Queue| !queue.streams.is_closed();
+        if queues.get(&name).is_some_and(taken) {
             return None;
         }
-        let (sender, receiver) = mpsc::channel(depth);
-        queues.insert(name, sender);
+        let (streams, receiver) = mpsc::channel(depth);
+        let queue = Queue {
+            streams,
+            bulk,
+            activity,
+        };
+        queues.insert(name, queue);
         Some(receiver)
     }
 
@@ -67,13 +88,16 @@ impl Acceptors {
 
     fn names(&self) -> Vec<String> {
         let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        queues.retain(|_, queue| !queue.is_closed());
+        queues.retain(|_, queue| !queue.streams.is_closed());
         queues.keys().cloned().collect()
     }
 
-    fn reserve(&self, name: &str) -> Option<mpsc::OwnedPermit<(Peer, Stream)>> {
+    /// A place in the queue of `name`, whether its streams are bulk, and who is told of writes.
+    fn reserve(&self, name: &str) -> Option<Reserved> {
         let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        queues.get(name)?.clone().try_reserve_owned().ok()
+        let queue = queues.get(name)?;
+        let place = queue.streams.clone().try_reserve_owned().ok()?;
+        Some((place, queue.bulk, queue.activity.clone()))
     }
 }
 
@@ -98,14 +122,16 @@ impl UpgradeInfo for Admit {
 }
 
 impl InboundUpgrade<libp2p::Stream> for Admit {
-    type Output = ();
+    /// Whether it is a bulk stream.
+    type Output = bool;
     type Error = io::Error;
-    type Future = BoxFuture<'static, Result<(), io::Error>>;
+    type Future = BoxFuture<'static, Result<bool, io::Error>>;
 
     fn upgrade_inbound(self, mut stream: libp2p::Stream, name: StreamProtocol) -> Self::Future {
         async move {
             let slot = self.slots.clone().try_acquire_owned().ok();
-            let (Some(slot), Some(place)) = (slot, self.acceptors.reserve(name.as_ref())) else {
+            let reserved = self.acceptors.reserve(name.as_ref());
+            let (Some(slot), Some((place, bulk, activity))) = (slot, reserved) else {
                 let peer = self.remote;
                 if self.acceptors.refusing.now(Instant::now()) {
                     tracing::warn!(%peer, protocol = %name, "streams are refused: queue full");
@@ -113,12 +139,14 @@ impl InboundUpgrade<libp2p::Stream> for Admit {
                     tracing::debug!(%peer, protocol = %name, "stream refused: queue full");
                 }
                 stream.write_all(&[BUSY]).await?;
-                return stream.close().await;
+                stream.close().await?;
+                return Ok(false);
             };
             stream.write_all(&[ADMITTED]).await?;
             stream.flush().await?;
-            place.send((self.remote, Stream::with_slot(stream.compat(), slot)));
-            Ok(())
+            let stream = Stream::with_slot(stream.compat(), slot).watched(activity);
+            place.send((self.remote, stream));
+            Ok(bulk)
         }
         .boxed()
     }

@@ -84,13 +84,13 @@ impl Adverts {
         self.with(|table| table.signed(now_ms()))
     }
 
-    /// Who serves any layer of `model` and where they listen, in a fixed order.
+    /// Who serves or stores any layer of `model` and where they listen, in a fixed order.
     pub fn holders(&self, model: &ModelId) -> Vec<(Peer, Vec<String>)> {
         let snapshot = self.snapshot();
         let serves = |a: &&Arc<Advert>| {
             a.models
                 .iter()
-                .any(|m| m.model == *model && !m.live.is_empty())
+                .any(|m| m.model == *model && !(m.live.is_empty() && m.stored.is_empty()))
         };
         snapshot
             .adverts

@@ -74,6 +74,11 @@ pub(super) enum Command {
     },
     Dial(Multiaddr),
     LookFor(PeerId, Vec<Multiaddr>),
+    /// How many connections to a peer are for everything, and for bulk.
+    Connections {
+        id: PeerId,
+        reply: oneshot::Sender<(usize, usize)>,
+    },
 }
 
 /// What the driver tells the adverts task.
@@ -209,6 +214,9 @@ impl Driver {
             }
             Command::Dial(addr) => self.dial(addr),
             Command::LookFor(peer, addrs) => self.look_for(peer, addrs),
+            Command::Connections { id, reply } => {
+                let _ = reply.send(behaviour.streams.connections(&id));
+            }
         }
     }
 

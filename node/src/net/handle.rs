@@ -26,7 +26,7 @@ use super::{
     driver::{Command, Driver, OUTBOX_MAX},
     facts::Facts,
     gate::Access,
-    stream::{OpenError, Proto, Stream},
+    stream::{Activity, OpenError, Proto, Stream},
     streams::OpenRequest,
     transport::{self, TransportError},
     uplink::Uplink,
@@ -47,6 +47,8 @@ const LISTEN_DEADLINE: Duration = Duration::from_secs(5);
 const IDLE_CONNECTION: Duration = Duration::from_secs(600);
 /// How long signing and queueing the last advert may take.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
+/// A session that nothing was written to for so long does not run.
+const RUNNING: Duration = Duration::from_secs(1);
 /// Addresses of one peer that are tried.
 const ADDRS_PER_PEER: usize = 8;
 
@@ -150,6 +152,7 @@ pub(super) struct Inner {
     /// Files that peers ask for cannot be read.
     unreadable: Seldom,
     uplink: std::sync::Mutex<Uplink>,
+    activity: Arc<Activity>,
 }
 
 impl Net {
@@ -221,6 +224,7 @@ impl Net {
             driver: Mutex::new(Some(driver)),
             unreadable: Seldom::default(),
             uplink: Default::default(),
+            activity: Arc::new(Activity::new()),
         });
         let net = Self { inner };
         net.wait_listening(listen.len()).await?;
@@ -307,6 +311,7 @@ impl Net {
             id,
             addrs,
             name,
+            bulk: proto.is_bulk(),
             reply,
         };
         let opened = async {
@@ -319,15 +324,38 @@ impl Net {
             answer.await.unwrap_or_else(|_| Err(lost()))
         };
         let timed = tokio::time::timeout(deadline, opened).await;
-        timed.unwrap_or(Err(OpenError::Timeout { peer, deadline }))
+        let opened = timed.unwrap_or(Err(OpenError::Timeout { peer, deadline }))?;
+        Ok(opened.watched(self.activity_of(proto)))
+    }
+
+    fn activity_of(&self, proto: Proto) -> Option<Arc<Activity>> {
+        proto.is_session().then(|| self.inner.activity.clone())
+    }
+
+    /// Whether rows or logits passed through this node within the last second.
+    pub(crate) fn sessions_run(&self) -> bool {
+        self.inner.activity.within(RUNNING)
+    }
+
+    /// How many connections to a peer are for everything, and how many for bulk streams only.
+    pub async fn connections_to(&self, peer: &Peer) -> (usize, usize) {
+        let Some(id) = peer_id(peer) else {
+            return (0, 0);
+        };
+        let (reply, answer) = oneshot::channel();
+        let asked = Command::Connections { id, reply };
+        let _ = self.inner.commands.send(asked).await;
+        answer.await.unwrap_or_default()
     }
 
     /// Takes the streams that peers open for `proto`, until the receiver is dropped; `None` where
     /// somebody takes them already. The queue is bounded: while it is full, openers are refused.
     pub fn accept(&self, proto: Proto) -> Option<mpsc::Receiver<(Peer, Stream)>> {
+        let activity = self.activity_of(proto);
+        let name = proto.name(&self.inner.swarm);
         self.inner
             .acceptors
-            .register(proto.name(&self.inner.swarm), ACCEPT_MAX)
+            .register(name, proto.is_bulk(), activity, ACCEPT_MAX)
     }
 
     /// Connects to an address, once, in the background; failures are logged.

@@ -3,8 +3,12 @@
 use std::{
     fmt, io,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use swarm_proto::{PROTOCOL_VERSION, Peer, SwarmId};
@@ -24,6 +28,40 @@ pub struct Stream {
     io: Box<dyn Io>,
     /// Counts against the limit of streams a connection may hold open; given back on drop.
     _slot: Option<OwnedSemaphorePermit>,
+    /// Told of each write.
+    activity: Option<Arc<Activity>>,
+}
+
+/// When something was last written to a session.
+#[derive(Debug)]
+pub(super) struct Activity {
+    start: Instant,
+    /// Since the start, plus one; 0 before the first.
+    last_ms: AtomicU64,
+}
+
+impl Activity {
+    pub(super) fn new() -> Self {
+        Self {
+            start: Instant::now(),
+            last_ms: AtomicU64::new(0),
+        }
+    }
+
+    fn note(&self) {
+        self.last_ms.store(self.now_ms(), Ordering::Relaxed);
+    }
+
+    pub(super) fn within(&self, time: Duration) -> bool {
+        let last = self.last_ms.load(Ordering::Relaxed);
+        let since = self.now_ms().saturating_sub(last);
+        last > 0 && u128::from(since) <= time.as_millis()
+    }
+
+    fn now_ms(&self) -> u64 {
+        let since = self.start.elapsed().as_millis();
+        u64::try_from(since).unwrap_or(u64::MAX).saturating_add(1)
+    }
 }
 
 impl Stream {
@@ -32,7 +70,14 @@ impl Stream {
         Self {
             io: Box::new(io),
             _slot: None,
+            activity: None,
         }
+    }
+
+    /// The same, and `activity` is told of each write.
+    pub(super) fn watched(mut self, activity: Option<Arc<Activity>>) -> Self {
+        self.activity = activity;
+        self
     }
 
     pub(super) fn with_slot(
@@ -42,6 +87,7 @@ impl Stream {
         Self {
             io: Box::new(io),
             _slot: Some(slot),
+            activity: None,
         }
     }
 }
@@ -68,6 +114,9 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
+        if let Some(activity) = &self.activity {
+            activity.note();
+        }
         Pin::new(&mut *self.io).poll_write(cx, buf)
     }
 
@@ -89,11 +138,13 @@ pub enum Proto {
     Answer,
     /// Adverts, manifests and metadata by hash.
     Fetch,
+    /// Parts of shards, on a connection of their own.
+    Transfer,
 }
 
 impl Proto {
     /// All of them.
-    pub const ALL: [Proto; 3] = [Proto::Session, Proto::Answer, Proto::Fetch];
+    pub const ALL: [Proto; 4] = [Proto::Session, Proto::Answer, Proto::Fetch, Proto::Transfer];
 
     /// The name negotiated on the wire; it carries the swarm id, so that swarms do not mix.
     pub fn name(self, swarm: &SwarmId) -> String {
@@ -101,7 +152,18 @@ impl Proto {
             Proto::Session => swarm.session_protocol(),
             Proto::Answer => swarm.answer_protocol(),
             Proto::Fetch => swarm.fetch_protocol(),
+            Proto::Transfer => swarm.transfer_protocol(),
         }
+    }
+
+    /// Whether rows or logits pass on its streams.
+    pub(super) fn is_session(self) -> bool {
+        matches!(self, Proto::Session | Proto::Answer)
+    }
+
+    /// Whether its streams get a connection of their own, so that nothing small waits behind them.
+    pub(super) fn is_bulk(self) -> bool {
+        self == Proto::Transfer
     }
 }
 

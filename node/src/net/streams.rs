@@ -3,9 +3,12 @@
 //! Everything is bounded and every refusal is said: openings that wait for a dial, openings queued
 //! at a connection, streams a remote may hold open. Streams are handed over whole; no byte of
 //! theirs passes through the swarm's driver.
+//!
+//! Bulk streams have connections of their own (`docs/decisions/0081`): who opens the first dials for it, who is
+//! asked learns it from the stream's protocol. Where a second connection cannot be made, they share.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
     task::{Context, Poll, Waker},
     time::Duration,
@@ -20,7 +23,9 @@ use libp2p::{
         StreamUpgradeError, SubstreamProtocol, THandlerInEvent, THandlerOutEvent, ToSwarm,
         behaviour::ConnectionEstablished,
         dial_opts::{DialOpts, PeerCondition},
-        handler::{ConnectionEvent, DialUpgradeError, FullyNegotiatedOutbound},
+        handler::{
+            ConnectionEvent, DialUpgradeError, FullyNegotiatedInbound, FullyNegotiatedOutbound,
+        },
     },
 };
 use swarm_proto::Peer;
@@ -51,6 +56,7 @@ pub(super) struct OpenRequest {
     pub(super) id: PeerId,
     pub(super) addrs: Vec<Multiaddr>,
     pub(super) name: StreamProtocol,
+    pub(super) bulk: bool,
     pub(super) reply: oneshot::Sender<Result<Stream, OpenError>>,
 }
 
@@ -70,6 +76,8 @@ struct Offer {
 
 struct Connection {
     id: ConnectionId,
+    /// Bulk streams go here, and nothing else while there is another one.
+    bulk: bool,
     queue: mpsc::Sender<OpenRequest>,
 }
 
@@ -86,7 +94,10 @@ pub(super) struct Streams {
     connections: HashMap<PeerId, Vec<Connection>>,
     /// Queues of connections which other behaviours may still deny.
     fresh: HashMap<ConnectionId, mpsc::Sender<OpenRequest>>,
-    waiting: HashMap<PeerId, Waiting>,
+    /// By peer, bulk apart from the rest.
+    waiting: HashMap<(PeerId, bool), Waiting>,
+    /// Connected peers to whom no second connection could be made.
+    sharing: HashSet<PeerId>,
     offers: HashMap<PeerId, Offer>,
     /// Openings that failed before identify said who the peer is.
     unexplained: Vec<OpenRequest>,
@@ -101,6 +112,7 @@ impl Streams {
             connections: HashMap::new(),
             fresh: HashMap::new(),
             waiting: HashMap::new(),
+            sharing: HashSet::new(),
             offers: HashMap::new(),
             unexplained: Vec::new(),
             dials: VecDeque::new(),
@@ -108,13 +120,25 @@ impl Streams {
         }
     }
 
-    /// Opens on a live connection, or dials first.
+    /// Opens on a live connection of its kind, or dials first.
     pub(super) fn open(&mut self, request: OpenRequest) {
-        let Some(connections) = self.connections.get(&request.id) else {
+        let shares = self.sharing.contains(&request.id);
+        let bulk = request.bulk;
+        self.open_where(request, |connection| shares || connection.bulk == bulk);
+    }
+
+    fn open_where(&mut self, request: OpenRequest, fits: impl Fn(&Connection) -> bool) {
+        let connections = self.connections.get(&request.id);
+        let mut fitting = connections
+            .into_iter()
+            .flatten()
+            .filter(|c| fits(c))
+            .peekable();
+        if fitting.peek().is_none() {
             return self.wait_for_dial(request);
-        };
+        }
         let mut request = request;
-        for connection in connections {
+        for connection in fitting {
             match connection.queue.try_send(request) {
                 Ok(()) => return,
                 Err(
@@ -129,6 +153,13 @@ impl Streams {
             peer,
             limit: OPENING_PER_PEER_MAX,
         });
+    }
+
+    /// Connections to a peer: those for everything, those for bulk.
+    pub(super) fn connections(&self, id: &PeerId) -> (usize, usize) {
+        let all = self.connections.get(id).map_or(&[][..], Vec::as_slice);
+        let bulk = all.iter().filter(|connection| connection.bulk).count();
+        (all.len() - bulk, bulk)
     }
 
     /// Identify spoke: failed openings can now be explained.
@@ -165,7 +196,9 @@ impl Streams {
 
     fn wait_for_dial(&mut self, request: OpenRequest) {
         let total: usize = self.waiting.values().map(|w| w.requests.len()).sum();
-        let waiting = self.waiting.entry(request.id).or_default();
+        let connected = self.connections.contains_key(&request.id);
+        let key = (request.id, request.bulk);
+        let waiting = self.waiting.entry(key).or_default();
         waiting.requests.retain(|r| !r.reply.is_closed());
         if waiting.requests.len() >= OPENING_PER_PEER_MAX || total >= WAITING_MAX {
             let peer = request.peer;
@@ -175,7 +208,7 @@ impl Streams {
             });
         }
         if waiting.requests.is_empty() || waiting.dial.is_none() {
-            let opts = dial(&request);
+            let opts = dial(&request, connected);
             waiting.dial = Some(opts.connection_id());
             self.dials.push_back(opts);
         }
@@ -209,12 +242,38 @@ impl Streams {
         let Some(queue) = self.fresh.remove(&connection) else {
             return;
         };
+        let dialled_for = |waiting: &Waiting| waiting.dial == Some(connection);
+        let bulk = self.waiting.get(&(id, true)).is_some_and(dialled_for);
         self.connections.entry(id).or_default().push(Connection {
             id: connection,
+            bulk,
             queue,
         });
-        for request in self.waiting.remove(&id).unwrap_or_default().requests {
+        for request in self
+            .waiting
+            .remove(&(id, bulk))
+            .unwrap_or_default()
+            .requests
+        {
             self.open(request);
+        }
+        // Others may have waited for this one's end, and it is not for them.
+        if bulk
+            && let Some(waiting) = self.waiting.get_mut(&(id, false))
+            && waiting.dial.is_none()
+            && let Some(first) = waiting.requests.first()
+        {
+            let opts = dial(first, true);
+            waiting.dial = Some(opts.connection_id());
+            self.dials.push_back(opts);
+        }
+    }
+
+    /// The other side opened a bulk stream on it.
+    fn became_bulk(&mut self, id: PeerId, connection: ConnectionId) {
+        let connections = self.connections.get_mut(&id).into_iter().flatten();
+        for known in connections.filter(|known| known.id == connection) {
+            known.bulk = true;
         }
     }
 
@@ -227,6 +286,7 @@ impl Streams {
             return;
         }
         self.connections.remove(&id);
+        self.sharing.remove(&id);
         for request in std::mem::take(&mut self.unexplained) {
             if request.id == id {
                 self.explain_lost(request)
@@ -250,7 +310,12 @@ impl Streams {
     }
 
     fn dial_failed(&mut self, id: PeerId, connection: ConnectionId, error: &DialError) {
-        let Some(waiting) = self.waiting.get_mut(&id) else {
+        let bulk = self.waiting.get(&(id, true));
+        if bulk.is_some_and(|waiting| waiting.dial == Some(connection)) {
+            return self.alone_failed(id, true, error);
+        }
+        let connected = self.connections.contains_key(&id);
+        let Some(waiting) = self.waiting.get_mut(&(id, false)) else {
             return;
         };
         if matches!(error, DialError::DialPeerConditionFalse(_)) {
@@ -262,14 +327,33 @@ impl Streams {
         if waiting.dial != Some(connection)
             && let Some(first) = waiting.requests.first()
         {
-            let opts = dial(first);
+            let opts = dial(first, connected);
             waiting.dial = Some(opts.connection_id());
             self.dials.push_back(opts);
             return;
         }
-        for request in self.waiting.remove(&id).unwrap_or_default().requests {
-            let error = unreachable_error(request.peer, error);
-            request.fail(error);
+        self.alone_failed(id, false, error);
+    }
+
+    /// No connection of this kind: another one is shared, if there is one.
+    fn alone_failed(&mut self, id: PeerId, bulk: bool, error: &DialError) {
+        let connected = self.connections.contains_key(&id);
+        if connected {
+            tracing::debug!(peer = %id, error = %explain_dial(error), "no second connection: sharing one");
+            self.sharing.insert(id);
+        }
+        for request in self
+            .waiting
+            .remove(&(id, bulk))
+            .unwrap_or_default()
+            .requests
+        {
+            if connected {
+                self.open(request);
+            } else {
+                let error = unreachable_error(request.peer, error);
+                request.fail(error);
+            }
         }
     }
 
@@ -289,7 +373,7 @@ impl Streams {
             slots: Arc::new(Semaphore::new(INBOUND_PER_CONNECTION_MAX)),
             queue,
             negotiating: 0,
-            unsupported: VecDeque::new(),
+            told: VecDeque::new(),
         })
     }
 }
@@ -299,11 +383,17 @@ impl Streams {
 #[error("peer {0} has no ed25519 identity")]
 struct NotEd25519(PeerId);
 
-fn dial(request: &OpenRequest) -> DialOpts {
-    DialOpts::peer_id(request.id)
-        .condition(PeerCondition::DisconnectedAndNotDialing)
+/// A bulk stream, or the first that is none while there is only a bulk connection, wants a connection more; from
+/// the port we listen on there can be only one.
+fn dial(request: &OpenRequest, connected: bool) -> DialOpts {
+    let opts = DialOpts::peer_id(request.id)
         .addresses(request.addrs.clone())
-        .extend_addresses_through_behaviour()
+        .extend_addresses_through_behaviour();
+    if request.bulk || connected {
+        let opts = opts.condition(PeerCondition::Always);
+        return opts.allocate_new_port().build();
+    }
+    opts.condition(PeerCondition::DisconnectedAndNotDialing)
         .build()
 }
 
@@ -378,11 +468,14 @@ impl NetworkBehaviour for Streams {
 
     fn on_connection_handler_event(
         &mut self,
-        _: PeerId,
-        _: ConnectionId,
-        request: THandlerOutEvent<Self>,
+        id: PeerId,
+        connection: ConnectionId,
+        told: THandlerOutEvent<Self>,
     ) {
-        self.explain(request);
+        match told {
+            Told::Unsupported(request) => self.explain(request),
+            Told::Bulk => self.became_bulk(id, connection),
+        }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Never, THandlerInEvent<Self>>> {
@@ -394,6 +487,15 @@ impl NetworkBehaviour for Streams {
     }
 }
 
+/// What a connection tells the behaviour.
+#[derive(Debug)]
+pub(super) enum Told {
+    /// The other side does not speak the protocol of this opening.
+    Unsupported(OpenRequest),
+    /// The other side opened a bulk stream.
+    Bulk,
+}
+
 /// Our part of one connection; runs on the connection's own task.
 pub(super) struct Handler {
     remote: Peer,
@@ -401,14 +503,16 @@ pub(super) struct Handler {
     slots: Arc<Semaphore>,
     queue: mpsc::Receiver<OpenRequest>,
     negotiating: usize,
-    unsupported: VecDeque<OpenRequest>,
+    told: VecDeque<Told>,
 }
 
 impl Handler {
     fn upgrade_failed(&mut self, request: OpenRequest, error: StreamUpgradeError<std::io::Error>) {
         let peer = request.peer;
         match error {
-            StreamUpgradeError::NegotiationFailed => self.unsupported.push_back(request),
+            StreamUpgradeError::NegotiationFailed => {
+                self.told.push_back(Told::Unsupported(request))
+            }
             StreamUpgradeError::Timeout => {
                 request.fail(OpenError::Timeout {
                     peer,
@@ -427,7 +531,7 @@ impl Handler {
 
 impl ConnectionHandler for Handler {
     type FromBehaviour = Never;
-    type ToBehaviour = OpenRequest;
+    type ToBehaviour = Told;
     type InboundProtocol = Admit;
     type OutboundProtocol = Ask;
     type InboundOpenInfo = ();
@@ -445,9 +549,9 @@ impl ConnectionHandler for Handler {
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<ConnectionHandlerEvent<Ask, OpenRequest, OpenRequest>> {
-        if let Some(request) = self.unsupported.pop_front() {
-            return Poll::Ready(ConnectionHandlerEvent::NotifyBehaviour(request));
+    ) -> Poll<ConnectionHandlerEvent<Ask, OpenRequest, Told>> {
+        if let Some(told) = self.told.pop_front() {
+            return Poll::Ready(ConnectionHandlerEvent::NotifyBehaviour(told));
         }
         while self.negotiating < OPENING_PER_PEER_MAX
             && let Poll::Ready(Some(request)) = self.queue.poll_recv(cx)
@@ -485,6 +589,10 @@ impl ConnectionHandler for Handler {
                 // A caller that gave up drops its end: the stream is then reset, as it should.
                 let _ = info.reply.send(answer);
             }
+            ConnectionEvent::FullyNegotiatedInbound(FullyNegotiatedInbound {
+                protocol: true,
+                ..
+            }) => self.told.push_back(Told::Bulk),
             ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {
                 self.negotiating = self.negotiating.saturating_sub(1);
                 self.upgrade_failed(info, error);

@@ -181,6 +181,7 @@ impl Node {
             free_cells: worker.stats().free_cells * n_layers,
             n_embd: self.model.n_embd,
             numerics: 0,
+            stored: Vec::new(),
         };
         Some(Advert {
             peer: self.network.peer(self.number),

@@ -86,7 +86,7 @@ impl Measured {
     fn file(&self, temp: &Path) -> anyhow::Result<PathBuf> {
         if !self.one_billion {
             let home = self.named.home.dir()?;
-            return Ok(local_models::whole_file(&home, &self.named.model)?.path);
+            return local_models::whole_file(&home, &self.named.model)?.into_path(temp);
         }
         let path = temp.join("random-1b-q4_k_m.gguf");
         let _wheel = terminal::wheel("making a random model of 1.1 billion weights");
