@@ -14,7 +14,10 @@ use std::{
 };
 
 use engine::Worker;
-use shard_registry::{Store, StoreError};
+use shard_registry::{
+    Store, StoreError,
+    placement::{self, Count, Facts, Holdings, join},
+};
 use swarm_proto::{LayerRange, ModelAdvert, ModelId, Peer, ShardId};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -311,21 +314,36 @@ async fn choose_layers(
     if let Some(layers) = config.layers.clone() {
         return Ok(load::plan_fixed(&found.blueprint, layers, memory)?);
     }
-    let windows = load::windows(&found.blueprint, memory)?;
+    let layer_bytes = load::layer_bytes(&found.blueprint);
+    let windows = load::windows(&layer_bytes, memory)?;
+    let plan = |window: &Range<u16>| {
+        let layers = window.start.into()..window.end.into();
+        load::plan(&found.blueprint, layers, memory)
+    };
     if let [only] = &windows[..] {
-        return Ok(load::plan(&found.blueprint, only.clone(), memory));
+        return Ok(plan(only));
     }
     if !alone && !net.synced(LISTEN_FIRST).await {
         tracing::info!("no other node was heard within {LISTEN_FIRST:?}");
     }
-    let n_layer = found.blueprint.n_layer();
+    let facts = Facts {
+        model: found.id,
+        layer_bytes: &layer_bytes,
+        frame_bytes: u64::from(found.manifest.n_embd) * size_of::<f32>() as u64,
+    };
     let pick = || {
-        let coverage = load::coverage(&net.adverts().snapshot(), &found.id, n_layer, net.me());
-        load::choose(&windows, &coverage, net.me())
+        let holdings = Holdings::of(&net.adverts().snapshot(), &facts);
+        let near = placement::near(net.rtts());
+        join::choose(
+            &windows,
+            &holdings.coverage(Count::Held, net.me(), near),
+            net.me(),
+        )
     };
     let mut window = pick().unwrap_or(0..1);
     for _ in 0..ROUNDS {
-        net.publish(intention(found, window.clone())).await;
+        let layers = window.start.into()..window.end.into();
+        net.publish(intention(found, layers)).await;
         if alone {
             break;
         }
@@ -336,7 +354,7 @@ async fn choose_layers(
             _ => break,
         }
     }
-    Ok(load::plan(&found.blueprint, window, memory))
+    Ok(plan(&window))
 }
 
 fn intention(found: &Found, layers: Range<u32>) -> Announcement {

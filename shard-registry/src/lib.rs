@@ -14,6 +14,7 @@ mod files;
 mod import;
 mod layout;
 mod manifest;
+pub mod placement;
 mod reader;
 pub mod route;
 mod store;
