@@ -33,8 +33,8 @@ use std::process::ExitCode;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use commands::{
-    bench, chat, completions, doctor, gc, import, inspect, invite, join, models, node, pin, pull, rm,
-    route, run, sign, status, verify,
+    bench, chat, completions, doctor, gc, import, inspect, invite, join, models, node, pin, pull,
+    rm, route, run, sign, status, verify,
 };
 
 /// Run a language model that is too big for any one of your machines, on several of them.

@@ -5,6 +5,7 @@ mod client;
 pub mod config;
 pub mod daemon;
 pub mod demo;
+mod growth;
 pub mod identity;
 pub mod known_peers;
 pub mod load;

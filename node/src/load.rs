@@ -1,14 +1,14 @@
 //! From a model's name and a memory budget to a loaded stage: which model, which layers, verified
-//! bytes into the engine. Runs on a blocking thread; the choice of layers is pure.
+//! bytes into the engine. Runs on a blocking thread. Which window it is says `shard_registry::placement`.
 
 use std::{io, ops::Range, path::Path, sync::Arc};
 
-use engine::{Blueprint, LlamaStage, LoadOptions, TensorSource, UnsupportedModel};
+use engine::{Blueprint, LlamaStage, LoadOptions, Loaded, TensorSource, UnsupportedModel};
 use shard_registry::{
-    ImportError, Manifest, ManifestError, ReadError, Resolved, ShardReader, Snapshot, Store,
-    StoreError, UnknownModel,
+    ImportError, Manifest, ManifestError, ReadError, Resolved, ShardReader, Store, StoreError,
+    UnknownModel, placement,
 };
-use swarm_proto::{ModelId, Peer};
+use swarm_proto::ModelId;
 
 use crate::demo::{self, DemoError};
 
@@ -17,8 +17,6 @@ use crate::demo::{self, DemoError};
 const LAYER_SHARE: u64 = 75;
 /// KV gets at least this share of the budget, however large the embedding is, in percent.
 const KV_SHARE_MIN: u64 = 12;
-/// A holder that has not said how fast it is counts as this many layer-tokens a second.
-const SPEED_UNKNOWN: f64 = 1.0;
 
 /// A model found on this machine.
 #[derive(Debug, Clone)]
@@ -31,6 +29,13 @@ pub struct Found {
     pub manifest: Arc<Manifest>,
     /// How it is cut.
     pub blueprint: Blueprint,
+}
+
+impl Found {
+    /// Bytes of a row between hops, as exact as it is computed.
+    pub fn frame_bytes(&self) -> u64 {
+        u64::from(self.manifest.n_embd) * size_of::<f32>() as u64
+    }
 }
 
 /// Why a stage was not loaded.
@@ -140,6 +145,14 @@ pub fn find(store: &Store, home: &Path, text: &str) -> Result<Found, LoadError> 
             }
         },
     };
+    described(store, id)
+}
+
+/// A model whose manifest and metadata are in the store. Blocks.
+///
+/// # Errors
+/// They are not, or the engine cannot cut it.
+pub fn described(store: &Store, id: ModelId) -> Result<Found, LoadError> {
     let manifest = store.manifest(id)?;
     let header = manifest
         .header()
@@ -230,31 +243,20 @@ fn tensor_bytes(blueprint: &Blueprint, layers: &Range<u32>) -> u64 {
         .fold(0, u64::saturating_add)
 }
 
-/// The windows worth choosing between: from each layer on as many as fit, without those that lie
-/// within another.
+/// The bytes of each layer.
+pub fn layer_bytes(blueprint: &Blueprint) -> Vec<u64> {
+    let layers = 0..blueprint.n_layer();
+    layers.map(|i| blueprint.layer_bytes(i)).collect()
+}
+
+/// The windows worth choosing between, see [`placement::windows`].
 ///
 /// # Errors
 /// Not one layer fits.
-pub fn windows(blueprint: &Blueprint, memory: u64) -> Result<Vec<Range<u32>>, LoadError> {
-    let room = share(memory, LAYER_SHARE);
-    let n_layer = blueprint.n_layer();
-    let mut windows: Vec<Range<u32>> = Vec::new();
-    for start in 0..n_layer {
-        let mut end = start;
-        let mut bytes = 0u64;
-        while end < n_layer && bytes.saturating_add(blueprint.layer_bytes(end)) <= room {
-            bytes = bytes.saturating_add(blueprint.layer_bytes(end));
-            end += 1;
-        }
-        if end > start && windows.last().is_none_or(|last| end > last.end) {
-            windows.push(start..end);
-        }
-    }
+pub fn windows(layer_bytes: &[u64], memory: u64) -> Result<Vec<Range<u16>>, LoadError> {
+    let windows = placement::windows(layer_bytes, share(memory, LAYER_SHARE));
     if windows.is_empty() {
-        let smallest = (0..n_layer)
-            .map(|i| blueprint.layer_bytes(i))
-            .min()
-            .unwrap_or(0);
+        let smallest = layer_bytes.iter().copied().min().unwrap_or(0);
         let needed = smallest.saturating_mul(100).div_ceil(LAYER_SHARE);
         return Err(LoadError::Memory {
             given: Bytes(memory),
@@ -279,97 +281,28 @@ fn share(bytes: u64, percent: u64) -> u64 {
     bytes / 100 * percent
 }
 
-/// How well others cover each layer: layer-tokens a second, of those that serve it or are about to.
-pub fn coverage(snapshot: &Snapshot, model: &ModelId, n_layer: u32, me: Peer) -> Vec<f64> {
-    let mut speeds = vec![0.0; n_layer as usize];
-    for advert in snapshot.adverts.iter().filter(|advert| advert.peer != me) {
-        for claim in advert
-            .models
-            .iter()
-            .filter(|m| m.model == *model && u32::from(m.n_layer) == n_layer)
-        {
-            let speed = claim
-                .layer_tokens_s
-                .map_or(SPEED_UNKNOWN, |m| f64::from(m.value).max(SPEED_UNKNOWN));
-            let spans = claim.live.iter().chain(&claim.intended);
-            let held: std::collections::BTreeSet<u16> =
-                spans.flat_map(|span| span.layers()).collect();
-            for layer in held {
-                if let Some(sum) = speeds.get_mut(usize::from(layer)) {
-                    *sum += speed;
-                }
-            }
-        }
-    }
-    speeds
-}
-
-/// The window whose layers are covered worst: its sorted coverage is the smallest, a longer window
-/// before its own beginning. Between equals each peer draws its own, from its id, so that nodes
-/// that start together spread.
-pub fn choose(windows: &[Range<u32>], coverage: &[f64], me: Peer) -> Option<Range<u32>> {
-    let sorted = |window: &Range<u32>| {
-        let mut speeds = coverage[window.start as usize..window.end as usize].to_vec();
-        speeds.sort_by(f64::total_cmp);
-        speeds
-    };
-    let order = |a: &Range<u32>, b: &Range<u32>| {
-        let (x, y) = (sorted(a), sorted(b));
-        let unequal = x
-            .iter()
-            .zip(&y)
-            .map(|(x, y)| x.total_cmp(y))
-            .find(|order| order.is_ne());
-        unequal
-            .unwrap_or_else(|| y.len().cmp(&x.len()))
-            .then_with(|| draw(me, a).cmp(&draw(me, b)))
-    };
-    windows.iter().min_by(|a, b| order(a, b)).cloned()
-}
-
-fn draw(me: Peer, window: &Range<u32>) -> [u8; 8] {
-    let mut hasher = blake3::Hasher::new_derive_key("shoal window draw 1");
-    hasher.update(&me.0);
-    hasher.update(&window.start.to_le_bytes());
-    let mut out = [0; 8];
-    hasher.finalize_xof().fill(&mut out);
-    out
-}
-
-/// Verifies and loads a plan's layers. Blocks for as long as reading and hashing them takes.
+/// A stage for a plan's layers that holds none of them yet.
 ///
 /// # Errors
-/// The files changed, or the engine refuses.
-pub fn load(
-    store: &Store,
-    found: &Found,
-    plan: &Plan,
-    n_threads: u32,
-) -> Result<LlamaStage, LoadError> {
-    let source = Verified(store.reader(found.id)?);
+/// The system has no threads left.
+pub fn stage(found: &Found, plan: &Plan, n_threads: u32) -> Result<LlamaStage, LoadError> {
     let options = LoadOptions {
         n_threads,
         n_ctx_max: Some(longest_context(&found.blueprint, plan)),
         kv_bytes_max: plan.kv_bytes_max,
     };
-    let total = plan.layers.len();
-    let mut done = 0;
-    let mut progress = |layer: u32| {
-        done += 1;
-        tracing::info!(
-            layer,
-            "verified and loaded layer {layer} ({done} of {total})"
-        );
-    };
-    let stage = LlamaStage::load(
-        &found.blueprint,
-        plan.layers.clone(),
-        &source,
-        &options,
-        &mut progress,
-    )?;
+    Ok(LlamaStage::new(&found.blueprint, &options)?)
+}
+
+/// Verifies and loads layers. Blocks for as long as reading and hashing them takes.
+///
+/// # Errors
+/// The files changed, or the engine refuses.
+pub fn read(store: &Store, found: &Found, layers: Range<u32>) -> Result<Loaded, LoadError> {
+    let source = Verified(store.reader(found.id)?);
+    let loaded = Loaded::read(&found.blueprint, layers, &source, &mut |_| {})?;
     source.0.release();
-    Ok(stage)
+    Ok(loaded)
 }
 
 /// Tensors of an imported model for the engine, each given only where its shard's hash was right.
@@ -443,28 +376,6 @@ fn vm_stat_available(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const ME: Peer = Peer([1; 32]);
-
-    #[test]
-    fn the_weakest_window_is_chosen_and_a_longer_one_before_a_shorter() {
-        let windows = [0..3, 1..4, 2..5, 3..6];
-        let chosen = choose(&windows, &[5.0, 5.0, 5.0, 1.0, 1.0, 0.0], ME);
-        assert_eq!(chosen, Some(3..6));
-        let chosen = choose(&[0..2, 1..4], &[0.0, 0.0, 0.0, 0.0], ME);
-        assert_eq!(chosen, Some(1..4));
-        assert_eq!(choose(&[], &[], ME), None);
-    }
-
-    #[test]
-    fn nodes_that_start_together_spread() {
-        let windows: Vec<_> = (0..14).map(|start| start..start + 3).collect();
-        let starts: std::collections::BTreeSet<_> = (0..24)
-            .filter_map(|n| choose(&windows, &[0.0; 16], Peer([n; 32])))
-            .map(|window| window.start)
-            .collect();
-        assert!(starts.len() >= 8, "{starts:?}");
-    }
 
     #[test]
     fn sizes_read_well() {

@@ -13,14 +13,18 @@ use std::{
     time::Duration,
 };
 
-use engine::Worker;
-use shard_registry::{Store, StoreError};
+use engine::{EngineError, Stage, Worker};
+use shard_registry::{
+    Store, StoreError, UnknownModel,
+    placement::{self, Count, Facts, Holdings, join},
+};
 use swarm_proto::{LayerRange, ModelAdvert, ModelId, Peer, ShardId, advert::ADVERT_SPANS_MAX};
-use tokio::task::JoinHandle;
+use tokio::{sync::Notify, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Settings,
+    growth::{self, Growth},
     identity::{Identity, IdentityError},
     known_peers::KnownPeers,
     load::{self, Found, LoadError, Plan},
@@ -28,7 +32,7 @@ use crate::{
     net::{Announcement, Net, NetConfig, NetError, Proto, Shelf},
     peer_book::PeerBook,
     session::{Served, SessionLimits, Sessions},
-    transfer::{self, Transfer},
+    transfer::{self, Transfer, TransferError},
 };
 
 /// How long to wait for the first adverts before choosing layers.
@@ -95,6 +99,12 @@ pub enum StartError {
     /// The network.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// What is not here could not be had from peers.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
+    /// The stage refuses what was loaded for it.
+    #[error("the first layers cannot be served: {0}")]
+    Engine(#[from] EngineError),
     /// The stage's thread.
     #[error("cannot start the stage worker: {0}")]
     Worker(std::io::Error),
@@ -131,7 +141,12 @@ impl SwarmNode {
             let (store, model) = (store.clone(), config.model.clone());
             move || load::find(&store, &home, &model)
         })
-        .await??;
+        .await?;
+        let found = match found {
+            Ok(found) => Ok(found),
+            Err(LoadError::Unknown(unknown)) => Err(unknown),
+            Err(other) => return Err(other.into()),
+        };
         let net = Net::start(net_config(&config, identity)).await?;
         match Self::serve(&config, store, found, net.clone(), lock).await {
             Ok(node) => Ok(node),
@@ -145,7 +160,7 @@ impl SwarmNode {
     async fn serve(
         config: &NodeConfig,
         store: Store,
-        found: Found,
+        found: Result<Found, UnknownModel>,
         net: Net,
         lock: File,
     ) -> Result<Self, StartError> {
@@ -158,6 +173,10 @@ impl SwarmNode {
             let (known, net) = (known.clone(), net.clone());
             async move { known.fall_back(&net, given).await }
         });
+        let found = match found {
+            Ok(found) => found,
+            Err(unknown) => growth::locate(unknown, &transfer, &net, alone).await?,
+        };
         let stored = stored(&store, found.id).await;
         let plan = choose_layers(config, &found, &stored, &net, alone).await?;
         tracing::info!(model = %found.name, id = %found.id.short(), layers = ?plan.layers, "loading");
@@ -166,14 +185,14 @@ impl SwarmNode {
         let threads = config
             .threads
             .unwrap_or_else(|| load::default_threads(&found.blueprint, &plan.layers));
+        let mut growth = Growth::new(found.clone(), &plan.layers, transfer.clone(), net.clone());
+        let first = growth.next().await?;
+        let mut stage = load::stage(&found, &plan, threads)?;
+        first.map_or(Ok(()), |first| stage.add(first))?;
         let worker = blocking({
-            let (found, plan, speed) = (found.clone(), plan.clone(), speed.clone());
-            let store = store.clone();
-            move || {
-                let stage = load::load(&store, &found, &plan, threads)?;
-                let stage = Timed::new(stage, speed);
-                Worker::spawn(Box::new(stage), limits.worker_queue()).map_err(StartError::Worker)
-            }
+            let speed = speed.clone();
+            let measured = move || Box::new(Timed::new(stage, speed));
+            move || Worker::spawn(measured(), limits.worker_queue()).map_err(StartError::Worker)
         })
         .await??;
         let sessions = Sessions::new(net.me(), Arc::new(net.clone()), limits);
@@ -191,10 +210,12 @@ impl SwarmNode {
             stored,
             found,
             layers: plan.layers.clone(),
-            worker,
+            worker: worker.clone(),
             speed,
             threads,
+            news: Arc::default(),
         };
+        tasks.push(tokio::spawn(growth.go_on(worker, figures.news.clone())));
         net.publish(figures.announcement(&net)).await;
         let died = CancellationToken::new();
         let watched = watch(net.clone(), sessions.clone(), figures, died.clone());
@@ -232,7 +253,7 @@ impl SwarmNode {
         self.model
     }
 
-    /// Which of its layers.
+    /// Which of its layers it is to serve; they come one by one where they are fetched.
     pub fn layers(&self) -> Range<u32> {
         self.layers.clone()
     }
@@ -315,21 +336,36 @@ async fn choose_layers(
     if let Some(layers) = config.layers.clone() {
         return Ok(load::plan_fixed(&found.blueprint, layers, memory)?);
     }
-    let windows = load::windows(&found.blueprint, memory)?;
+    let layer_bytes = load::layer_bytes(&found.blueprint);
+    let windows = load::windows(&layer_bytes, memory)?;
+    let plan = |window: &Range<u16>| {
+        let layers = window.start.into()..window.end.into();
+        load::plan(&found.blueprint, layers, memory)
+    };
     if let [only] = &windows[..] {
-        return Ok(load::plan(&found.blueprint, only.clone(), memory));
+        return Ok(plan(only));
     }
     if !alone && !net.synced(LISTEN_FIRST).await {
         tracing::info!("no other node was heard within {LISTEN_FIRST:?}");
     }
-    let n_layer = found.blueprint.n_layer();
+    let facts = Facts {
+        model: found.id,
+        layer_bytes: &layer_bytes,
+        frame_bytes: found.frame_bytes(),
+    };
     let pick = || {
-        let coverage = load::coverage(&net.adverts().snapshot(), &found.id, n_layer, net.me());
-        load::choose(&windows, &coverage, net.me())
+        let holdings = Holdings::of(&net.adverts().snapshot(), &facts);
+        let near = placement::near(net.rtts());
+        join::choose(
+            &windows,
+            &holdings.coverage(Count::Held, net.me(), near),
+            net.me(),
+        )
     };
     let mut window = pick().unwrap_or(0..1);
     for _ in 0..ROUNDS {
-        net.publish(intention(found, window.clone(), stored)).await;
+        let layers = window.start.into()..window.end.into();
+        net.publish(intention(found, layers, stored)).await;
         if alone {
             break;
         }
@@ -340,7 +376,7 @@ async fn choose_layers(
             _ => break,
         }
     }
-    Ok(load::plan(&found.blueprint, window, memory))
+    Ok(plan(&window))
 }
 
 fn intention(found: &Found, layers: Range<u32>, stored: &[LayerRange]) -> Announcement {
@@ -380,6 +416,8 @@ struct Figures {
     worker: Worker,
     speed: Speed,
     threads: u32,
+    /// Told when more layers are there.
+    news: Arc<Notify>,
 }
 
 impl Figures {
@@ -387,10 +425,12 @@ impl Figures {
         let stats = self.worker.stats();
         let mut announcement = intention(&self.found, self.layers.clone(), &self.stored);
         for model in &mut announcement.models {
-            model.live = model.intended.clone();
+            model.live = stats.held.spans().iter().flat_map(span).collect();
             model.layer_tokens_s = self.speed.get();
             model.n_ctx_max = self.worker.shape().n_ctx_max;
-            model.free_cells = stats.free_cells.saturating_mul(self.layers.len() as u64);
+            model.free_cells = stats
+                .free_cells
+                .saturating_mul(stats.held.n_layers().into());
             model.numerics = engine::numerics_class(self.threads);
         }
         announcement.uplink_bytes_s = net.uplink();
@@ -432,6 +472,7 @@ async fn keep_announcing(net: &Net, mut figures: Figures) {
                     return;
                 }
             }
+            () = figures.news.notified() => refresh.reset_immediately(),
             _ = refresh.tick() => {
                 figures.stored = stored(&figures.store, figures.found.id).await;
                 net.publish(figures.announcement(net)).await;

@@ -18,6 +18,7 @@ mod import;
 mod layout;
 mod manifest;
 mod pins;
+pub mod placement;
 mod reader;
 pub mod route;
 mod signatures;

@@ -7,14 +7,15 @@
 //! ```
 //!
 //! The library is what `shoal-testnet` and the end-to-end tests share. It knows the binaries by their flags and by what
-//! they print, as a user does; only `sim`, which runs a whole swarm in virtual time instead, links the product. It never
-//! prints.
+//! they print, as a user does; only `sim` and `placement`, which run whole swarms in virtual time instead, link the
+//! product. It never prints.
 
 pub mod binaries;
 pub mod client;
 pub mod facts;
 pub mod faults;
 pub mod picture;
+pub mod placement;
 pub mod plan;
 pub mod process;
 pub mod relay;

@@ -5,15 +5,20 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use testnet::screen::Screen;
-use testnet::sim::{Outcome, Settings, Summary, run_seeds, virtual_time};
+use testnet::sim::{Settings, Summary, run_seeds, virtual_time};
 use tracing_subscriber::fmt::{format::Writer, time::FormatTime};
+
+mod placement;
 
 /// Columns of the bar.
 const BAR: usize = 40;
 
 /// What to simulate.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// How many seeds.
     #[arg(long, default_value_t = 1000, value_name = "N")]
     seeds: u64,
@@ -46,8 +51,18 @@ pub struct Args {
     verbose: u8,
 }
 
+/// What else can be simulated.
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Swarms under churn that decide by themselves who holds what, compared with Petals' rule.
+    Placement(placement::Args),
+}
+
 /// Runs it; fails where a rule was broken.
 pub fn run(args: &Args, screen: &mut Screen) -> ExitCode {
+    if let Some(Command::Placement(args)) = &args.command {
+        return placement::run_all(args, screen);
+    }
     log(args.verbose);
     let settings = Settings {
         nodes: args.nodes.into(),
@@ -67,7 +82,12 @@ pub fn run(args: &Args, screen: &mut Screen) -> ExitCode {
     let ran = run_seeds(seeds, &settings, threads, |outcome| {
         done += 1;
         if screen.is_live() && args.verbose == 0 && !args.json {
-            screen.picture(&[bar(done, args.seeds, outcome)]);
+            let bar = bar(done, args.seeds);
+            let line = format!(
+                "  {bar} {done} of {} seeds · seed {} ended",
+                args.seeds, outcome.seed
+            );
+            screen.picture(&[line]);
         }
     });
     let summary = match ran {
@@ -106,10 +126,9 @@ fn again(args: &Args, seed: u64) -> String {
     )
 }
 
-fn bar(done: u64, of: u64, last: &Outcome) -> String {
+fn bar(done: u64, of: u64) -> String {
     let full = (done * BAR as u64 / of.max(1)) as usize;
-    let bar: String = "█".repeat(full.min(BAR)) + &"░".repeat(BAR.saturating_sub(full));
-    format!("  {bar} {done} of {of} seeds · seed {} ended", last.seed)
+    "█".repeat(full.min(BAR)) + &"░".repeat(BAR.saturating_sub(full))
 }
 
 fn figures(summary: &Summary) -> String {

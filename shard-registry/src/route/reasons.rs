@@ -380,6 +380,7 @@ mod tests {
                 free_cells: 100_000,
                 n_embd: 64,
                 numerics: 0,
+                stored: Vec::new(),
             }],
             uplink_bytes_s: figure(1e9),
             queue: 0,
