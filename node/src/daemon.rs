@@ -18,7 +18,8 @@ const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/qui
 /// Flags of a serving node.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// Model to serve: an alias, an id, a GGUF file (imported in place), or demo.
+    /// Model to serve: an alias, a GGUF file (imported in place), demo, or the id or name of one that peers have: its
+    /// layers are fetched from them.
     #[arg(long, value_name = "NAME|ID|FILE", env = "SHOAL_MODEL")]
     pub model: Option<String>,
     /// Layers to serve, for example 0..4 [default: where they are needed most].

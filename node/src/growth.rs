@@ -53,7 +53,7 @@ pub(crate) async fn locate(
     tracing::info!(model = %text, "not here: looking for it among peers");
     let deadline = Instant::now() + LOCATE;
     let mut changes = net.adverts().changes();
-    let (id, name) = loop {
+    let id = loop {
         match meant(&text, net)? {
             Some(found) => break found,
             None if Instant::now() >= deadline => {
@@ -82,6 +82,12 @@ pub(crate) async fn locate(
         }
         sleep(PAUSE).await;
     }
+    // What it is called where it comes from, if that is free here.
+    let models = net.adverts().snapshot().models().into_iter();
+    let name = models
+        .filter(|(other, ..)| *other == id)
+        .map(|(.., name)| name)
+        .next();
     let store = transfer.store().clone();
     let found = tokio::task::spawn_blocking(move || {
         if let Some(name) = name.and_then(|name| name.parse::<AliasName>().ok())
@@ -95,26 +101,23 @@ pub(crate) async fn locate(
 }
 
 /// The model of this id, whole, or of this name or beginning of an id among those that peers have.
-fn meant(text: &str, net: &Net) -> Result<Option<(ModelId, Option<String>)>, StartError> {
-    let models = net.adverts().snapshot().models();
-    if let Ok(id) = text.parse::<ModelId>() {
-        let name = models.into_iter().find(|(other, ..)| *other == id);
-        return Ok(Some((id, name.map(|(.., name)| name))));
+fn meant(text: &str, net: &Net) -> Result<Option<ModelId>, StartError> {
+    if let Ok(id) = text.parse() {
+        return Ok(Some(id));
     }
     let prefix = text.to_ascii_lowercase();
     let begins = |id: &ModelId| text.len() >= PREFIX_LEN_MIN && id.to_string().starts_with(&prefix);
-    let fits = models
-        .into_iter()
-        .filter(|(id, _, name)| *name == text || begins(id));
-    let fits: Vec<_> = fits.map(|(id, _, name)| (id, Some(name))).collect();
-    match &fits[..] {
+    let models = net.adverts().snapshot().models().into_iter();
+    let fits = models.filter(|(id, _, name)| *name == text || begins(id));
+    let ids: Vec<ModelId> = fits.map(|(id, ..)| id).collect();
+    match ids[..] {
         [] => Ok(None),
-        [one] => Ok(Some(one.clone())),
+        [one] => Ok(Some(one)),
         // By a name nobody decides between two models.
-        many => Err(StartError::Load(LoadError::Unknown(
+        _ => Err(StartError::Load(LoadError::Unknown(
             UnknownModel::Ambiguous {
                 text: text.to_owned(),
-                ids: many.iter().map(|(id, _)| id.to_string()).collect(),
+                ids: ids.iter().map(ToString::to_string).collect(),
             },
         ))),
     }
@@ -160,10 +163,17 @@ impl Growth {
         if !self.is_here(&span).await? {
             self.fetch(layers).await?;
         }
-        let (store, found) = (self.store.clone(), self.found.clone());
-        let wanted = u32::from(span.start)..u32::from(span.end);
-        let loaded =
-            tokio::task::spawn_blocking(move || load::read(&store, &found, wanted)).await??;
+        let loaded = match self.read(&span).await? {
+            Err(LoadError::Read(error)) => {
+                tracing::warn!(%layers, %error, "what is here cannot be used; looking for it among peers");
+                if let Err(nobody) = self.fetch(layers).await {
+                    tracing::warn!(error = %nobody, "nor does a peer give it");
+                    return Err(LoadError::Read(error).into());
+                }
+                self.read(&span).await??
+            }
+            read => read?,
+        };
         self.left.retain(|layer| !span.contains(layer));
         let done = self.total - self.left.len();
         tracing::info!(%layers, "verified and loaded layers {layers} ({done} of {})", self.total);
@@ -193,6 +203,12 @@ impl Growth {
                 }
             }
         }
+    }
+
+    async fn read(&self, span: &Range<u16>) -> Result<Result<Loaded, LoadError>, StartError> {
+        let (store, found) = (self.store.clone(), self.found.clone());
+        let layers = u32::from(span.start)..u32::from(span.end);
+        Ok(tokio::task::spawn_blocking(move || load::read(&store, &found, layers)).await?)
     }
 
     /// The first span of the layers left whose shards are all here.

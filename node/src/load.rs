@@ -300,9 +300,21 @@ pub fn stage(found: &Found, plan: &Plan, n_threads: u32) -> Result<LlamaStage, L
 /// The files changed, or the engine refuses.
 pub fn read(store: &Store, found: &Found, layers: Range<u32>) -> Result<Loaded, LoadError> {
     let source = Verified(store.reader(found.id)?);
-    let loaded = Loaded::read(&found.blueprint, layers, &source, &mut |_| {})?;
+    let loaded = Loaded::read(&found.blueprint, layers, &source, &mut |_| {});
+    let loaded = loaded.map_err(of_reader)?;
     source.0.release();
     Ok(loaded)
+}
+
+/// What the reader said, where that was it.
+fn of_reader(error: engine::LoadError) -> LoadError {
+    match error {
+        engine::LoadError::Tensor { name, source } => match source.downcast::<ReadError>() {
+            Ok(error) => error.into(),
+            Err(source) => engine::LoadError::Tensor { name, source }.into(),
+        },
+        other => other.into(),
+    }
 }
 
 /// Tensors of an imported model for the engine, each given only where its shard's hash was right.

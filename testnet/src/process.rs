@@ -34,6 +34,8 @@ pub struct Ready {
     pub addrs: Vec<String>,
     /// What it serves, as `start..end`.
     pub layers: String,
+    /// The id of their model.
+    pub model: String,
 }
 
 impl Ready {

@@ -1,5 +1,8 @@
 //! `shoal import`: makes a GGUF, here or elsewhere, known under its hash and a name, without copying it.
 
+use std::path::Path;
+
+use download::Source;
 use serde::Serialize;
 use shard_registry::{AliasName, ImportError, StoreError};
 
@@ -55,10 +58,19 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         .transpose()
         .map_err(|e| Failure::usage(e.to_string()))?;
     let source = obtain::source(&args.source)?;
-    let home = args.home.dir()?;
-    let store = local_models::store(&home)?;
-    let file = obtain::obtain(&home, &source)?;
-    let imported = local_models::import(&store, &file, name.as_ref()).map_err(with_remedy)?;
+    bring(&args.home.dir()?, &source, name.as_ref(), args.json)
+}
+
+/// Downloads what is not here, imports it and prints the id.
+pub fn bring(
+    home: &Path,
+    source: &Source,
+    name: Option<&AliasName>,
+    json: bool,
+) -> anyhow::Result<()> {
+    let store = local_models::store(home)?;
+    let file = obtain::obtain(home, source)?;
+    let imported = local_models::import(&store, &file, name).map_err(with_remedy)?;
     let manifest = store.manifest(imported.id)?;
     let unsupported = engine::Blueprint::new(&manifest.header()?).err();
     let report = Report {
@@ -79,7 +91,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
     if let Some(why) = unsupported {
         terminal::warn(format!("it cannot be served in parts: {why}"));
     }
-    if args.json {
+    if json {
         return terminal::say_json(&report);
     }
     terminal::say(&report.model)?;

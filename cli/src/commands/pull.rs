@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use download::Source;
 use node::config::{parse_bytes, parse_layers};
 use node::transfer::{Limits, Transfer};
 use serde::Serialize;
@@ -10,25 +11,27 @@ use shard_registry::{AliasName, Manifest, Resolved, ShardEntry, Store};
 use swarm_proto::{LayerRange, ModelId};
 
 use crate::choose_model::choose;
+use crate::commands::import;
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::swarm::{Member, Swarm};
 use crate::terminal::{self, BOLD, HINT, paint};
-use crate::{figures, local_models};
+use crate::{figures, local_models, obtain};
 
-/// Fetch a model, or some of its layers, from the peers that have it.
+/// Fetch a model, or some of its layers, from the peers that have it; from a hub or an address, too.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   shoal pull llama-1b
   shoal pull 3f1c9a0b77e2 --layers 0..8
+  shoal pull hf:bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M
   shoal pull llama-1b --peer /ip4/192.168.1.5/tcp/4001 --json
 
 Every 16 KiB are checked as they come. Ctrl-C keeps what is here; the same command goes on from there.
 A second pull of a model that is here reads and checks all of it, and fetches what is damaged.")]
 pub struct Args {
-    /// The model: a name that this machine or the swarm has for it, or its id.
-    #[arg(value_name = "ID|NAME")]
+    /// The model: a name that this machine or the swarm has for it, its id, or what `shoal import` takes.
+    #[arg(value_name = "ID|NAME|hf:…|https://…")]
     model: String,
     /// Only these layers, for example 0..8; the first comes with the embedding, the last with the head.
     #[arg(long, value_name = "A..B", value_parser = parse_layers)]
@@ -63,7 +66,15 @@ struct Report {
 
 /// Fetches and prints what is here.
 pub fn main(args: Args) -> anyhow::Result<()> {
-    // Where a model that does not come from the swarm (a hub, a URL) is told from its text.
+    if let Ok(source @ (Source::Hub(_) | Source::Url(_))) = obtain::source(&args.model) {
+        if args.layers.is_some() {
+            let why =
+                "--layers is for models of the swarm: a file of a hub or an address comes whole";
+            return Err(Failure::usage(why).into());
+        }
+        let home = args.swarm.settings(false)?.home;
+        return import::bring(&home, &source, args.name.as_ref(), args.json);
+    }
     let json = args.json;
     let report = node::runtime::run(from_swarm(args))??;
     if json {
