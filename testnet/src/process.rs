@@ -267,8 +267,7 @@ mod tests {
 
     #[test]
     fn a_ready_line_is_understood() {
-        let line =
-            r#"{"peer":"12D3KooWx","addrs":["/ip4/127.0.0.1/tcp/4001"],"layers":"2..5","more":1}"#;
+        let line = r#"{"peer":"12D3KooWx","addrs":["/ip4/127.0.0.1/tcp/4001"],"layers":"2..5","model":"06","more":1}"#;
         let ready: Ready = serde_json::from_str(line).unwrap();
         assert_eq!(ready.span(), 2..5);
         assert_eq!(ready.dialable(), ["/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWx"]);
@@ -301,7 +300,7 @@ mod tests {
     #[tokio::test]
     async fn a_program_is_heard_measured_and_stopped() {
         let folder = tempfile::tempdir().unwrap();
-        let script = r#"trap 'exit 0' TERM; echo '{"peer":"P","addrs":[],"layers":"0..1"}'; while :; do sleep 0.05; done"#;
+        let script = r#"trap 'exit 0' TERM; echo '{"peer":"P","addrs":[],"layers":"0..1","model":"06"}'; while :; do sleep 0.05; done"#;
         let args = ["-c".to_owned(), script.to_owned()];
         let (mut process, ready) =
             NodeProcess::spawn("node 1", Path::new("/bin/sh"), &args, folder.path()).unwrap();
