@@ -6,9 +6,6 @@ use crate::failure::Failure;
 use crate::figures;
 use crate::swarm_report::ModelReport;
 
-/// Shorter beginnings of an id are words, not ids.
-const PREFIX_LEN_MIN: usize = 6;
-
 /// Picks among the models a swarm serves. `alias` is what this machine's store knows the name as: it
 /// is the user's own word and comes before the names that peers use.
 pub fn choose(
@@ -22,11 +19,10 @@ pub fn choose(
     if let Some(id) = alias {
         return Ok(id);
     }
-    let lower = asked.to_ascii_lowercase();
     let by_name: Vec<&ModelReport> = served.iter().filter(|model| model.name == asked).collect();
     let by_id: Vec<&ModelReport> = served
         .iter()
-        .filter(|model| asked.len() >= PREFIX_LEN_MIN && model.model.starts_with(&lower))
+        .filter(|model| model.id.begins_with(asked))
         .collect();
     let meant = if by_name.is_empty() { by_id } else { by_name };
     match &meant[..] {

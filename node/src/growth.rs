@@ -10,8 +10,8 @@ use std::{ops::Range, sync::Arc, time::Duration};
 
 use engine::{EngineError, Loaded, Worker};
 use shard_registry::{
-    AliasName, Store, UnknownModel,
-    placement::{self, Count, Facts, Holdings, join},
+    AliasName, UnknownModel,
+    placement::{self, Count, Holdings, join},
 };
 use swarm_proto::{LayerRange, ModelId};
 use tokio::{
@@ -31,8 +31,6 @@ const LOCATE: Duration = Duration::from_secs(60);
 /// Between two looks, and before a layer that could not be had is tried again; doubled up to the second.
 const PAUSE: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(60);
-/// Shortest beginning of an id that names a model.
-const PREFIX_LEN_MIN: usize = 6;
 
 /// Finds a model that is not here by what peers say, and has it described; it then has a name here, too.
 /// `alone`: nobody is known who could say anything.
@@ -83,14 +81,11 @@ pub(crate) async fn locate(
         sleep(PAUSE).await;
     }
     // What it is called where it comes from, if that is free here.
-    let models = net.adverts().snapshot().models().into_iter();
-    let name = models
-        .filter(|(other, ..)| *other == id)
-        .map(|(.., name)| name)
-        .next();
+    let models = net.adverts().snapshot().models();
+    let name = models.into_iter().find(|(other, ..)| *other == id);
     let store = transfer.store().clone();
     let found = tokio::task::spawn_blocking(move || {
-        if let Some(name) = name.and_then(|name| name.parse::<AliasName>().ok())
+        if let Some(name) = name.and_then(|(.., name)| name.parse::<AliasName>().ok())
             && store.alias(&name).is_none()
         {
             store.set_alias(&name, id)?;
@@ -105,28 +100,20 @@ fn meant(text: &str, net: &Net) -> Result<Option<ModelId>, StartError> {
     if let Ok(id) = text.parse() {
         return Ok(Some(id));
     }
-    let prefix = text.to_ascii_lowercase();
-    let begins = |id: &ModelId| text.len() >= PREFIX_LEN_MIN && id.to_string().starts_with(&prefix);
     let models = net.adverts().snapshot().models().into_iter();
-    let fits = models.filter(|(id, _, name)| *name == text || begins(id));
+    let fits = models.filter(|(id, _, name)| *name == text || id.begins_with(text));
     let ids: Vec<ModelId> = fits.map(|(id, ..)| id).collect();
     match ids[..] {
         [] => Ok(None),
         [one] => Ok(Some(one)),
         // By a name nobody decides between two models.
-        _ => Err(StartError::Load(LoadError::Unknown(
-            UnknownModel::Ambiguous {
-                text: text.to_owned(),
-                ids: ids.iter().map(ToString::to_string).collect(),
-            },
-        ))),
+        _ => Err(LoadError::Unknown(UnknownModel::ambiguous(text, &ids)).into()),
     }
 }
 
 /// The layers that a node is to hold, and how it comes by those that it does not yet.
 pub(crate) struct Growth {
     found: Found,
-    store: Store,
     transfer: Transfer,
     net: Net,
     left: Vec<u16>,
@@ -139,7 +126,6 @@ impl Growth {
         let left = layers.clone().filter_map(|layer| u16::try_from(layer).ok());
         Self {
             layer_bytes: load::layer_bytes(&found.blueprint),
-            store: transfer.store().clone(),
             left: left.collect(),
             total: layers.len(),
             found,
@@ -153,30 +139,31 @@ impl Growth {
     /// # Errors
     /// They cannot be had or loaded; they are still to come.
     pub(crate) async fn next(&mut self) -> Result<Option<Loaded>, StartError> {
-        let Some(span) = self.span_here().await?.or_else(|| self.scarcest()) else {
+        if self.left.is_empty() {
             return Ok(None);
-        };
-        let layers = LayerRange {
-            start: span.start,
-            end: span.end,
-        };
-        if !self.is_here(&span).await? {
-            self.fetch(layers).await?;
         }
-        let loaded = match self.read(&span).await? {
+        let layers = match self.span_here().await? {
+            Some(here) => here,
+            None => {
+                let Some(layer) = self.scarcest() else {
+                    return Ok(None);
+                };
+                self.fetch(layer).await?;
+                layer
+            }
+        };
+        let loaded = match self.read(layers).await? {
             Err(LoadError::Read(error)) => {
                 tracing::warn!(%layers, %error, "what is here cannot be used; looking for it among peers");
                 if let Err(nobody) = self.fetch(layers).await {
                     tracing::warn!(error = %nobody, "nor does a peer give it");
                     return Err(LoadError::Read(error).into());
                 }
-                self.read(&span).await??
+                self.read(layers).await??
             }
             read => read?,
         };
-        self.left.retain(|layer| !span.contains(layer));
-        let done = self.total - self.left.len();
-        tracing::info!(%layers, "verified and loaded layers {layers} ({done} of {})", self.total);
+        self.left.retain(|layer| !layers.contains(*layer));
         Ok(Some(loaded))
     }
 
@@ -205,54 +192,42 @@ impl Growth {
         }
     }
 
-    async fn read(&self, span: &Range<u16>) -> Result<Result<Loaded, LoadError>, StartError> {
-        let (store, found) = (self.store.clone(), self.found.clone());
-        let layers = u32::from(span.start)..u32::from(span.end);
-        Ok(tokio::task::spawn_blocking(move || load::read(&store, &found, layers)).await?)
+    async fn read(&self, layers: LayerRange) -> Result<Result<Loaded, LoadError>, StartError> {
+        let (store, found) = (self.transfer.store().clone(), self.found.clone());
+        let (total, mut done) = (self.total, self.total - self.left.len());
+        let mut progress = move |layer| {
+            done += 1;
+            tracing::info!(
+                layer,
+                "verified and loaded layer {layer} ({done} of {total})"
+            );
+        };
+        let read = move || {
+            let layers = layers.start.into()..layers.end.into();
+            load::read(&store, &found, layers, &mut progress)
+        };
+        Ok(tokio::task::spawn_blocking(read).await?)
     }
 
     /// The first span of the layers left whose shards are all here.
-    async fn span_here(&self) -> Result<Option<Range<u16>>, StartError> {
-        let here = self.here().await?;
-        let is_here = |layer: &u16| {
-            here.iter()
-                .any(|span| span.start <= *layer && *layer < span.end)
-        };
-        let mut layers = self.left.iter().copied().filter(is_here);
-        let Some(start) = layers.next() else {
-            return Ok(None);
-        };
-        let more = layers
-            .zip(start + 1..)
-            .take_while(|(layer, next)| layer == next)
-            .count();
-        Ok(Some(start..start + 1 + more as u16))
-    }
-
-    async fn is_here(&self, span: &Range<u16>) -> Result<bool, StartError> {
-        let here = self.here().await?;
-        Ok(here
-            .iter()
-            .any(|held| held.start <= span.start && span.end <= held.end))
-    }
-
-    async fn here(&self) -> Result<Vec<LayerRange>, StartError> {
-        let (store, id) = (self.store.clone(), self.found.id);
+    async fn span_here(&self) -> Result<Option<LayerRange>, StartError> {
+        let (store, id) = (self.transfer.store().clone(), self.found.id);
         let here = tokio::task::spawn_blocking(move || store.here(id)).await?;
-        Ok(here.map_err(LoadError::from)?.layers)
+        let here = here.map_err(LoadError::from)?.layers.into_iter();
+        let left = here
+            .flat_map(|span| span.layers())
+            .filter(|layer| self.left.contains(layer));
+        Ok(LayerRange::merge(left.map(LayerRange::one).collect())
+            .first()
+            .copied())
     }
 
-    fn scarcest(&self) -> Option<Range<u16>> {
-        let facts = Facts {
-            model: self.found.id,
-            layer_bytes: &self.layer_bytes,
-            frame_bytes: self.found.frame_bytes(),
-        };
+    fn scarcest(&self) -> Option<LayerRange> {
+        let facts = self.found.facts(&self.layer_bytes);
         let holdings = Holdings::of(&self.net.adverts().snapshot(), &facts);
         let near = placement::near(self.net.rtts());
         let coverage = holdings.coverage(Count::Live, self.net.me(), near);
-        let layer = join::scarcest(&self.left, &coverage, self.net.me())?;
-        Some(layer..layer + 1)
+        join::scarcest(&self.left, &coverage, self.net.me()).map(LayerRange::one)
     }
 
     async fn fetch(&self, layers: LayerRange) -> Result<(), StartError> {

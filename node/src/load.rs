@@ -6,7 +6,8 @@ use std::{io, ops::Range, path::Path, sync::Arc};
 use engine::{Blueprint, LlamaStage, LoadOptions, Loaded, TensorSource, UnsupportedModel};
 use shard_registry::{
     ImportError, Manifest, ManifestError, ReadError, Resolved, ShardReader, Store, StoreError,
-    UnknownModel, placement,
+    UnknownModel,
+    placement::{self, Facts},
 };
 use swarm_proto::ModelId;
 
@@ -32,9 +33,14 @@ pub struct Found {
 }
 
 impl Found {
-    /// Bytes of a row between hops, as exact as it is computed.
-    pub fn frame_bytes(&self) -> u64 {
-        u64::from(self.manifest.n_embd) * size_of::<f32>() as u64
+    /// What placement needs to know of it; `layer_bytes` are those of [`layer_bytes`].
+    pub fn facts<'a>(&self, layer_bytes: &'a [u64]) -> Facts<'a> {
+        Facts {
+            model: self.id,
+            layer_bytes,
+            // As exact as it is computed.
+            frame_bytes: u64::from(self.manifest.n_embd) * size_of::<f32>() as u64,
+        }
     }
 }
 
@@ -294,14 +300,18 @@ pub fn stage(found: &Found, plan: &Plan, n_threads: u32) -> Result<LlamaStage, L
     Ok(LlamaStage::new(&found.blueprint, &options)?)
 }
 
-/// Verifies and loads layers. Blocks for as long as reading and hashing them takes.
+/// Verifies and loads layers, calling `progress` after each. Blocks for as long as reading and hashing them takes.
 ///
 /// # Errors
 /// The files changed, or the engine refuses.
-pub fn read(store: &Store, found: &Found, layers: Range<u32>) -> Result<Loaded, LoadError> {
+pub fn read(
+    store: &Store,
+    found: &Found,
+    layers: Range<u32>,
+    progress: &mut dyn FnMut(u32),
+) -> Result<Loaded, LoadError> {
     let source = Verified(store.reader(found.id)?);
-    let loaded = Loaded::read(&found.blueprint, layers, &source, &mut |_| {});
-    let loaded = loaded.map_err(of_reader)?;
+    let loaded = Loaded::read(&found.blueprint, layers, &source, progress).map_err(of_reader)?;
     source.0.release();
     Ok(loaded)
 }

@@ -171,8 +171,6 @@ pub struct Explained {
     pub standbys: Vec<Result<Peer, NoStandby>>,
     /// Everybody else who names the model.
     pub others: Vec<Other>,
-    /// Peers left alone after failures; not when there is no route without them.
-    pub left_alone: Vec<Peer>,
     /// By the adverts nobody has room for some layers, so it is planned as if they had.
     pub as_if_idle: bool,
 }
@@ -234,26 +232,31 @@ impl Routes {
             .open_waiting(
                 kind,
                 patience,
-                |avoid| self.plan_well(spec, avoid, seed),
+                |avoid| {
+                    let (hops, _) = self.plan_well(&self.view.adverts(), spec, avoid, seed)?;
+                    let standbys = self.standbys(spec, &hops, avoid, &Route::default());
+                    Ok(Route { hops, standbys })
+                },
                 busy,
             )
             .await?;
         Ok(Session::new(self.clone(), spec.clone(), opened))
     }
 
-    /// A route with standbys, without those who had better be left alone, unless there is no other.
+    /// A route without those who had better be left alone, unless there is no other; and who was left alone.
     fn plan_well(
         &self,
+        snapshot: &Snapshot,
         spec: &SessionSpec,
         avoid: &[Peer],
         seed: u64,
-    ) -> Result<Route, ClientError> {
-        let well: Vec<Peer> = avoid.iter().copied().chain(self.left_alone()).collect();
-        let hops = self
-            .plan(spec, &well, seed)
-            .or_else(|_| self.plan(spec, avoid, seed))?;
-        let standbys = self.standbys(spec, &hops, avoid, &Route::default());
-        Ok(Route { hops, standbys })
+    ) -> Result<(Vec<Hop>, Vec<Peer>), ClientError> {
+        let alone = self.left_alone();
+        match self.plan_in(snapshot, spec, &[avoid, &alone].concat(), seed) {
+            Ok(hops) => Ok((hops, alone)),
+            Err(none) if alone.is_empty() => Err(none),
+            Err(_) => Ok((self.plan_in(snapshot, spec, avoid, seed)?, Vec::new())),
+        }
     }
 
     /// Who is left alone after failures, and who seems to be gone, those first who may be asked again first.
@@ -269,12 +272,10 @@ impl Routes {
     /// draws among routes that are about as cheap.
     pub fn explain(&self, spec: &SessionSpec, seed: u64) -> Explained {
         let mut snapshot = self.view.adverts();
-        let mut left_alone = self.opener.book.left_alone();
-        let mut hops = self.plan_in(&snapshot, spec, &left_alone, seed);
-        if hops.is_err() && !left_alone.is_empty() {
-            left_alone.clear();
-            hops = self.plan_in(&snapshot, spec, &[], seed);
-        }
+        let (hops, left_alone) = match self.plan_well(&snapshot, spec, &[], seed) {
+            Ok((hops, left_alone)) => (Ok(hops), left_alone),
+            Err(none) => (Err(none), Vec::new()),
+        };
         let avoid: Vec<Peer> = spec.avoid.iter().chain(&left_alone).copied().collect();
         let rtts = self.rtts();
         let query = self.query(spec, &avoid, &rtts);
@@ -287,7 +288,7 @@ impl Routes {
             priced = route.and_then(|hops| price(&snapshot, &query, hops));
         }
         let route = route.unwrap_or_default();
-        let found = self.standbys(spec, route, &left_alone, &Route::default());
+        let found = self.standbys(spec, route, &[], &Route::default());
         let standby = |at: usize| {
             let mut peers = found.peers.iter();
             let standby = peers.find(|standby| usize::from(standby.at) == at);
@@ -299,7 +300,6 @@ impl Routes {
             standbys,
             priced,
             others,
-            left_alone,
             as_if_idle,
             hops,
         }
@@ -359,14 +359,18 @@ impl Routes {
         }
         let gone = self.view.unreachable();
         let never: Vec<Peer> = [&spec.avoid, avoid, &gone].concat();
-        let rather_not = [&never[..], &self.opener.book.left_alone()].concat();
+        let alone = self.opener.book.left_alone();
         let (rtts, snapshot) = (self.rtts(), self.view.adverts());
         let found = |avoid: &[Peer]| standbys(&snapshot, &self.query(spec, avoid, &rtts), hops);
-        let found = found(&rather_not).into_iter().zip(found(&never));
+        let any = found(&never);
+        let good = match alone.is_empty() {
+            true => any.clone(),
+            false => found(&[&never[..], &alone].concat()),
+        };
         let on_the_route = hops.iter().map(|hop| hop.peer);
         let mut taken: Vec<Peer> = on_the_route.chain(never.iter().copied()).collect();
         let mut peers = Vec::new();
-        for ((at, hop), (good, any)) in (0u8..).zip(hops).zip(found) {
+        for ((at, hop), (good, any)) in (0u8..).zip(hops).zip(good.into_iter().zip(any)) {
             let before = before.standby_for(hop.layers).into_iter();
             let mut candidates = before.chain(good).chain(any);
             let free = candidates.find(|hop| !taken.contains(&hop.peer));

@@ -16,7 +16,7 @@ use std::{
 use engine::{EngineError, Stage, Worker};
 use shard_registry::{
     Store, StoreError, UnknownModel,
-    placement::{self, Count, Facts, Holdings, join},
+    placement::{self, Count, Holdings, join},
 };
 use swarm_proto::{LayerRange, ModelAdvert, ModelId, Peer, ShardId, advert::ADVERT_SPANS_MAX};
 use tokio::{sync::Notify, task::JoinHandle};
@@ -348,11 +348,7 @@ async fn choose_layers(
     if !alone && !net.synced(LISTEN_FIRST).await {
         tracing::info!("no other node was heard within {LISTEN_FIRST:?}");
     }
-    let facts = Facts {
-        model: found.id,
-        layer_bytes: &layer_bytes,
-        frame_bytes: found.frame_bytes(),
-    };
+    let facts = found.facts(&layer_bytes);
     let pick = || {
         let holdings = Holdings::of(&net.adverts().snapshot(), &facts);
         let near = placement::near(net.rtts());

@@ -273,10 +273,7 @@ impl Coverage {
     pub fn gaps(&self) -> Vec<LayerRange> {
         let layers = (0u16..).zip(&self.holders);
         let missing = layers.filter(|(_, holders)| holders.is_empty());
-        let single = missing.map(|(layer, _)| LayerRange {
-            start: layer,
-            end: layer.saturating_add(1),
-        });
+        let single = missing.map(|(layer, _)| LayerRange::one(layer));
         LayerRange::merge(single.collect())
     }
 

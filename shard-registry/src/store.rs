@@ -34,8 +34,6 @@ use crate::{
 
 /// Longest alias.
 const ALIAS_LEN_MAX: usize = 64;
-/// Shortest prefix of an id that names a model: fewer digits are too easily a word.
-const PREFIX_LEN_MIN: usize = 6;
 /// Largest `sources.json`: some 60 bytes for each tensor.
 const SOURCES_BYTES_MAX: u64 = 32 << 20;
 /// A temporary file older than this was left by a process that died.
@@ -96,6 +94,16 @@ pub enum UnknownModel {
         /// The ids.
         ids: Vec<String>,
     },
+}
+
+impl UnknownModel {
+    /// That `text` could be any of these.
+    pub fn ambiguous(text: &str, ids: &[ModelId]) -> UnknownModel {
+        UnknownModel::Ambiguous {
+            text: text.into(),
+            ids: ids.iter().map(ToString::to_string).collect(),
+        }
+    }
 }
 
 fn known_list(known: &[String]) -> String {
@@ -338,24 +346,12 @@ impl Store {
             return Ok(Resolved::Model(id));
         }
         let (models, _) = self.models();
-        if text.len() >= PREFIX_LEN_MIN {
-            let prefix = text.to_ascii_lowercase();
-            let ids: Vec<_> = models.iter().map(|model| model.id).collect();
-            let found: Vec<_> = ids
-                .into_iter()
-                .filter(|id| id.to_string().starts_with(&prefix))
-                .collect();
-            match found[..] {
-                [] => {}
-                [id] => return Ok(Resolved::Model(id)),
-                _ => {
-                    let ids = found.iter().map(ToString::to_string).collect();
-                    return Err(UnknownModel::Ambiguous {
-                        text: text.into(),
-                        ids,
-                    });
-                }
-            }
+        let ids = models.iter().map(|model| model.id);
+        let found: Vec<_> = ids.filter(|id| id.begins_with(text)).collect();
+        match found[..] {
+            [] => {}
+            [id] => return Ok(Resolved::Model(id)),
+            _ => return Err(UnknownModel::ambiguous(text, &found)),
         }
         if Path::new(text).is_file() {
             return Ok(Resolved::File(text.into()));

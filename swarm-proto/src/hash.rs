@@ -133,7 +133,15 @@ impl ShardId {
     }
 }
 
+/// Shorter beginnings of an id are words, not ids.
+const PREFIX_LEN_MIN: usize = 6;
+
 impl ModelId {
+    /// Whether `text` names this model by the beginning of its id: six digits and more, in either case.
+    pub fn begins_with(&self, text: &str) -> bool {
+        text.len() >= PREFIX_LEN_MIN && self.to_string().starts_with(&text.to_ascii_lowercase())
+    }
+
     /// The first twelve hex digits: enough for people, and for `resolve`.
     pub fn short(&self) -> String {
         self.0.0[..6]

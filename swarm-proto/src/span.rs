@@ -28,6 +28,14 @@ pub struct LayerRangeError {
 }
 
 impl LayerRange {
+    /// One layer.
+    pub fn one(layer: u16) -> Self {
+        Self {
+            start: layer,
+            end: layer.saturating_add(1),
+        }
+    }
+
     /// The range, unless it is empty.
     pub fn new(start: u16, end: u16) -> Option<Self> {
         (start < end).then_some(Self { start, end })

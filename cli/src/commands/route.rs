@@ -242,7 +242,9 @@ fn why_not(why: WhyNot) -> String {
     let time = figures::duration;
     match why {
         WhyNot::Leaving => "it is shutting down".into(),
-        WhyNot::Avoided => "left alone after failures (`shoal status --why`)".into(),
+        WhyNot::Avoided => {
+            "left alone after failures (`shoal status --why`), or out of reach".into()
+        }
         WhyNot::NotAllowed => "not on the list of trusted peers".into(),
         WhyNot::OtherLayers(n) => format!(
             "it says that the model has {}",

@@ -177,10 +177,7 @@ async fn measure(
         .map(|(layer, node)| Hop {
             peer: node.net.me(),
             addrs: node.net.listen_addrs(),
-            layers: LayerRange {
-                start: layer,
-                end: layer + 1,
-            },
+            layers: LayerRange::one(layer),
         })
         .collect();
     let times = steps(bench, &client, &route).await;

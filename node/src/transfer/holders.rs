@@ -21,7 +21,7 @@ pub fn holders(
             && claim.n_layer == n_layer
             && spans
                 .into_iter()
-                .any(|span| layer.is_none_or(|layer| span.start <= layer && layer < span.end))
+                .any(|span| layer.is_none_or(|layer| span.contains(layer)))
     };
     let others = snapshot.adverts.iter().filter(|advert| advert.peer != me);
     let mut found: Vec<_> = others

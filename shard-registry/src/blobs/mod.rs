@@ -196,11 +196,7 @@ impl Store {
             }
         }
         let held = (0..manifest.n_layer).filter(|layer| !missing.contains(layer));
-        let single = held.map(|layer| LayerRange {
-            start: layer,
-            end: layer.saturating_add(1),
-        });
-        here.layers = LayerRange::merge(single.collect());
+        here.layers = LayerRange::merge(held.map(LayerRange::one).collect());
         Ok(here)
     }
 
@@ -216,8 +212,7 @@ impl Manifest {
     pub fn shards_of(&self, layers: LayerRange) -> impl Iterator<Item = &ShardEntry> {
         let n_layer = self.n_layer;
         self.shards.iter().filter(move |shard| {
-            layer_of(shard.kind, n_layer)
-                .is_some_and(|layer| layers.start <= layer && layer < layers.end)
+            layer_of(shard.kind, n_layer).is_some_and(|layer| layers.contains(layer))
         })
     }
 }
