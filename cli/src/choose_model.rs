@@ -113,6 +113,7 @@ mod tests {
                 n_embd: 64,
                 numerics: 0,
                 stored: Vec::new(),
+                layer_bytes_max: None,
             })
             .collect();
         let advert = Advert {

@@ -70,7 +70,7 @@ impl Opening<'_> {
             Some(name) => Some(Fallback::find(&settings.home, name, threads, self.verify)?),
             None => None,
         };
-        let asked = self.model.or(settings.file.model.as_deref());
+        let asked = self.model.or(settings.file.first_model());
         let (member, model) = match (self.reach().await, fallback.as_ref()) {
             (Ok(reached), _) => reached,
             (Err(error), Some(fallback)) if fallback.is_meant(&settings.home, asked) => {

@@ -247,7 +247,7 @@ impl Member {
     /// not here already.
     pub async fn model(&self, asked: Option<&str>) -> anyhow::Result<SwarmModel> {
         let served = self.report().models;
-        let asked = asked.or(self.settings.file.model.as_deref());
+        let asked = asked.or(self.settings.file.first_model());
         let alias = asked.and_then(|name| self.alias(name, &served));
         let id = choose(asked, alias, &served)?;
         let report = served.iter().find(|model| model.id == id);

@@ -231,7 +231,7 @@ impl Stage for ChainStage {
         match loaded.weights {
             Weights::None => {
                 let held = self.held.spans().iter().cloned();
-                self.held = Held::of(held.chain([loaded.layers]));
+                self.held = Held::of(held.chain(loaded.layers.spans().iter().cloned()));
                 Ok(())
             }
             Weights::Llama { .. } => Err(EngineError::Backend("weights for a hash chain".into())),
@@ -245,6 +245,10 @@ impl Stage for ChainStage {
             [below, above]
         });
         self.held = Held::of(rest);
+    }
+
+    fn limit(&mut self, kv_bytes_max: u64) {
+        self.cells_max = kv_bytes_max / CELL_BYTES;
     }
 
     fn stats(&self) -> StageStats {

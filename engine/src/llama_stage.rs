@@ -146,17 +146,19 @@ impl LlamaStage {
         options: &LoadOptions,
         progress: &mut dyn FnMut(u32),
     ) -> Result<LlamaStage, LoadError> {
-        let loaded = Loaded::read(blueprint, layers, source, progress)?;
+        let loaded = Loaded::read(blueprint, &[layers], source, progress)?;
         let mut stage = LlamaStage::new(blueprint, options)?;
-        stage.take_in(loaded.layers, loaded.weights);
+        stage.take_in(loaded);
         Ok(stage)
     }
 
-    fn take_in(&mut self, layers: Range<u32>, weights: Weights) {
-        let Weights::Llama { embedding, groups } = weights else {
+    fn take_in(&mut self, loaded: Loaded) {
+        let Weights::Llama { embedding, groups } = loaded.weights else {
             return;
         };
-        self.drop_groups(&layers);
+        let meet = |a: &Range<u32>, b: &Range<u32>| a.start < b.end && b.start < a.end;
+        let replaced = |old: &Group| groups.iter().any(|(new, _)| meet(&old.layers, new));
+        self.groups.retain(|old| !replaced(old));
         self.embedding = embedding.or(self.embedding.take());
         for (layers, model) in groups {
             let id = self.next_group;
@@ -171,13 +173,6 @@ impl LlamaStage {
         }
         self.groups.sort_unstable_by_key(|group| group.layers.start);
         self.count_layers();
-    }
-
-    /// Drops the groups within `layers`, with the contexts that no session uses.
-    fn drop_groups(&mut self, layers: &Range<u32>) {
-        let within =
-            |group: &Group| layers.start <= group.layers.start && group.layers.end <= layers.end;
-        self.groups.retain(|group| !within(group));
     }
 
     /// The embedding goes with the last that needs it.
@@ -494,29 +489,26 @@ impl Stage for LlamaStage {
     }
 
     fn add(&mut self, loaded: Loaded) -> Result<(), EngineError> {
-        let Loaded { layers, weights } = loaded;
-        if let Weights::None = weights {
+        if let Weights::None = loaded.weights {
             return Err(EngineError::Backend("layers without weights".into()));
         }
-        let cut = |group: &&Group| {
-            let meets = group.layers.start < layers.end && layers.start < group.layers.end;
-            meets && (group.layers.start < layers.start || layers.end < group.layers.end)
-        };
-        if let Some(group) = self.groups.iter().find(cut) {
-            let held = group.layers.clone();
-            return Err(EngineError::Overlap {
-                asked: layers,
-                held,
-            });
-        }
-        self.take_in(layers, weights);
+        self.take_in(loaded);
         Ok(())
     }
 
     fn remove(&mut self, layers: &Range<u32>) {
-        self.drop_groups(layers);
+        let within =
+            |group: &Group| layers.start <= group.layers.start && group.layers.end <= layers.end;
+        self.groups.retain(|group| !within(group));
         self.count_layers();
         llama::trim();
+    }
+
+    fn limit(&mut self, kv_bytes_max: u64) {
+        self.options.kv_bytes_max = kv_bytes_max;
+        self.stats.kv_bytes_max = kv_bytes_max;
+        self.make_room(Need::default());
+        self.count();
     }
 
     fn stats(&self) -> StageStats {

@@ -8,6 +8,7 @@ use crate::blueprint::{Blueprint, Fill, StageFile, UnsupportedModel};
 use crate::embedding::Embedding;
 use crate::llama::{self, FileModel, Model};
 use crate::source::TensorSource;
+use crate::stage::Held;
 
 /// Why a stage was not loaded.
 #[derive(Debug, thiserror::Error)]
@@ -65,7 +66,7 @@ pub enum LoadError {
 /// Layers with their weights, verified and ready to join a stage: [`crate::Stage::add`]. Made on any thread
 /// while the stage runs.
 pub struct Loaded {
-    pub(crate) layers: Range<u32>,
+    pub(crate) layers: Held,
     pub(crate) weights: Weights,
 }
 
@@ -81,48 +82,50 @@ pub(crate) enum Weights {
 }
 
 impl Loaded {
-    /// Reads layers and hands them to llama.cpp, calling `progress` after each.
+    /// Reads spans of layers and hands them to llama.cpp, calling `progress` after each layer. Each span is loaded
+    /// in groups of its own, see [`Blueprint::groups`].
     ///
     /// # Errors
     /// Tensors that cannot be read or that llama.cpp refuses, and no room for
     /// a group of layers in the temporary directory.
     pub fn read(
         blueprint: &Blueprint,
-        layers: Range<u32>,
+        spans: &[Range<u32>],
         source: &dyn TensorSource,
         progress: &mut dyn FnMut(u32),
     ) -> Result<Loaded, LoadError> {
         let n_layer = blueprint.n_layer();
-        if layers.start >= layers.end || layers.end > n_layer {
-            return Err(LoadError::Layers {
-                asked: layers,
-                n_layer,
-            });
+        let wrong = |span: &&Range<u32>| span.start >= span.end || span.end > n_layer;
+        if let Some(asked) = spans.iter().find(wrong).cloned() {
+            return Err(LoadError::Layers { asked, n_layer });
         }
         llama::start();
-        let embedding = match layers.start {
-            0 => Some(Embedding::load(blueprint, source)?),
-            _ => None,
+        let embedding = match spans.iter().any(|span| span.start == 0) {
+            true => Some(Embedding::load(blueprint, source)?),
+            false => None,
         };
         let mut groups = Vec::new();
-        for group in blueprint.groups(&layers) {
+        for group in spans.iter().flat_map(|span| blueprint.groups(span)) {
             let model = load_group(blueprint, &group, source)?;
             group.clone().for_each(&mut *progress);
             groups.push((group, model));
         }
         llama::trim();
         let weights = Weights::Llama { embedding, groups };
+        let layers = Held::of(spans.iter().cloned());
         Ok(Loaded { layers, weights })
     }
 
     /// Layers of the hash chain.
     pub fn of_chain(layers: Range<u32>) -> Loaded {
-        let weights = Weights::None;
-        Loaded { layers, weights }
+        Loaded {
+            layers: Held::of([layers]),
+            weights: Weights::None,
+        }
     }
 
     /// Which layers.
-    pub fn layers(&self) -> &Range<u32> {
+    pub fn layers(&self) -> &Held {
         &self.layers
     }
 }

@@ -188,16 +188,19 @@ pub trait Stage: Send {
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError>;
 
-    /// Takes more layers in. They may replace held ones, of each that was loaded together all or none:
-    /// sessions go on with what they were opened on, new ones get the new.
+    /// Takes more layers in. They may replace held ones; what was loaded together with those, and is not
+    /// among these, leaves with them. Sessions go on with what they were opened on, new ones get the new.
     ///
     /// # Errors
-    /// Layers that were loaded with others that stay, or weights of another kind of stage.
+    /// Weights of another kind of stage.
     fn add(&mut self, loaded: Loaded) -> Result<(), EngineError>;
 
     /// Holds these layers no more; layers that were loaded together leave together, or stay. Sessions on
     /// them go on, and their weights go with the last.
     fn remove(&mut self, layers: &Range<u32>);
+
+    /// How many bytes sessions may hold together from now on. Those that are open keep what they have.
+    fn limit(&mut self, kv_bytes_max: u64);
 
     /// Counters and layers, for adverts.
     fn stats(&self) -> StageStats;
@@ -222,14 +225,6 @@ pub enum EngineError {
         asked: Range<u32>,
         /// What there is.
         held: Held,
-    },
-    /// Layers that would replace a part of what was loaded together.
-    #[error("layers {}..{} cannot replace a part of {}..{}, which were loaded together", asked.start, asked.end, held.start, held.end)]
-    Overlap {
-        /// What is to be added.
-        asked: Range<u32>,
-        /// What they are a part of.
-        held: Range<u32>,
     },
     /// A slot that is not open.
     #[error("{0} is not open")]

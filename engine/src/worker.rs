@@ -230,16 +230,33 @@ impl Worker {
     /// # Errors
     /// [`Busy`] when the queue is full: what was loaded is dropped.
     pub fn add(&self, loaded: Loaded, reply: Reply<()>) -> Result<(), Busy> {
-        let loaded = Box::new(loaded);
-        self.shared().push(Item::Add { loaded, reply })
+        let change = Box::new(move |stage: &mut dyn Stage| stage.add(loaded));
+        self.shared().push(Item::Change { change, reply })
     }
 
-    /// Queues [`Stage::remove`].
+    /// Queues [`Stage::remove`]; `reply` is called when it is done.
     ///
     /// # Errors
     /// [`Busy`] when the queue is full.
-    pub fn remove(&self, layers: Range<u32>) -> Result<(), Busy> {
-        self.shared().push(Item::Remove(layers))
+    pub fn remove(&self, layers: Range<u32>, reply: Reply<()>) -> Result<(), Busy> {
+        let change = Box::new(move |stage: &mut dyn Stage| {
+            stage.remove(&layers);
+            Ok(())
+        });
+        self.shared().push(Item::Change { change, reply })
+    }
+
+    /// Queues [`Stage::limit`].
+    ///
+    /// # Errors
+    /// [`Busy`] when the queue is full.
+    pub fn limit(&self, kv_bytes_max: u64) -> Result<(), Busy> {
+        let change = Box::new(move |stage: &mut dyn Stage| {
+            stage.limit(kv_bytes_max);
+            Ok(())
+        });
+        let reply = Box::new(|_| {});
+        self.shared().push(Item::Change { change, reply })
     }
 
     /// Layers held now.
@@ -376,16 +393,9 @@ impl Runner {
                 });
                 self.finish(closed, Box::new(|_| {}))
             }
-            Item::Add { loaded, reply } => {
-                let added = self.guarded(|stage| stage.add(*loaded));
-                self.finish(added, reply)
-            }
-            Item::Remove(layers) => {
-                let removed = self.guarded(|stage| {
-                    stage.remove(&layers);
-                    Ok(())
-                });
-                self.finish(removed, Box::new(|_| {}))
+            Item::Change { change, reply } => {
+                let changed = self.guarded(change);
+                self.finish(changed, reply)
             }
             Item::Run { job, since, .. } => {
                 let queued = since.elapsed();
@@ -549,6 +559,9 @@ mod tests {
         }
         fn remove(&mut self, layers: &Range<u32>) {
             self.inner.remove(layers);
+        }
+        fn limit(&mut self, kv_bytes_max: u64) {
+            self.inner.limit(kv_bytes_max);
         }
         fn stats(&self) -> StageStats {
             self.inner.stats()

@@ -178,6 +178,7 @@ fn signed() -> Vec<SignedAdvert> {
             n_embd: 256,
             numerics: 77,
             stored: vec![LayerRange { start: 0, end: 8 }],
+            layer_bytes_max: None,
         }],
         uplink_bytes_s: figure(1e7),
         queue: 2,

@@ -231,6 +231,7 @@ fn announcement(id: ModelId) -> Announcement {
         n_embd: 32,
         numerics: 0,
         stored: vec![LayerRange { start: 0, end: 2 }],
+        layer_bytes_max: None,
     };
     Announcement {
         models: vec![model],

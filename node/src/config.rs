@@ -145,14 +145,23 @@ pub struct FileConfig {
     pub otlp: Option<String>,
     pub log: Option<String>,
     pub log_json: bool,
-    pub model: Option<String>,
+    #[serde(deserialize_with = "one_or_several")]
+    pub model: Vec<String>,
     pub layers: Option<String>,
     pub memory: Option<String>,
+    pub turn: Option<u64>,
     pub listen: Vec<String>,
     pub announce: Vec<String>,
     pub threads: Option<u32>,
     pub upload_limit: Option<String>,
     pub disk: Option<String>,
+}
+
+impl FileConfig {
+    /// The model that a client means who names none.
+    pub fn first_model(&self) -> Option<&str> {
+        self.model.first().map(String::as_str)
+    }
 }
 
 /// Settings after all sources are merged.
@@ -391,6 +400,19 @@ fn on_or_off<'de, D: serde::Deserializer<'de>>(value: D) -> Result<Option<bool>,
             .map(Some)
             .map_err(serde::de::Error::custom),
     }
+}
+
+fn one_or_several<'de, D: serde::Deserializer<'de>>(value: D) -> Result<Vec<String>, D::Error> {
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum Value {
+        One(String),
+        Several(Vec<String>),
+    }
+    Ok(match serde::Deserialize::deserialize(value)? {
+        Value::One(one) => vec![one],
+        Value::Several(several) => several,
+    })
 }
 
 /// A count of bytes as people write it: `4G`, `512M`, `1.5GiB`, `1000000`; multiples of 1024.

@@ -1,9 +1,10 @@
 //! The daemon: flags, logging, signals, exit codes around a `SwarmNode`. Prints nothing: who calls
 //! it gets the ready line's facts.
 
-use std::{ops::Range, process::ExitCode};
+use std::{ops::Range, process::ExitCode, time::Duration};
 
 use crate::{
+    Hosted,
     config::{ConfigError, Settings, SwarmArgs, parse_bytes, parse_layers},
     load::LoadError,
     swarm_node::{NodeConfig, StartError, SwarmNode},
@@ -15,19 +16,27 @@ use shard_registry::blobs::Quota;
 /// Both transports on every interface, ports by the system.
 const DEFAULT_LISTEN: [&str; 2] = ["/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1"];
 
+/// How often nodes look whether layers should move, where nobody says.
+const TURN: Duration = Duration::from_secs(60);
+
 /// Flags of a serving node.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// Model to serve: an alias, a GGUF file (imported in place), demo, or the id or name of one that peers have: its
-    /// layers are fetched from them.
+    /// layers are fetched from them. May be given several times; the models share the memory by their size.
     #[arg(long, value_name = "NAME|ID|FILE", env = "SHOAL_MODEL")]
-    pub model: Option<String>,
-    /// Layers to serve, for example 0..4 [default: where they are needed most].
+    pub model: Vec<String>,
+    /// Layers to serve, for example 0..4, and to stay with [default: those that are needed most, others when that
+    /// changes].
     #[arg(long, value_name = "A..B", env = "SHOAL_LAYERS", value_parser = parse_layers)]
     pub layers: Option<Range<u32>>,
     /// Memory for layers and KV, for example 4G [default: half of what is free].
     #[arg(long, value_name = "SIZE", env = "SHOAL_MEMORY", value_parser = parse_bytes)]
     pub memory: Option<u64>,
+    /// Seconds between two looks whether layers should move to where they are needed more; the same on all nodes of a
+    /// swarm [default: 60].
+    #[arg(long, value_name = "SECONDS", env = "SHOAL_TURN", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub turn: Option<u64>,
     /// Address to listen on; may be given several times [default: TCP and QUIC, any free port].
     #[arg(long, value_name = "ADDR", env = "SHOAL_LISTEN", value_delimiter = ',')]
     pub listen: Vec<String>,
@@ -64,10 +73,17 @@ pub struct Ready {
     pub peer: String,
     /// Where others reach it.
     pub addrs: Vec<String>,
-    /// What it serves, as `a..b`.
-    pub layers: String,
-    /// Of which model.
+    /// What it serves.
+    pub models: Vec<ReadyModel>,
+}
+
+/// A model that is served.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct ReadyModel {
+    /// Which.
     pub model: String,
+    /// Its layers, as `a..b`, those included that are still to come.
+    pub layers: String,
 }
 
 /// Why the daemon ended other than by being told to.
@@ -89,6 +105,14 @@ pub enum DaemonError {
     /// No model was named.
     #[error("no model was named: use --model NAME, for example --model demo")]
     NoModel,
+    /// Layers of which?
+    #[error(
+        "--layers says which layers of one model, and {count} models were named: leave it out, or name one"
+    )]
+    LayersOfMany {
+        /// How many.
+        count: usize,
+    },
     /// Logging.
     #[error(transparent)]
     Telemetry(#[from] TelemetryError),
@@ -113,6 +137,7 @@ impl DaemonError {
             DaemonError::Config(_)
                 | DaemonError::Value { .. }
                 | DaemonError::NoModel
+                | DaemonError::LayersOfMany { .. }
                 | DaemonError::Telemetry(_)
                 | DaemonError::Start(StartError::Load(
                     LoadError::Unknown(_) | LoadError::Layers { .. }
@@ -148,14 +173,18 @@ async fn serve(args: Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError
             return Ok(());
         }
     };
-    let layers = node.layers();
+    let model = |hosted: &Hosted| ReadyModel {
+        model: hosted.model.to_string(),
+        layers: format!("{}..{}", hosted.layers.start, hosted.layers.end),
+    };
     let facts = Ready {
         peer: node.peer().to_string(),
         addrs: node.net().listen_addrs(),
-        layers: format!("{}..{}", layers.start, layers.end),
-        model: node.model().to_string(),
+        models: node.hosted().iter().map(model).collect(),
     };
-    tracing::info!(peer = %facts.peer, layers = %facts.layers, addrs = ?facts.addrs, "serving");
+    for ReadyModel { model, layers } in &facts.models {
+        tracing::info!(peer = %facts.peer, model, layers, addrs = ?facts.addrs, "serving");
+    }
     ready(&facts);
     let ended = tokio::select! {
         () = signals.next() => Ok(()),
@@ -210,14 +239,20 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
     } else {
         args.announce.clone()
     };
+    let models = match args.model.is_empty() {
+        true => file.model.clone(),
+        false => args.model.clone(),
+    };
+    match models.len() {
+        0 => return Err(DaemonError::NoModel),
+        count if count > 1 && layers.is_some() => return Err(DaemonError::LayersOfMany { count }),
+        _ => {}
+    }
     Ok(NodeConfig {
-        model: args
-            .model
-            .clone()
-            .or_else(|| file.model.clone())
-            .ok_or(DaemonError::NoModel)?,
+        models,
         layers,
         memory,
+        turn: args.turn.or(file.turn).map_or(TURN, Duration::from_secs),
         listen,
         announce,
         threads: args.threads.or(file.threads.map(|n| n.clamp(1, 512))),

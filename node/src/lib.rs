@@ -5,7 +5,7 @@ mod client;
 pub mod config;
 pub mod daemon;
 pub mod demo;
-mod growth;
+mod hosting;
 pub mod identity;
 pub mod known_peers;
 pub mod load;
@@ -25,6 +25,7 @@ pub mod telemetry;
 pub mod transfer;
 
 pub use client::Client;
+pub use hosting::Hosted;
 pub use identity::{Identity, IdentityError};
 pub use known_peers::KnownPeers;
 pub use net::{Access, Net, NetConfig, NetError, OpenError, Proto, Stream};

@@ -238,7 +238,7 @@ fn longest_context(blueprint: &Blueprint, plan: &Plan) -> u32 {
 }
 
 /// Bytes of the tensors of these layers, with the embedding and the head where they belong to them.
-fn tensor_bytes(blueprint: &Blueprint, layers: &Range<u32>) -> u64 {
+pub(crate) fn tensor_bytes(blueprint: &Blueprint, layers: &Range<u32>) -> u64 {
     let ends = [
         (layers.start == 0).then(|| blueprint.embedding_bytes()),
         (layers.end == blueprint.n_layer()).then(|| blueprint.head_bytes()),
@@ -255,12 +255,29 @@ pub fn layer_bytes(blueprint: &Blueprint) -> Vec<u64> {
     layers.map(|i| blueprint.layer_bytes(i)).collect()
 }
 
+/// Bytes of a memory budget that layers may take.
+pub fn layer_budget(memory: u64) -> u64 {
+    share(memory, LAYER_SHARE)
+}
+
+/// The memory of each of several models that share a budget: by their size.
+pub fn shares(memory: u64, models: &[&Blueprint]) -> Vec<u64> {
+    let bytes = |blueprint: &&Blueprint| tensor_bytes(blueprint, &(0..blueprint.n_layer())).max(1);
+    let sizes: Vec<u64> = models.iter().map(bytes).collect();
+    let all: u128 = sizes.iter().copied().map(u128::from).sum();
+    let share = |size: u64| u128::from(memory) * u128::from(size) / all.max(1);
+    let shares = sizes.into_iter().map(share);
+    shares
+        .map(|share| u64::try_from(share).unwrap_or(memory))
+        .collect()
+}
+
 /// The windows worth choosing between, see [`placement::windows`].
 ///
 /// # Errors
 /// Not one layer fits.
 pub fn windows(layer_bytes: &[u64], memory: u64) -> Result<Vec<Range<u16>>, LoadError> {
-    let windows = placement::windows(layer_bytes, share(memory, LAYER_SHARE));
+    let windows = placement::windows(layer_bytes, layer_budget(memory));
     if windows.is_empty() {
         let smallest = layer_bytes.iter().copied().min().unwrap_or(0);
         let needed = smallest.saturating_mul(100).div_ceil(LAYER_SHARE);
@@ -300,18 +317,19 @@ pub fn stage(found: &Found, plan: &Plan, n_threads: u32) -> Result<LlamaStage, L
     Ok(LlamaStage::new(&found.blueprint, &options)?)
 }
 
-/// Verifies and loads layers, calling `progress` after each. Blocks for as long as reading and hashing them takes.
+/// Verifies and loads spans of layers, calling `progress` after each layer. Blocks for as long as reading and hashing
+/// them takes.
 ///
 /// # Errors
 /// The files changed, or the engine refuses.
 pub fn read(
     store: &Store,
     found: &Found,
-    layers: Range<u32>,
+    spans: &[Range<u32>],
     progress: &mut dyn FnMut(u32),
 ) -> Result<Loaded, LoadError> {
     let source = Verified(store.reader(found.id)?);
-    let loaded = Loaded::read(&found.blueprint, layers, &source, progress).map_err(of_reader)?;
+    let loaded = Loaded::read(&found.blueprint, spans, &source, progress).map_err(of_reader)?;
     source.0.release();
     Ok(loaded)
 }

@@ -108,6 +108,10 @@ impl<S: Stage> Stage for Timed<S> {
         self.stage.remove(layers);
     }
 
+    fn limit(&mut self, kv_bytes_max: u64) {
+        self.stage.limit(kv_bytes_max);
+    }
+
     fn stats(&self) -> StageStats {
         self.stage.stats()
     }

@@ -433,7 +433,7 @@ impl Blame {
         };
         self.failed.retain(|peer| *peer != culprit);
         self.failed.push(culprit);
-        if error.without_room().is_some() {
+        if error.without_room().is_some() || error.is_leaving() {
             book.full(culprit, &failure.message);
             return true;
         }

@@ -6,6 +6,7 @@
 //! ```
 
 use std::{
+    collections::HashSet,
     fs::{File, TryLockError},
     ops::Range,
     path::{Path, PathBuf},
@@ -13,34 +14,25 @@ use std::{
     time::Duration,
 };
 
-use engine::{EngineError, Stage, Worker};
-use shard_registry::{
-    Store, StoreError, UnknownModel,
-    placement::{self, Count, Holdings, join},
-};
-use swarm_proto::{LayerRange, ModelAdvert, ModelId, Peer, ShardId, advert::ADVERT_SPANS_MAX};
-use tokio::{sync::Notify, task::JoinHandle};
+use engine::{EngineError, Worker};
+use futures::future::try_join_all;
+use shard_registry::{Store, StoreError, UnknownModel};
+use swarm_proto::{ModelId, Peer, ShardId};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Settings,
-    growth::{self, Growth},
+    hosting::{self, Board, Hosted, Place},
     identity::{Identity, IdentityError},
     known_peers::KnownPeers,
-    load::{self, Found, LoadError, Plan},
-    measure::{Speed, Timed},
-    net::{Announcement, Net, NetConfig, NetError, Proto, Shelf},
+    load::{self, Found, LoadError},
+    net::{Net, NetConfig, NetError, Proto, Shelf},
     peer_book::PeerBook,
-    session::{Served, SessionLimits, Sessions},
+    session::{SessionLimits, Sessions},
     transfer::{self, Transfer, TransferError},
 };
 
-/// How long to wait for the first adverts before choosing layers.
-const LISTEN_FIRST: Duration = Duration::from_secs(3);
-/// How long others get to object to a choice of layers, each time.
-const SETTLE: Duration = Duration::from_millis(700);
-/// Rounds of choosing: nodes that start together see each other's choices after one.
-const ROUNDS: u32 = 4;
 /// How often figures in the advert are refreshed.
 const REFRESH: Duration = Duration::from_secs(10);
 /// How often the stage worker is looked after: sessions fail on a dead one, and others still plan with it.
@@ -54,12 +46,14 @@ const DRAIN: Duration = Duration::from_secs(2);
 pub struct NodeConfig {
     /// Swarm, home, trust.
     pub settings: Settings,
-    /// Alias, id, file or `demo`.
-    pub model: String,
-    /// Which layers; none: as many as fit, where they are needed most.
+    /// Aliases, ids, files or `demo`: one model or several.
+    pub models: Vec<String>,
+    /// Which layers of each; none: as many as fit, where they are needed most.
     pub layers: Option<Range<u32>>,
-    /// Memory for layers and KV, in bytes; none: half of what is free.
+    /// Memory for layers and KV of all models, in bytes; none: half of what is free.
     pub memory: Option<u64>,
+    /// How often nodes look whether layers should move; the same in the whole swarm.
+    pub turn: Duration,
     /// Where to listen.
     pub listen: Vec<String>,
     /// Where others reach us, if not there.
@@ -118,8 +112,7 @@ pub struct SwarmNode {
     net: Net,
     transfer: Transfer,
     sessions: Sessions,
-    model: ModelId,
-    layers: Range<u32>,
+    hosted: Vec<Hosted>,
     tasks: Vec<JoinHandle<()>>,
     /// The stage worker died.
     died: CancellationToken,
@@ -128,7 +121,7 @@ pub struct SwarmNode {
 }
 
 impl SwarmNode {
-    /// Loads layers and serves them. Returns when sessions are accepted.
+    /// Loads layers and serves them. Returns when sessions are accepted for the first layers of every model.
     ///
     /// # Errors
     /// See [`StartError`]: each names the cause and what to try.
@@ -137,18 +130,17 @@ impl SwarmNode {
         let identity = Identity::load_or_create(&home)?;
         let lock = lock(&home)?;
         let store = Store::open(&home.join("store"))?;
-        let found = blocking({
-            let (store, model) = (store.clone(), config.model.clone());
-            move || load::find(&store, &home, &model)
-        })
-        .await?;
-        let found = match found {
-            Ok(found) => Ok(found),
-            Err(LoadError::Unknown(unknown)) => Err(unknown),
-            Err(other) => return Err(other.into()),
-        };
+        let mut known = Vec::new();
+        for model in config.models.clone() {
+            let (store, home) = (store.clone(), home.clone());
+            match blocking(move || load::find(&store, &home, &model)).await? {
+                Ok(found) => known.push(Ok(found)),
+                Err(LoadError::Unknown(unknown)) => known.push(Err(unknown)),
+                Err(other) => return Err(other.into()),
+            }
+        }
         let net = Net::start(net_config(&config, identity)).await?;
-        match Self::serve(&config, store, found, net.clone(), lock).await {
+        match Self::serve(&config, store, known, net.clone(), lock).await {
             Ok(node) => Ok(node),
             Err(error) => {
                 net.shutdown().await;
@@ -160,7 +152,7 @@ impl SwarmNode {
     async fn serve(
         config: &NodeConfig,
         store: Store,
-        found: Result<Found, UnknownModel>,
+        models: Vec<Result<Found, UnknownModel>>,
         net: Net,
         lock: File,
     ) -> Result<Self, StartError> {
@@ -173,30 +165,23 @@ impl SwarmNode {
             let (known, net) = (known.clone(), net.clone());
             async move { known.fall_back(&net, given).await }
         });
-        let found = match found {
-            Ok(found) => found,
-            Err(unknown) => growth::locate(unknown, &transfer, &net, alone).await?,
+        let found = try_join_all(models.into_iter().map(|model| async {
+            match model {
+                Ok(found) => Ok(found),
+                Err(unknown) => hosting::locate(unknown, &transfer, &net, alone).await,
+            }
+        }));
+        let found = each_once(found.await?);
+        let place = Place {
+            sessions: Sessions::new(net.me(), Arc::new(net.clone()), SessionLimits::default()),
+            board: Board::new(net.clone(), store),
+            net: net.clone(),
+            transfer: transfer.clone(),
+            threads: config.threads,
+            turn: config.turn,
+            alone,
         };
-        let stored = stored(&store, found.id).await;
-        let plan = choose_layers(config, &found, &stored, &net, alone).await?;
-        tracing::info!(model = %found.name, id = %found.id.short(), layers = ?plan.layers, "loading");
-        let speed = Speed::default();
-        let limits = SessionLimits::default();
-        let threads = config
-            .threads
-            .unwrap_or_else(|| load::default_threads(&found.blueprint, &plan.layers));
-        let mut growth = Growth::new(found.clone(), &plan.layers, transfer.clone(), net.clone());
-        let first = growth.next().await?;
-        let mut stage = load::stage(&found, &plan, threads)?;
-        first.map_or(Ok(()), |first| stage.add(first))?;
-        let worker = blocking({
-            let speed = speed.clone();
-            let measured = move || Box::new(Timed::new(stage, speed));
-            move || Worker::spawn(measured(), limits.worker_queue()).map_err(StartError::Worker)
-        })
-        .await??;
-        let sessions = Sessions::new(net.me(), Arc::new(net.clone()), limits);
-        sessions.serve(Served::new(found.id, worker.clone()));
+        let sessions = place.sessions.clone();
         if let (Some(down), Some(answers)) = (net.accept(Proto::Session), net.accept(Proto::Answer))
         {
             let sessions = sessions.clone();
@@ -204,29 +189,33 @@ impl SwarmNode {
                 async move { sessions.run(down, answers).await },
             ));
         }
-        let model = found.id;
-        let figures = Figures {
-            store,
-            stored,
-            found,
-            layers: plan.layers.clone(),
-            worker: worker.clone(),
-            speed,
-            threads,
-            news: Arc::default(),
-        };
-        tasks.push(tokio::spawn(growth.go_on(worker, figures.news.clone())));
-        net.publish(figures.announcement(&net)).await;
+        let (mut hosted, mut workers) = (Vec::new(), Vec::new());
+        let memory = config.memory.unwrap_or_else(load::default_memory);
+        let blueprints: Vec<_> = found.iter().map(|found| &found.blueprint).collect();
+        let shares = load::shares(memory, &blueprints);
+        let hosts = found.into_iter().zip(shares);
+        let hosts = hosts
+            .map(|(found, memory)| hosting::host(&place, found, memory, config.layers.clone()));
+        for (model, worker, keeper) in try_join_all(hosts).await? {
+            workers.push((model.model, worker));
+            hosted.push(model);
+            tasks.push(tokio::spawn(keeper.run()));
+        }
         let died = CancellationToken::new();
-        let watched = watch(net.clone(), sessions.clone(), figures, died.clone());
+        let watched = watch(
+            net.clone(),
+            place.board,
+            sessions.clone(),
+            workers,
+            died.clone(),
+        );
         tasks.push(tokio::spawn(watched));
         tasks.push(tokio::spawn(known.keep(net.clone())));
         Ok(Self {
             net,
             transfer,
             sessions,
-            model,
-            layers: plan.layers,
+            hosted,
             tasks,
             died,
             _home: lock,
@@ -248,14 +237,9 @@ impl SwarmNode {
         self.net.me()
     }
 
-    /// Which model is served.
-    pub fn model(&self) -> ModelId {
-        self.model
-    }
-
-    /// Which of its layers it is to serve; they come one by one where they are fetched.
-    pub fn layers(&self) -> Range<u32> {
-        self.layers.clone()
+    /// What it serves.
+    pub fn hosted(&self) -> &[Hosted] {
+        &self.hosted
     }
 
     /// Sessions that are open.
@@ -285,8 +269,7 @@ impl std::fmt::Debug for SwarmNode {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut out = f.debug_struct("SwarmNode");
         out.field("net", &self.net)
-            .field("model", &self.model)
-            .field("layers", &self.layers)
+            .field("hosted", &self.hosted)
             .finish()
     }
 }
@@ -324,117 +307,6 @@ fn net_config(config: &NodeConfig, identity: Identity) -> NetConfig {
     }
 }
 
-/// `alone`: nobody to hear from is known.
-async fn choose_layers(
-    config: &NodeConfig,
-    found: &Found,
-    stored: &[LayerRange],
-    net: &Net,
-    alone: bool,
-) -> Result<Plan, StartError> {
-    let memory = config.memory.unwrap_or_else(load::default_memory);
-    if let Some(layers) = config.layers.clone() {
-        return Ok(load::plan_fixed(&found.blueprint, layers, memory)?);
-    }
-    let layer_bytes = load::layer_bytes(&found.blueprint);
-    let windows = load::windows(&layer_bytes, memory)?;
-    let plan = |window: &Range<u16>| {
-        let layers = window.start.into()..window.end.into();
-        load::plan(&found.blueprint, layers, memory)
-    };
-    if let [only] = &windows[..] {
-        return Ok(plan(only));
-    }
-    if !alone && !net.synced(LISTEN_FIRST).await {
-        tracing::info!("no other node was heard within {LISTEN_FIRST:?}");
-    }
-    let facts = found.facts(&layer_bytes);
-    let pick = || {
-        let holdings = Holdings::of(&net.adverts().snapshot(), &facts);
-        let near = placement::near(net.rtts());
-        join::choose(
-            &windows,
-            &holdings.coverage(Count::Held, net.me(), near),
-            net.me(),
-        )
-    };
-    let mut window = pick().unwrap_or(0..1);
-    for _ in 0..ROUNDS {
-        let layers = window.start.into()..window.end.into();
-        net.publish(intention(found, layers, stored)).await;
-        if alone {
-            break;
-        }
-        // Not a wait for one event: others' choices may come or not.
-        tokio::time::sleep(SETTLE).await;
-        match pick() {
-            Some(better) if better != window => window = better,
-            _ => break,
-        }
-    }
-    Ok(plan(&window))
-}
-
-fn intention(found: &Found, layers: Range<u32>, stored: &[LayerRange]) -> Announcement {
-    let model = ModelAdvert {
-        model: found.id,
-        name: found.name.clone(),
-        n_layer: found.manifest.n_layer,
-        live: Vec::new(),
-        intended: span(&layers),
-        layer_tokens_s: None,
-        n_ctx_max: 0,
-        free_cells: 0,
-        n_embd: found.manifest.n_embd,
-        numerics: 0,
-        stored: stored.to_vec(),
-    };
-    Announcement {
-        models: vec![model],
-        ..Announcement::default()
-    }
-}
-
-fn span(layers: &Range<u32>) -> Vec<LayerRange> {
-    let (start, end) = (u16::try_from(layers.start), u16::try_from(layers.end));
-    match (start, end) {
-        (Ok(start), Ok(end)) => LayerRange::new(start, end).into_iter().collect(),
-        _ => Vec::new(),
-    }
-}
-
-/// What the advert says, as it is now.
-struct Figures {
-    store: Store,
-    stored: Vec<LayerRange>,
-    found: Found,
-    layers: Range<u32>,
-    worker: Worker,
-    speed: Speed,
-    threads: u32,
-    /// Told when more layers are there.
-    news: Arc<Notify>,
-}
-
-impl Figures {
-    fn announcement(&self, net: &Net) -> Announcement {
-        let stats = self.worker.stats();
-        let mut announcement = intention(&self.found, self.layers.clone(), &self.stored);
-        for model in &mut announcement.models {
-            model.live = stats.held.spans().iter().flat_map(span).collect();
-            model.layer_tokens_s = self.speed.get();
-            model.n_ctx_max = self.worker.shape().n_ctx_max;
-            model.free_cells = stats
-                .free_cells
-                .saturating_mul(stats.held.n_layers().into());
-            model.numerics = engine::numerics_class(self.threads);
-        }
-        announcement.uplink_bytes_s = net.uplink();
-        announcement.queue = u16::try_from(self.worker.queued()).unwrap_or(u16::MAX);
-        announcement
-    }
-}
-
 /// Gives what the store has to others: descriptions, and shards.
 fn give(config: &NodeConfig, net: &Net, store: &Store) -> (Transfer, Vec<JoinHandle<()>>) {
     let described = net.serve_fetch(Arc::new(StoreShelf(store.clone())));
@@ -444,51 +316,41 @@ fn give(config: &NodeConfig, net: &Net, store: &Store) -> (Transfer, Vec<JoinHan
     (transfer, tasks)
 }
 
-/// Announces until the stage worker dies, and says so then.
-async fn watch(net: Net, sessions: Sessions, figures: Figures, died: CancellationToken) {
-    let model = figures.found.id;
-    keep_announcing(&net, figures).await;
-    sessions.withdraw(&model);
+/// Two names may be one model.
+fn each_once(mut found: Vec<Found>) -> Vec<Found> {
+    let mut seen = HashSet::new();
+    found.retain(|found| seen.insert(found.id));
+    found
+}
+
+/// Keeps the advert fresh until a stage worker dies, and says so then.
+async fn watch(
+    net: Net,
+    board: Board,
+    sessions: Sessions,
+    workers: Vec<(ModelId, Worker)>,
+    died: CancellationToken,
+) {
+    let mut refresh = tokio::time::interval(REFRESH);
+    let mut watch = tokio::time::interval(WATCH);
+    while workers.iter().all(|(_, worker)| worker.is_alive()) {
+        tokio::select! {
+            _ = watch.tick() => {}
+            _ = refresh.tick() => board.refresh().await,
+        }
+    }
+    for (model, _) in &workers {
+        sessions.withdraw(model);
+    }
     net.withdraw().await;
     tracing::error!(
-        "the stage worker died: the model is withdrawn and this node serves nothing any more; \
+        "a stage worker died: everything is withdrawn and this node serves nothing any more; \
          start it again, and report the panic above if it comes back"
     );
     died.cancel();
 }
 
-/// Keeps the figures of the advert fresh for as long as the stage worker lives.
-async fn keep_announcing(net: &Net, mut figures: Figures) {
-    let mut refresh = tokio::time::interval(REFRESH);
-    let mut watch = tokio::time::interval(WATCH);
-    loop {
-        tokio::select! {
-            _ = watch.tick() => {
-                if !figures.worker.is_alive() {
-                    return;
-                }
-            }
-            () = figures.news.notified() => refresh.reset_immediately(),
-            _ = refresh.tick() => {
-                figures.stored = stored(&figures.store, figures.found.id).await;
-                net.publish(figures.announcement(net)).await;
-            }
-        }
-    }
-}
-
-/// Layers of a model that others can have from here, as many spans of them as an advert holds.
-async fn stored(store: &Store, model: ModelId) -> Vec<LayerRange> {
-    let store = store.clone();
-    let here = blocking(move || store.here(model)).await;
-    let mut layers = here.map_or_else(|_| Ok(Vec::new()), |here| here.map(|here| here.layers));
-    if let Ok(layers) = &mut layers {
-        layers.truncate(ADVERT_SPANS_MAX);
-    }
-    layers.unwrap_or_default()
-}
-
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, tokio::task::JoinError> {
     tokio::task::spawn_blocking(work).await
@@ -519,7 +381,7 @@ mod tests {
         net::Access,
         session::{Kind, Opener},
     };
-    use swarm_proto::{Dtype, FailureCode, Hop};
+    use swarm_proto::{Dtype, FailureCode, Hop, LayerRange};
 
     const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -538,9 +400,10 @@ mod tests {
         };
         let config = NodeConfig {
             settings,
-            model: "demo".into(),
+            models: vec!["demo".into()],
             layers: Some(0..8),
             memory: Some(256 << 20),
+            turn: Duration::from_secs(60),
             listen: vec!["/ip4/127.0.0.1/tcp/0".into()],
             announce: Vec::new(),
             threads: Some(1),
@@ -581,8 +444,8 @@ mod tests {
         let pending = tokio::time::timeout(2 * WATCH, node.died()).await;
         assert!(pending.is_err(), "it lives");
 
-        let worker = node.sessions.served(&node.model).unwrap().worker;
-        let (n_vocab, model) = (worker.shape().n_vocab, node.model);
+        let worker = node.sessions.served(&node.hosted[0].model).unwrap().worker;
+        let (n_vocab, model) = (worker.shape().n_vocab, node.hosted[0].model);
         let panicking: engine::Reply<engine::Slot> = Box::new(|_| panic!("as the test wants"));
         worker.open(16, 0..8, panicking).unwrap();
         tokio::time::timeout(DEADLINE, node.died()).await.unwrap();

@@ -50,6 +50,7 @@ fn announcement(free_cells: u64) -> Announcement {
         n_embd: 8,
         numerics: 1,
         stored: Vec::new(),
+        layer_bytes_max: None,
     };
     Announcement {
         models: vec![model],

@@ -86,6 +86,7 @@ impl World {
             n_embd: 32,
             numerics: 0,
             stored: layers.to_vec(),
+            layer_bytes_max: None,
         };
         Announcement {
             models: vec![model],

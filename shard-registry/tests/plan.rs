@@ -46,6 +46,7 @@ fn advert(peer: Peer, n_layer: u16, live: LayerRange, speed: f32) -> Advert {
             n_embd: 64,
             numerics: 0,
             stored: Vec::new(),
+            layer_bytes_max: None,
         }],
         uplink_bytes_s: Some(Measured {
             value: 1e9,

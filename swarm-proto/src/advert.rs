@@ -103,6 +103,9 @@ pub struct ModelAdvert {
     pub numerics: u64,
     /// Layers whose shards it gives to others; who has the first has the embedding, the last one the head.
     pub stored: Vec<LayerRange>,
+    /// Most bytes that its layers may take, of which it serves those that are needed most; none where they stay
+    /// what they are, because its owner said so or it is a program that does not move.
+    pub layer_bytes_max: Option<u64>,
 }
 
 impl Advert {
@@ -336,6 +339,7 @@ mod tests {
                 n_embd: 8,
                 numerics: 0,
                 stored: Vec::new(),
+                layer_bytes_max: None,
             };
             model.room(n_ctx)
         };

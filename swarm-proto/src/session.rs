@@ -608,6 +608,9 @@ pub enum FailureCode {
     Version,
     /// What would have to be sent again was not kept.
     NotRetained,
+    /// The session ran here and is given up in good order, to go on elsewhere: its layers leave, or its owner wants
+    /// the machine for something else. Nobody is at fault.
+    HandedOver,
 }
 
 /// Why a session is over.

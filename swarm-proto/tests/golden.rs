@@ -207,6 +207,7 @@ fn advert() -> Advert {
             n_embd: 64,
             numerics: 1,
             stored: vec![range("0..6")],
+            layer_bytes_max: Some(3000),
         }],
         uplink_bytes_s: None,
         queue: 0,
@@ -225,7 +226,7 @@ fn an_advert_and_its_signature() {
         hex(&signed.bytes),
         format!(
             "{}fd0068e5cf8b010000fbc8af0112{}01{}0464656d6f06010002010003010000004003fb0004fb00104001\
-             010006000001{}fa000773686f616c2f30",
+             01000601fbb80b000001{}fa000773686f616c2f30",
             hex(&advert.peer.0),
             "2f6970342f312e322e332e342f7463702f39",
             "ab".repeat(32),
@@ -246,7 +247,7 @@ fn an_advert_and_its_signature() {
 }
 
 /// ed25519 signatures are deterministic.
-const SIGNATURE: &str = "b26e6b8f20215b14f8e330d1e15567985f6a2b9e5f44c3687aeeeae1e07133a64528cb6542a3650418c8e34ec04445c5ea1c5f4a591825f094d3bf7db4e55d0b";
+const SIGNATURE: &str = "24c4415e6d4b79687f298c150ef2ac5a993fe5eca3ce938c2ddfcd7d24adbd8c6286572597554f6539b3e80fd12a9d039be478abc393cfe521e812c06a028000";
 
 #[test]
 fn a_ticket() {

@@ -390,6 +390,7 @@ fn advert(secret: &[u8; 32]) -> Advert {
             n_embd: 64,
             numerics: 0,
             stored: Vec::new(),
+            layer_bytes_max: None,
         }],
         uplink_bytes_s: None,
         queue: 0,

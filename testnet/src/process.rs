@@ -32,10 +32,17 @@ pub struct Ready {
     pub peer: String,
     /// Where it listens, with the peer id at the end or without.
     pub addrs: Vec<String>,
-    /// What it serves, as `start..end`.
-    pub layers: String,
-    /// The id of their model.
+    /// What it serves.
+    pub models: Vec<Served>,
+}
+
+/// A model that a node serves.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Served {
+    /// Its id.
     pub model: String,
+    /// Its layers, as `start..end`.
+    pub layers: String,
 }
 
 impl Ready {
@@ -52,13 +59,18 @@ impl Ready {
         self.addrs.iter().map(full).collect()
     }
 
-    /// The layers as numbers; empty when the node holds none.
+    /// The layers of its first model as numbers; empty when the node holds none.
     pub fn span(&self) -> Range<u32> {
-        let numbers = self
-            .layers
-            .split_once("..")
-            .and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
+        let numbers = self.models.first().and_then(|served| {
+            let (a, b) = served.layers.split_once("..")?;
+            Some(a.parse().ok()?..b.parse().ok()?)
+        });
         numbers.unwrap_or(0..0)
+    }
+
+    /// The id of its first model.
+    pub fn model(&self) -> &str {
+        self.models.first().map_or("", |served| &served.model)
     }
 }
 
@@ -267,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_ready_line_is_understood() {
-        let line = r#"{"peer":"12D3KooWx","addrs":["/ip4/127.0.0.1/tcp/4001"],"layers":"2..5","model":"06","more":1}"#;
+        let line = r#"{"peer":"12D3KooWx","addrs":["/ip4/127.0.0.1/tcp/4001"],"models":[{"layers":"2..5","model":"06"}],"more":1}"#;
         let ready: Ready = serde_json::from_str(line).unwrap();
         assert_eq!(ready.span(), 2..5);
         assert_eq!(ready.dialable(), ["/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWx"]);
@@ -300,7 +312,7 @@ mod tests {
     #[tokio::test]
     async fn a_program_is_heard_measured_and_stopped() {
         let folder = tempfile::tempdir().unwrap();
-        let script = r#"trap 'exit 0' TERM; echo '{"peer":"P","addrs":[],"layers":"0..1","model":"06"}'; while :; do sleep 0.05; done"#;
+        let script = r#"trap 'exit 0' TERM; echo '{"peer":"P","addrs":[],"models":[{"layers":"0..1","model":"06"}]}'; while :; do sleep 0.05; done"#;
         let args = ["-c".to_owned(), script.to_owned()];
         let (mut process, ready) =
             NodeProcess::spawn("node 1", Path::new("/bin/sh"), &args, folder.path()).unwrap();

@@ -15,7 +15,7 @@ async fn a_node_that_has_nothing_fetches_its_layers_and_serves_them() -> Result<
     let ask = Ask::text("demo", "Once upon a time", 24);
     let whole = client.ask_local(&ask, PATIENCE).await?;
 
-    join(&mut swarm, &ready.model, &["0..4", "4..8"], &[]).await?;
+    join(&mut swarm, ready.model(), &["0..4", "4..8"], &[]).await?;
     // Ready with the first layer; the others follow.
     let blobs = ["node-02", "node-03"].map(|home| swarm.folder().join(home).join("store/blobs"));
     until("all its layers are there", PATIENCE, async || {

@@ -136,6 +136,7 @@ fn lie(model: ModelId) -> Announcement {
             n_embd: 256,
             numerics: 1,
             stored: Vec::new(),
+            layer_bytes_max: None,
         }],
         ..Announcement::default()
     }

@@ -528,7 +528,7 @@ impl Args {
         let named = self.local.as_deref().filter(|name| !name.is_empty());
         let model = named
             .or(self.model.as_deref())
-            .or(settings.file.model.as_deref())
+            .or(settings.file.first_model())
             .unwrap_or(local_models::DEMO);
         let file = local_models::whole_file(&settings.home, model)
             .map_err(|error| self.meant_as_prompt(error))?;

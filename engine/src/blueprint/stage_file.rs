@@ -36,7 +36,7 @@ impl Blueprint {
     /// Cuts layers into those that are loaded as one model: a context takes
     /// megabytes of working buffers and a call 20 µs, whatever they compute. Only
     /// layers that have the same keys and no windows share a model.
-    pub(crate) fn groups(&self, layers: &Range<u32>) -> Vec<Range<u32>> {
+    pub fn groups(&self, layers: &Range<u32>) -> Vec<Range<u32>> {
         let mut groups: Vec<Range<u32>> = Vec::new();
         for i in layers.clone() {
             match groups.last_mut() {

@@ -5,8 +5,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use super::{Job, Reply, SlotWaiter};
-use crate::load::Loaded;
-use crate::stage::{EngineError, Slot, StageStats};
+use crate::stage::{EngineError, Slot, Stage, StageStats};
 
 /// How often a step may be overtaken: keeps prefill going under many decoders.
 const OVERTAKEN_MAX: u32 = 4;
@@ -19,6 +18,9 @@ pub(super) struct Queue {
     pub(super) dead: bool,
 }
 
+/// What is done to the stage between two steps.
+pub(super) type Change = Box<dyn FnOnce(&mut dyn Stage) -> Result<(), EngineError> + Send>;
+
 pub(super) enum Item {
     Open {
         n_ctx: u32,
@@ -26,11 +28,10 @@ pub(super) enum Item {
         waiter: Box<dyn SlotWaiter>,
     },
     Close(Slot),
-    Add {
-        loaded: Box<Loaded>,
+    Change {
+        change: Change,
         reply: Reply<()>,
     },
-    Remove(Range<u32>),
     Run {
         job: Job,
         since: Instant,
@@ -80,9 +81,7 @@ impl Queue {
                 }
                 Item::Run { overtaken, .. } if *overtaken >= OVERTAKEN_MAX => return None,
                 // Short, and somebody waits for it: at the head nothing overtakes it.
-                Item::Open { .. } | Item::Close(_) | Item::Add { .. } | Item::Remove(_)
-                    if at == 0 =>
-                {
+                Item::Open { .. } | Item::Close(_) | Item::Change { .. } if at == 0 => {
                     return None;
                 }
                 _ => {}
@@ -95,7 +94,7 @@ impl Queue {
 impl Item {
     fn slot(&self) -> Option<Slot> {
         match self {
-            Item::Open { .. } | Item::Add { .. } | Item::Remove(_) => None,
+            Item::Open { .. } | Item::Change { .. } => None,
             Item::Close(slot) => Some(*slot),
             Item::Run { job, .. } => Some(job.step.slot),
         }
@@ -104,8 +103,8 @@ impl Item {
     pub(super) fn stopped(self) {
         match self {
             Item::Open { waiter, .. } => waiter.take(Err(EngineError::Stopped)),
-            Item::Close(_) | Item::Remove(_) => {}
-            Item::Add { reply, .. } => reply(Err(EngineError::Stopped)),
+            Item::Close(_) => {}
+            Item::Change { reply, .. } => reply(Err(EngineError::Stopped)),
             Item::Run { job, .. } => (job.reply)(Err(EngineError::Stopped)),
         }
     }

@@ -5,7 +5,7 @@ use std::{fmt, time::Duration};
 use shard_registry::route::NoRoute;
 use swarm_proto::{Failure, FailureCode, Fault, Hop, LayerRange, Peer};
 
-use super::failure::culprit;
+use super::failure::{culprit, is_leaving};
 
 /// A hop as an error names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -168,6 +168,11 @@ impl ClientError {
     /// Whether a hop could not feed the next one, for it no longer retains what it sent.
     pub(crate) fn is_not_retained(&self) -> bool {
         matches!(self, Self::Hop { failure, .. } if failure.code == FailureCode::NotRetained)
+    }
+
+    /// Whether a hop gave the session up in good order, to go on elsewhere: no fault of its own.
+    pub(crate) fn is_leaving(&self) -> bool {
+        matches!(self, Self::Hop { failure, .. } if is_leaving(failure))
     }
 
     /// The hop that has no room now and may have some later. A session larger than it ever takes is

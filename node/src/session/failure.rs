@@ -25,6 +25,14 @@ pub(super) fn is_goodbye(failure: &Failure) -> bool {
     failure.fault == Fault::Caller && failure.code == FailureCode::DownstreamLost
 }
 
+/// The hop gave the session up in good order: it goes on with the others.
+pub(super) fn is_leaving(failure: &Failure) -> bool {
+    matches!(
+        failure.code,
+        FailureCode::HandedOver | FailureCode::ShuttingDown
+    )
+}
+
 /// The hop to avoid when trying again: none when the client itself was wrong.
 pub(super) fn culprit(failure: &Failure) -> Option<u8> {
     match failure.fault {

@@ -12,11 +12,12 @@
 
 use std::{
     collections::HashMap,
+    ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use swarm_proto::{Failure, FailureCode, Fault, LayerRange, Open, Peer, SessionId};
+use swarm_proto::{Failure, FailureCode, Fault, LayerRange, ModelId, Open, Peer, SessionId};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, sleep_until, timeout},
@@ -61,9 +62,11 @@ pub(super) fn key(open: &Open) -> Key {
 pub(super) struct Desks(Arc<Mutex<HashMap<Key, Entry>>>);
 
 struct Entry {
+    model: ModelId,
     to: mpsc::Sender<Comeback>,
     idle: Idle,
     give_way: CancellationToken,
+    goes: CancellationToken,
 }
 
 /// Whether a session could give way to one that runs; those that cost least first.
@@ -82,24 +85,44 @@ pub(super) struct Desk {
     desks: Desks,
     key: Key,
     ours: mpsc::WeakSender<Comeback>,
+    /// Somebody who runs needs its room.
     give_way: CancellationToken,
+    /// It is to go on elsewhere, whether it runs or not.
+    goes: CancellationToken,
 }
 
 impl Desks {
     /// Openings of this session come to the receiver from now on.
-    pub(super) fn take(&self, key: Key) -> (Desk, mpsc::Receiver<Comeback>) {
+    pub(super) fn take(&self, open: &Open) -> (Desk, mpsc::Receiver<Comeback>) {
         let (to, comebacks) = mpsc::channel(COMEBACKS_MAX);
-        let give_way = CancellationToken::new();
+        let key = key(open);
         let desk = Desk {
             desks: self.clone(),
             key,
             ours: to.downgrade(),
-            give_way: give_way.clone(),
+            give_way: CancellationToken::new(),
+            goes: CancellationToken::new(),
         };
-        let idle = Idle::No;
-        let entry = Entry { to, idle, give_way };
+        let entry = Entry {
+            model: open.model,
+            to,
+            idle: Idle::No,
+            give_way: desk.give_way.clone(),
+            goes: desk.goes.clone(),
+        };
         self.lock().insert(key, entry);
         (desk, comebacks)
+    }
+
+    /// Tells the sessions on these layers of a model that they go on elsewhere; how many they are.
+    pub(super) fn leave(&self, model: &ModelId, layers: &Range<u32>) -> usize {
+        let desks = self.lock();
+        let on_them = |(key, entry): &(&Key, &Entry)| {
+            let (start, end) = (u32::from(key.2.start), u32::from(key.2.end));
+            entry.model == *model && start < layers.end && layers.start < end
+        };
+        let leaving = desks.iter().filter(on_them);
+        leaving.map(|(_, entry)| entry.goes.cancel()).count()
     }
 
     /// Has a session end that nothing runs on, and waits until its KV is free; false where there is none.
@@ -205,11 +228,12 @@ enum Turn {
 impl Held {
     /// Runs the session to its end.
     pub(super) async fn run(mut self) {
-        let stopping = self.shared.stopping.clone();
+        let (stopping, goes) = (self.shared.stopping.clone(), self.desk.goes.clone());
         let end = tokio::select! {
             biased;
             end = self.turns() => end,
             () = stopping.cancelled() => End::Failed(self.shared.going_down(self.relay.at())),
+            () = goes.cancelled() => self.handed_over(),
         };
         self.shared.log(self.relay.at(), &end);
         self.relay.finish(&end).await;
@@ -277,6 +301,13 @@ impl Held {
             FailureCode::Full,
             message,
         )))
+    }
+
+    /// What was sent on is kept above, what comes of it below: the client finds somebody else for what is between.
+    fn handed_over(&self) -> End {
+        let message = "these layers are no longer served here";
+        let code = FailureCode::HandedOver;
+        End::Failed(fail(self.relay.at(), Fault::Local, code, message))
     }
 
     fn given_up(&self) -> End {

@@ -11,6 +11,7 @@
 
 use std::{
     collections::HashMap,
+    ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -32,7 +33,7 @@ use super::{
     chain::{Shape, open_next},
     config::SessionLimits,
     failure::{fail, is_goodbye},
-    held::{self, Comeback, Desks, Held},
+    held::{Comeback, Desks, Held},
     ledger::Ledger,
     limits::{ATTACH, OPEN},
     relay::{Below, End, Parts, Relay},
@@ -185,6 +186,12 @@ impl Sessions {
     /// Opens no new sessions of a model. Running ones go on.
     pub fn withdraw(&self, model: &ModelId) {
         lock(&self.shared.served).remove(model);
+    }
+
+    /// Has the sessions on these layers of a model go on elsewhere, whose clients lose nothing by it; how many they
+    /// are. New ones are still taken for as long as the layers are held.
+    pub fn hand_over(&self, model: &ModelId, layers: &Range<u32>) -> usize {
+        self.shared.desks.leave(model, layers)
     }
 
     /// What is served of a model.
@@ -366,7 +373,7 @@ impl Shared {
             return Err(None);
         };
         let lease = self.lease(from, open)?;
-        let (desk, comebacks) = self.desks.take(held::key(open));
+        let (desk, comebacks) = self.desks.take(open);
         let both = async {
             tokio::try_join!(
                 self.room_for(open, &admitted, &served),

@@ -34,7 +34,7 @@ use tokio::{
 
 use super::{
     config::Deadlines,
-    failure::{clamp_to_below, fail},
+    failure::{clamp_to_below, fail, is_leaving},
     ledger::{Ledger, Outbox},
     limits::down_rows,
     payload::{decode, micros, push_logits},
@@ -219,9 +219,11 @@ impl Relay {
         if let Some(standby) = self.p.standby.take() {
             standby.dismiss();
         }
-        // Nobody below waits for a client that did not come back here.
+        // Nobody below waits for a client that did not come back here; one that goes on without this hop comes.
+        let goes_on = failure.as_ref().is_some_and(is_leaving);
         match &mut self.p.below {
             Below::Nobody => {}
+            Below::Next(_) if goes_on => {}
             Below::Next(pipe) => pipe.push(&Down::Close),
             Below::Client { answers, .. } => {
                 if let Some(failure) = failure {

@@ -89,6 +89,7 @@ mod tests {
                 n_embd: 8,
                 numerics: 0,
                 stored: spans(stored),
+                layer_bytes_max: None,
             }],
             uplink_bytes_s: None,
             queue: 0,

@@ -58,6 +58,8 @@ pub struct Holder {
     /// Its window, in order: the layers it serves once it has done what it intends. While it slides
     /// some of them are not live yet, and some are live that will go.
     pub held: Vec<u16>,
+    /// Most bytes that its layers may take; none where they stay what they are.
+    pub layer_bytes_max: Option<u64>,
 }
 
 /// Who holds what of one model, and how fast they are: what a snapshot says of it.
@@ -110,6 +112,7 @@ impl Holdings {
                 rows_s: bytes_s.unwrap_or(uplink) / facts.frame_bytes.max(1) as f64,
                 held: if held.is_empty() { live.clone() } else { held },
                 live,
+                layer_bytes_max: model.layer_bytes_max,
             }
         };
         let holders = claims.into_iter().map(holder).collect();

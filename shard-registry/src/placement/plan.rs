@@ -11,7 +11,7 @@
 //! peers ([`movers`]), drawn each turn, look for a better window for themselves ([`local`]), and only
 //! where the placement can gain [`GAIN_MIN`] at all.
 //!
-//! A node's memory is not in its advert: it is taken to be what its window fills.
+//! Who says that its layers stay what they are moves in no plan, and is reckoned with in all.
 
 use std::ops::Range;
 
@@ -22,7 +22,7 @@ use super::{
     draw::draw,
     join,
     slide::OTHERS_MIN,
-    throughput::{Supply, levels, pour_over, throughput},
+    throughput::{Supply, levels, pour_over, throughput, upper_bound},
     windows,
 };
 
@@ -77,6 +77,9 @@ pub fn plan(holdings: &Holdings, facts: &Facts, turn: u64) -> Option<Plan> {
     let search = Search::new(holdings, facts);
     let today = search.today();
     let (before, now) = search.worth(&today);
+    if before == 0 && now * GAIN_MIN >= search.upper_bound() {
+        return None;
+    }
     let way = |result: Placement| search.way(&search.without_needless(result, &today), turn);
     let ways: Vec<Way> = search.results(&today).into_iter().map(way).collect();
     let best = ways.iter().map(|way| way.worth).min_by(better)?;
@@ -104,7 +107,11 @@ pub fn movers(holdings: &Holdings, turn: u64) -> Vec<Peer> {
     if flow.tokens_s * GAIN_MIN >= mean {
         return Vec::new();
     }
-    let mut peers: Vec<Peer> = holdings.holders.iter().map(|holder| holder.peer).collect();
+    let free = holdings
+        .holders
+        .iter()
+        .filter(|holder| holder.layer_bytes_max.is_some());
+    let mut peers: Vec<Peer> = free.map(|holder| holder.peer).collect();
     peers.sort_by_key(|peer| draw("move", *peer, turn));
     peers.truncate(holdings.holders.len().div_ceil(PEERS_PER_MOVER));
     peers
@@ -151,22 +158,32 @@ type Placement = Vec<Vec<u16>>;
 struct Search<'a> {
     n_layer: usize,
     holders: &'a [Holder],
-    /// For each holder the windows that fit it.
+    /// For each holder the windows that fit it; none of one that stays where it is.
     windows: Vec<Vec<Range<u16>>>,
 }
 
 impl<'a> Search<'a> {
     fn new(holdings: &'a Holdings, facts: &Facts) -> Search<'a> {
-        let fit = |holder: &Holder| {
-            let held = holder.held.iter();
-            let bytes = held.filter_map(|layer| facts.layer_bytes.get(usize::from(*layer)));
-            windows(facts.layer_bytes, bytes.sum())
+        let fit = |holder: &Holder| match holder.layer_bytes_max {
+            Some(bytes) => windows(facts.layer_bytes, bytes),
+            None => Vec::new(),
         };
         Search {
             n_layer: holdings.n_layer,
             holders: &holdings.holders,
             windows: holdings.holders.iter().map(fit).collect(),
         }
+    }
+
+    /// Tokens a second that no placement exceeds.
+    fn upper_bound(&self) -> f64 {
+        let part = |(holder, windows): (&Holder, &Vec<Range<u16>>)| {
+            let fit = windows.iter().map(ExactSizeIterator::len).max();
+            let fit = fit.unwrap_or(holder.held.len());
+            (holder.layer_tokens_s, holder.rows_s, fit)
+        };
+        let parts = self.holders.iter().zip(&self.windows).map(part);
+        upper_bound(self.n_layer, parts)
     }
 
     fn today(&self) -> Placement {
@@ -200,7 +217,11 @@ impl<'a> Search<'a> {
         fastest.sort_by(|a, b| speed(b).total_cmp(&speed(a)));
         let reversed = |order: &[usize]| order.iter().rev().copied().collect::<Vec<_>>();
         let orders = [reversed(&by_id), reversed(&fastest), by_id, fastest];
-        let nothing = vec![Vec::new(); self.holders.len()];
+        let stays = |(windows, held): (&Vec<Range<u16>>, &Vec<u16>)| match windows.is_empty() {
+            true => held.clone(),
+            false => Vec::new(),
+        };
+        let nothing: Placement = self.windows.iter().zip(today).map(stays).collect();
         let mut results = Vec::new();
         for order in &orders {
             results.push(self.converge(today.clone(), order, None));

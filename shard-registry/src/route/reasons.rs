@@ -381,6 +381,7 @@ mod tests {
                 n_embd: 64,
                 numerics: 0,
                 stored: Vec::new(),
+                layer_bytes_max: None,
             }],
             uplink_bytes_s: figure(1e9),
             queue: 0,

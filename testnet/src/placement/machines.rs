@@ -134,6 +134,7 @@ impl Machine {
             n_embd: 8192,
             numerics: 0,
             stored: Vec::new(),
+            layer_bytes_max: Some(self.fit() as u64 * LAYER_BYTES),
         };
         Advert {
             peer: self.peer,

@@ -182,6 +182,7 @@ impl Node {
             n_embd: self.model.n_embd,
             numerics: 0,
             stored: Vec::new(),
+            layer_bytes_max: None,
         };
         Some(Advert {
             peer: self.network.peer(self.number),

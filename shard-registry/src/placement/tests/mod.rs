@@ -29,6 +29,7 @@ pub(super) fn holdings(n_layer: usize, specs: &[Spec]) -> Holdings {
             rows_s: *rows_s,
             live: live.clone().collect(),
             held: held.clone().collect(),
+            layer_bytes_max: Some(held.len() as u64),
         }
     };
     Holdings {
@@ -64,6 +65,7 @@ fn advert(peer: Peer, speed: Option<f32>, uplink: Option<f32>, live: LayerRange)
             n_embd: 8,
             numerics: 0,
             stored: Vec::new(),
+            layer_bytes_max: None,
         }],
         uplink_bytes_s: uplink.map(figure),
         queue: 0,

@@ -51,6 +51,21 @@ fn a_layer_that_nobody_holds_is_repaired_however_little_is_gained() {
 }
 
 #[test]
+fn who_stays_where_it_is_moves_in_no_plan_and_counts_in_all() {
+    let mut swarm = lopsided();
+    for holder in &mut swarm.holders[..2] {
+        holder.layer_bytes_max = None;
+    }
+    let found = plan(&swarm, &facts(&[1; 4]), 0).unwrap();
+    assert_eq!((found.now, found.then), (5.0, 10.0));
+    assert_eq!(found.moves[0].peer, swarm.holders[2].peer);
+    swarm.holders[2].layer_bytes_max = None;
+    assert_eq!(plan(&swarm, &facts(&[1; 4]), 0), None);
+    swarm.holders[3].layer_bytes_max = None;
+    assert!((0..9).all(|turn| movers(&swarm, turn).is_empty()));
+}
+
+#[test]
 fn what_gains_little_is_left_alone_and_so_is_a_swarm_too_large() {
     let even = holdings(
         4,

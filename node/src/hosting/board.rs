@@ -1,0 +1,184 @@
+//! What the advert says of the models that this node serves: one announcement for all of them.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use engine::Worker;
+use shard_registry::Store;
+use swarm_proto::{LayerRange, ModelAdvert, ModelId, advert::ADVERT_SPANS_MAX};
+
+use super::span;
+use crate::{
+    load::Found,
+    measure::Speed,
+    net::{Announcement, Net},
+    swarm_node::blocking,
+};
+
+/// Clones share it.
+#[derive(Clone)]
+pub(crate) struct Board {
+    net: Net,
+    store: Store,
+    claims: Arc<Mutex<BTreeMap<ModelId, Claim>>>,
+}
+
+/// What is said of one model.
+struct Claim {
+    name: String,
+    n_layer: u16,
+    n_embd: u32,
+    window: LayerRange,
+    layer_bytes_max: Option<u64>,
+    /// Layers that others can have from here.
+    stored: Vec<LayerRange>,
+    serving: Option<Serving>,
+    /// Served still, and about to leave.
+    leaving: Option<LayerRange>,
+}
+
+/// Where the figures come from.
+pub(super) struct Serving {
+    pub(super) worker: Worker,
+    pub(super) speed: Speed,
+    pub(super) threads: u32,
+}
+
+impl Board {
+    pub(crate) fn new(net: Net, store: Store) -> Self {
+        Self {
+            net,
+            store,
+            claims: Arc::default(),
+        }
+    }
+
+    /// A window of a model is to be served; `layer_bytes_max` as in [`ModelAdvert::layer_bytes_max`].
+    pub(super) async fn intends(
+        &self,
+        found: &Found,
+        window: LayerRange,
+        layer_bytes_max: Option<u64>,
+    ) {
+        let known = {
+            let mut claims = self.lock();
+            let claim = claims.get_mut(&found.id);
+            claim.map(|claim| claim.window = window).is_some()
+        };
+        if !known {
+            let claim = Claim {
+                name: found.name.clone(),
+                n_layer: found.manifest.n_layer,
+                n_embd: found.manifest.n_embd,
+                window,
+                layer_bytes_max,
+                stored: self.stored(found.id).await,
+                serving: None,
+                leaving: None,
+            };
+            self.lock().insert(found.id, claim);
+        }
+        self.publish().await;
+    }
+
+    /// Its first layers are served.
+    pub(super) async fn serves(&self, model: &ModelId, serving: Serving) {
+        if let Some(claim) = self.lock().get_mut(model) {
+            claim.serving = Some(serving);
+        }
+        self.publish().await;
+    }
+
+    /// Layers that are said to be served no more, although they still are.
+    pub(super) async fn leaves(&self, model: &ModelId, layers: Option<LayerRange>) {
+        if let Some(claim) = self.lock().get_mut(model) {
+            claim.leaving = layers;
+        }
+        self.publish().await;
+    }
+
+    /// Looks again what is in the store, and publishes.
+    pub(crate) async fn refresh(&self) {
+        let models: Vec<ModelId> = self.lock().keys().copied().collect();
+        for model in models {
+            let stored = self.stored(model).await;
+            if let Some(claim) = self.lock().get_mut(&model) {
+                claim.stored = stored;
+            }
+        }
+        self.publish().await;
+    }
+
+    /// Says it as it is now.
+    pub(super) async fn publish(&self) {
+        let announcement = self.announcement();
+        self.net.publish(announcement).await;
+    }
+
+    fn announcement(&self) -> Announcement {
+        let claims = self.lock();
+        let queued = claims
+            .values()
+            .filter_map(|claim| Some(claim.serving.as_ref()?.worker.queued()));
+        Announcement {
+            uplink_bytes_s: self.net.uplink(),
+            queue: u16::try_from(queued.sum::<usize>()).unwrap_or(u16::MAX),
+            models: claims.iter().map(|(id, claim)| claim.advert(*id)).collect(),
+        }
+    }
+
+    /// As many spans as an advert holds.
+    async fn stored(&self, model: ModelId) -> Vec<LayerRange> {
+        let store = self.store.clone();
+        let here = blocking(move || store.here(model)).await;
+        let mut layers = here.map_or_else(|_| Ok(Vec::new()), |here| here.map(|here| here.layers));
+        if let Ok(layers) = &mut layers {
+            layers.truncate(ADVERT_SPANS_MAX);
+        }
+        layers.unwrap_or_default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ModelId, Claim>> {
+        // Each change is one assignment: no invariant spans a panic.
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Claim {
+    fn advert(&self, model: ModelId) -> ModelAdvert {
+        let mut advert = ModelAdvert {
+            model,
+            name: self.name.clone(),
+            n_layer: self.n_layer,
+            live: Vec::new(),
+            intended: vec![self.window],
+            layer_tokens_s: None,
+            n_ctx_max: 0,
+            free_cells: 0,
+            n_embd: self.n_embd,
+            numerics: 0,
+            stored: self.stored.clone(),
+            layer_bytes_max: self.layer_bytes_max,
+        };
+        if let Some(Serving {
+            worker,
+            speed,
+            threads,
+        }) = &self.serving
+        {
+            let stats = worker.stats();
+            let stays = |layer: &u16| self.leaving.is_none_or(|leaving| !leaving.contains(*layer));
+            let held = stats.held.spans().iter().map(span);
+            let live = held.flat_map(|span| span.layers()).filter(stays);
+            advert.live = LayerRange::merge(live.map(LayerRange::one).collect());
+            advert.layer_tokens_s = speed.get();
+            advert.n_ctx_max = worker.shape().n_ctx_max;
+            let layers = u64::from(stats.held.n_layers());
+            advert.free_cells = stats.free_cells.saturating_mul(layers);
+            advert.numerics = engine::numerics_class(*threads);
+        }
+        advert
+    }
+}

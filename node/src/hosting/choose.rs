@@ -1,0 +1,71 @@
+//! Which layers a node takes that comes: those that the user said, else the window that the swarm needs most.
+
+use std::{ops::Range, time::Duration};
+
+use shard_registry::placement::{self, Count, Holdings, join};
+
+use super::{Place, span};
+use crate::{
+    load::{self, Found, Plan},
+    swarm_node::StartError,
+};
+
+/// How long to wait for the first adverts before choosing.
+const LISTEN_FIRST: Duration = Duration::from_secs(3);
+/// How long others get to object to a choice, each time.
+const SETTLE: Duration = Duration::from_millis(700);
+/// Rounds of choosing: nodes that start together see each other's choices after one.
+const ROUNDS: u32 = 4;
+
+/// The layers, announced.
+pub(super) async fn layers(
+    place: &Place,
+    found: &Found,
+    layer_bytes: &[u64],
+    memory: u64,
+    wanted: Option<Range<u32>>,
+) -> Result<Plan, StartError> {
+    let (net, board) = (&place.net, &place.board);
+    if let Some(layers) = wanted {
+        let plan = load::plan_fixed(&found.blueprint, layers, memory)?;
+        board.intends(found, span(&plan.layers), None).await;
+        return Ok(plan);
+    }
+    let windows = load::windows(layer_bytes, memory)?;
+    let plan = |window: &Range<u16>| {
+        let layers = window.start.into()..window.end.into();
+        load::plan(&found.blueprint, layers, memory)
+    };
+    let intend = |window: &Range<u16>| {
+        let layers = span(&(window.start.into()..window.end.into()));
+        board.intends(found, layers, Some(load::layer_budget(memory)))
+    };
+    if let [only] = &windows[..] {
+        intend(only).await;
+        return Ok(plan(only));
+    }
+    if !place.alone && !net.synced(LISTEN_FIRST).await {
+        tracing::info!("no other node was heard within {LISTEN_FIRST:?}");
+    }
+    let facts = found.facts(layer_bytes);
+    let pick = || {
+        let holdings = Holdings::of(&net.adverts().snapshot(), &facts);
+        let near = placement::near(net.rtts());
+        let coverage = holdings.coverage(Count::Held, net.me(), near);
+        join::choose(&windows, &coverage, net.me())
+    };
+    let mut window = pick().unwrap_or(0..1);
+    for _ in 0..ROUNDS {
+        intend(&window).await;
+        if place.alone {
+            break;
+        }
+        // Not a wait for one event: others' choices may come or not.
+        tokio::time::sleep(SETTLE).await;
+        match pick() {
+            Some(better) if better != window => window = better,
+            _ => break,
+        }
+    }
+    Ok(plan(&window))
+}
