@@ -22,6 +22,7 @@ use tokio::{
 use crate::{
     load::{self, Found, LoadError},
     net::{FetchError, Net},
+    pause::Pause,
     swarm_node::StartError,
     transfer::{Transfer, TransferError},
 };
@@ -168,9 +169,11 @@ impl Growth {
     }
 
     /// Goes on until all layers are there; each is given to the worker, and `news` told.
-    pub(crate) async fn go_on(mut self, worker: Worker, news: Arc<Notify>) {
+    /// A node that is paused fetches nothing for others either.
+    pub(crate) async fn go_on(mut self, worker: Worker, news: Arc<Notify>, owners: Pause) {
         let mut pause = PAUSE;
         loop {
+            owners.over().await;
             match self.next().await {
                 Ok(None) => return,
                 Ok(Some(loaded)) => match add(&worker, loaded).await {

@@ -3,6 +3,7 @@
 
 mod client;
 pub mod config;
+pub mod control;
 pub mod daemon;
 pub mod demo;
 mod growth;
@@ -11,6 +12,7 @@ pub mod known_peers;
 pub mod load;
 pub mod measure;
 pub mod net;
+pub mod pause;
 pub mod peer_book;
 mod random;
 mod recovery;

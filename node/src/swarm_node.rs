@@ -24,12 +24,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Settings,
+    control::{self, Control},
     growth::{self, Growth},
     identity::{Identity, IdentityError},
     known_peers::KnownPeers,
     load::{self, Found, LoadError, Plan},
     measure::{Speed, Timed},
     net::{Announcement, Net, NetConfig, NetError, Proto, Shelf},
+    pause::Pause,
     peer_book::PeerBook,
     session::{Served, SessionLimits, Sessions},
     transfer::{self, Transfer, TransferError},
@@ -123,6 +125,7 @@ pub struct SwarmNode {
     tasks: Vec<JoinHandle<()>>,
     /// The stage worker died.
     died: CancellationToken,
+    _control: Control,
     /// Held while the node runs; the system lets go of it when the process dies.
     _home: File,
 }
@@ -136,6 +139,7 @@ impl SwarmNode {
         let home = config.settings.home.clone();
         let identity = Identity::load_or_create(&home)?;
         let lock = lock(&home)?;
+        let control = Control::open(&home, identity.peer());
         let store = Store::open(&home.join("store"))?;
         let found = blocking({
             let (store, model) = (store.clone(), config.model.clone());
@@ -148,7 +152,7 @@ impl SwarmNode {
             Err(other) => return Err(other.into()),
         };
         let net = Net::start(net_config(&config, identity)).await?;
-        match Self::serve(&config, store, found, net.clone(), lock).await {
+        match Self::serve(&config, store, found, net.clone(), (lock, control)).await {
             Ok(node) => Ok(node),
             Err(error) => {
                 net.shutdown().await;
@@ -162,9 +166,10 @@ impl SwarmNode {
         store: Store,
         found: Result<Found, UnknownModel>,
         net: Net,
-        lock: File,
+        (lock, control): (File, Control),
     ) -> Result<Self, StartError> {
         let (transfer, mut tasks) = give(config, &net, &store);
+        control.knows(&net, &transfer);
         let settings = &config.settings;
         let known = KnownPeers::new(&settings.home, &settings.swarm);
         let given = !settings.peers.is_empty();
@@ -189,21 +194,11 @@ impl SwarmNode {
         let first = growth.next().await?;
         let mut stage = load::stage(&found, &plan, threads)?;
         first.map_or(Ok(()), |first| stage.add(first))?;
-        let worker = blocking({
-            let speed = speed.clone();
-            let measured = move || Box::new(Timed::new(stage, speed));
-            move || Worker::spawn(measured(), limits.worker_queue()).map_err(StartError::Worker)
-        })
-        .await??;
+        let worker = worker(stage, speed.clone(), limits.worker_queue()).await?;
         let sessions = Sessions::new(net.me(), Arc::new(net.clone()), limits);
         sessions.serve(Served::new(found.id, worker.clone()));
-        if let (Some(down), Some(answers)) = (net.accept(Proto::Session), net.accept(Proto::Answer))
-        {
-            let sessions = sessions.clone();
-            tasks.push(tokio::spawn(
-                async move { sessions.run(down, answers).await },
-            ));
-        }
+        control.holds(control::Stage::new(&found, &plan.layers, &worker, &speed));
+        tasks.extend(take_sessions(&sessions, &net));
         let model = found.id;
         let figures = Figures {
             store,
@@ -214,8 +209,11 @@ impl SwarmNode {
             speed,
             threads,
             news: Arc::default(),
+            pause: control.pause().clone(),
         };
-        tasks.push(tokio::spawn(growth.go_on(worker, figures.news.clone())));
+        tasks.push(control.serves(&sessions, &transfer, &figures.news));
+        let (news, pause) = (figures.news.clone(), figures.pause.clone());
+        tasks.push(tokio::spawn(growth.go_on(worker, news, pause)));
         net.publish(figures.announcement(&net)).await;
         let died = CancellationToken::new();
         let watched = watch(net.clone(), sessions.clone(), figures, died.clone());
@@ -229,6 +227,7 @@ impl SwarmNode {
             layers: plan.layers,
             tasks,
             died,
+            _control: control,
             _home: lock,
         })
     }
@@ -289,6 +288,25 @@ impl std::fmt::Debug for SwarmNode {
             .field("layers", &self.layers)
             .finish()
     }
+}
+
+/// Measures a stage and gives it a thread.
+async fn worker(
+    stage: engine::LlamaStage,
+    speed: Speed,
+    queue: usize,
+) -> Result<Worker, StartError> {
+    let spawn = move || Worker::spawn(Box::new(Timed::new(stage, speed)), queue);
+    blocking(spawn).await?.map_err(StartError::Worker)
+}
+
+/// Takes streams of sessions; nothing where somebody does so already.
+fn take_sessions(sessions: &Sessions, net: &Net) -> Option<JoinHandle<()>> {
+    let (down, answers) = (net.accept(Proto::Session)?, net.accept(Proto::Answer)?);
+    let sessions = sessions.clone();
+    Some(tokio::spawn(
+        async move { sessions.run(down, answers).await },
+    ))
 }
 
 /// One node in one home directory.
@@ -412,12 +430,17 @@ struct Figures {
     worker: Worker,
     speed: Speed,
     threads: u32,
-    /// Told when more layers are there.
+    /// Told when more layers are there, or none are to be offered.
     news: Arc<Notify>,
+    pause: Pause,
 }
 
 impl Figures {
     fn announcement(&self, net: &Net) -> Announcement {
+        if self.pause.now().is_some() {
+            // Nothing live and nothing to come: others go around us, and see that layers are missing.
+            return Announcement::default();
+        }
         let stats = self.worker.stats();
         let mut announcement = intention(&self.found, self.layers.clone(), &self.stored);
         for model in &mut announcement.models {
@@ -437,9 +460,9 @@ impl Figures {
 
 /// Gives what the store has to others: descriptions, and shards.
 fn give(config: &NodeConfig, net: &Net, store: &Store) -> (Transfer, Vec<JoinHandle<()>>) {
-    let described = net.serve_fetch(Arc::new(StoreShelf(store.clone())));
     let book = PeerBook::default();
     let transfer = Transfer::new(net.clone(), store.clone(), config.transfer, book, true);
+    let described = net.serve_fetch(Arc::new(StoreShelf(transfer.clone())));
     let tasks = described.into_iter().chain(transfer.serve()).collect();
     (transfer, tasks)
 }
@@ -495,19 +518,24 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// Manifests and metadata of the store, for others.
-struct StoreShelf(Store);
+struct StoreShelf(Transfer);
 
 impl Shelf for StoreShelf {
     fn manifest(&self, id: &ModelId) -> std::io::Result<Option<Vec<u8>>> {
-        match self.0.manifest_bytes(*id) {
-            Ok(bytes) => Ok(Some(bytes)),
+        match self.0.store().manifest_bytes(*id) {
+            Ok(bytes) => {
+                self.0.described(bytes.len());
+                Ok(Some(bytes))
+            }
             Err(StoreError::Missing { .. }) => Ok(None),
             Err(error) => Err(std::io::Error::other(error)),
         }
     }
 
     fn shard(&self, id: &ShardId) -> std::io::Result<Option<Vec<u8>>> {
-        Ok(self.0.metadata_shard(*id))
+        let shard = self.0.store().metadata_shard(*id);
+        self.0.described(shard.as_ref().map_or(0, Vec::len));
+        Ok(shard)
     }
 }
 

@@ -11,7 +11,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -31,13 +34,13 @@ use super::{
     admit::{Admitted, admit},
     chain::{Shape, open_next},
     config::SessionLimits,
-    failure::{fail, is_goodbye},
+    failure::{fail, is_goodbye, paused},
     held::{self, Comeback, Desks, Held},
     ledger::Ledger,
     limits::{ATTACH, OPEN},
     relay::{Below, End, Parts, Relay},
     retained::{Budget, Retained},
-    slot::SlotGuard,
+    slot::{KvWaiter, SlotGuard},
     standby::{Fed, Follower, standby_open},
     tail::{Claim, Pairing, Place},
     topk::TopK,
@@ -147,6 +150,8 @@ pub(super) struct Shared {
     retained: Arc<Budget>,
     /// Sessions fail for reasons of our own.
     failing: Seldom,
+    /// No new sessions for now: the node is paused.
+    paused: AtomicBool,
     /// No new sessions.
     draining: CancellationToken,
     /// The running ones end too.
@@ -167,6 +172,7 @@ impl Sessions {
             desks: Desks::default(),
             retained: Budget::new(limits.retained_memory, limits.retained_disk),
             failing: Seldom::default(),
+            paused: AtomicBool::new(false),
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -191,6 +197,11 @@ impl Sessions {
     #[cfg(test)]
     pub(crate) fn served(&self, model: &ModelId) -> Option<Served> {
         lock(&self.shared.served).get(model).cloned()
+    }
+
+    /// From now on new sessions are refused, or taken again. Those that run go on, and may be opened again.
+    pub fn pause(&self, paused: bool) {
+        self.shared.paused.store(paused, Ordering::Relaxed);
     }
 
     /// Sessions that are open or being opened.
@@ -259,24 +270,6 @@ impl Sessions {
 pub(super) struct Lease {
     _upstream: Share<Peer>,
     _client: Share<(Peer, Peer)>,
-}
-
-/// The task that opens a session, as the stage worker sees it.
-struct KvWaiter {
-    to: oneshot::Sender<Result<SlotGuard, engine::EngineError>>,
-    worker: Worker,
-}
-
-impl engine::SlotWaiter for KvWaiter {
-    fn waits(&self) -> bool {
-        !self.to.is_closed()
-    }
-
-    fn take(self: Box<Self>, result: Result<engine::Slot, engine::EngineError>) {
-        let Self { to, worker } = *self;
-        // Guarded before it travels: a session that is gone by now must not leak its KV.
-        let _ = to.send(result.map(|slot| SlotGuard::new(worker, slot)));
-    }
 }
 
 /// What the chain below a hop became; nothing, for one that stands by.
@@ -359,6 +352,9 @@ impl Shared {
     ) -> Result<impl FnOnce(Pipe) -> Held + use<>, Option<Failure>> {
         if self.draining.is_cancelled() {
             return Err(Some(self.going_down(open.at)));
+        }
+        if self.paused.load(Ordering::Relaxed) {
+            return Err(Some(paused(open.at)));
         }
         let served = lock(&self.served).get(&open.model).cloned();
         let admitted = admit(open, from, self.me, served.as_ref())?;

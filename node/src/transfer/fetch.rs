@@ -79,6 +79,7 @@ impl Transfer {
             .await?;
         blocking(move || partial.finish()).await??;
         inner.shards.came(&shard.id);
+        inner.counts.fetched(id, shard.id);
         progress(shard.bytes);
         Ok(())
     }

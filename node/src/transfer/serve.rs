@@ -3,7 +3,6 @@
 
 use std::{
     io::{self, Write},
-    ops::Range,
     sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -140,6 +139,9 @@ impl Uploads {
         wire: &mut Wire,
         buffers: &Buffers,
     ) -> Result<Option<Give>, ServeError> {
+        if self.transfer.paused.load(Ordering::Relaxed) {
+            return Ok(Some(Give::Failed("it is paused by its owner".into())));
+        }
         let (transfer, wanted) = (self.transfer.clone(), *ask);
         let found = blocking(move || {
             let found = transfer.shards.get(wanted.model, wanted.shard)?;
@@ -169,7 +171,7 @@ impl Uploads {
         if let Verdict::Elsewhere(peers) = verdict {
             return Ok(Some(Give::Elsewhere { peers }));
         }
-        match self.give(shard, ask.range(), wire, buffers).await? {
+        match self.give(shard, ask, wire, buffers).await? {
             Ok(sent) => {
                 let mut grants = self.grants.lock().unwrap_or_else(PoisonError::into_inner);
                 grants.sent(&ask.shard, &peer, sent);
@@ -186,12 +188,12 @@ impl Uploads {
     async fn give(
         &self,
         shard: Arc<OpenShard>,
-        range: Range<u32>,
+        ask: &Ask,
         wire: &mut Wire,
         buffers: &Buffers,
     ) -> Result<Result<u64, GiveError>, ServeError> {
         let (parts, mut ready) = mpsc::channel::<Vec<u8>>(PARTS_AHEAD);
-        let spare = buffers.clone();
+        let (spare, range) = (buffers.clone(), ask.range());
         let part_bytes = match self.transfer.net.sessions_run() {
             true => PART_BYTES_BESIDE,
             false => PART_BYTES,
@@ -212,8 +214,7 @@ impl Uploads {
             let sending = timeout(PART_DEADLINE, wire.send(&Give::Part, &part)).await;
             sending.map_err(|_| ServeError::Slow)??;
             sent += part.len() as u64;
-            let given = &self.transfer.given;
-            given.fetch_add(part.len() as u64, Ordering::Relaxed);
+            self.transfer.counts.gave(ask.model, ask.shard, part.len());
             buffers.put(part);
         }
         Ok(giving.await?.map(|()| sent))
