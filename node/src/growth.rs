@@ -135,6 +135,21 @@ impl Growth {
         }
     }
 
+    /// The first layers, waited for as long as somebody has them: a slow seed may be busy with others.
+    ///
+    /// # Errors
+    /// As [`Growth::next`], but for holders that send nothing for a while.
+    pub(crate) async fn first(&mut self) -> Result<Option<Loaded>, StartError> {
+        loop {
+            match self.next().await {
+                Err(StartError::Transfer(error @ TransferError::Stalled { .. })) => {
+                    tracing::warn!(%error, "going on");
+                }
+                first => return first,
+            }
+        }
+    }
+
     /// The next layers, loaded: a span that is here, else the scarcest, fetched. `None` when there are no more.
     ///
     /// # Errors

@@ -191,7 +191,7 @@ impl SwarmNode {
             .threads
             .unwrap_or_else(|| load::default_threads(&found.blueprint, &plan.layers));
         let mut growth = Growth::new(found.clone(), &plan.layers, transfer.clone(), net.clone());
-        let first = growth.next().await?;
+        let first = growth.first().await?;
         let mut stage = load::stage(&found, &plan, threads)?;
         first.map_or(Ok(()), |first| stage.add(first))?;
         let worker = worker(stage, speed.clone(), limits.worker_queue()).await?;

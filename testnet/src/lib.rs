@@ -12,6 +12,7 @@
 
 pub mod binaries;
 pub mod client;
+pub mod cold;
 pub mod facts;
 pub mod faults;
 pub mod picture;

@@ -54,12 +54,16 @@ impl Ready {
 
     /// The layers as numbers; empty when the node holds none.
     pub fn span(&self) -> Range<u32> {
-        let numbers = self
-            .layers
-            .split_once("..")
-            .and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
-        numbers.unwrap_or(0..0)
+        span(&self.layers)
     }
+}
+
+/// Layers as `start..end`; empty where that is something else.
+pub(crate) fn span(text: &str) -> Range<u32> {
+    let numbers = text
+        .split_once("..")
+        .and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
+    numbers.unwrap_or(0..0)
 }
 
 /// A node that was started. Dropping it kills the process.

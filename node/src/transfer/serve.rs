@@ -3,7 +3,7 @@
 
 use std::{
     io::{self, Write},
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -18,7 +18,7 @@ use tokio::{
 use super::{
     Inner, Transfer, blocking,
     bucket::Bucket,
-    grants::{Asker, Grants, Verdict},
+    grants::{Asker, Grants, Uplink, Verdict},
     wire::{ASK, Buffers, Wire, WireError},
 };
 use crate::{
@@ -165,15 +165,18 @@ impl Uploads {
             let peers = self.transfer.net.peers();
             let there = peers.borrow();
             let live = |peer: &Peer| there.contains(peer);
-            let mut grants = self.grants.lock().unwrap_or_else(PoisonError::into_inner);
-            grants.ask(ask.shard, shard.bytes(), asker, Instant::now(), live)
+            let mut grants = self.grants();
+            let now = Instant::now();
+            grants.ask(ask.shard, shard.bytes(), asker, now, self.uplink(now), live)
         };
-        if let Verdict::Elsewhere(peers) = verdict {
-            return Ok(Some(Give::Elsewhere { peers }));
+        match verdict {
+            Verdict::Serve => {}
+            Verdict::Later => return Ok(Some(Give::Later)),
+            Verdict::Elsewhere(peers) => return Ok(Some(Give::Elsewhere { peers })),
         }
-        match self.give(shard, ask, wire, buffers).await? {
+        match self.give(peer, shard, ask, wire, buffers).await? {
             Ok(sent) => {
-                let mut grants = self.grants.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut grants = self.grants();
                 grants.sent(&ask.shard, &peer, sent);
                 Ok(None)
             }
@@ -187,6 +190,7 @@ impl Uploads {
     /// Reads, checks and hashes on a thread, and sends what is right.
     async fn give(
         &self,
+        peer: Peer,
         shard: Arc<OpenShard>,
         ask: &Ask,
         wire: &mut Wire,
@@ -211,6 +215,7 @@ impl Uploads {
         let mut sent = 0;
         while let Some(part) = ready.recv().await {
             self.pause(part.len()).await;
+            self.grants().sending(&ask.shard, &peer, Instant::now());
             let sending = timeout(PART_DEADLINE, wire.send(&Give::Part, &part)).await;
             sending.map_err(|_| ServeError::Slow)??;
             sent += part.len() as u64;
@@ -218,6 +223,20 @@ impl Uploads {
             buffers.put(part);
         }
         Ok(giving.await?.map(|()| sent))
+    }
+
+    fn grants(&self) -> MutexGuard<'_, Grants> {
+        // Whose every change is one call: no invariant spans a panic.
+        self.grants.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn uplink(&self, now: Instant) -> Uplink {
+        self.bucket.as_ref().map_or(Uplink::Free, |bucket| {
+            let bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            Uplink::Limited {
+                full: bucket.is_full(now),
+            }
+        })
     }
 
     async fn pause(&self, bytes: usize) {
