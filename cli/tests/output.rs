@@ -105,6 +105,8 @@ fn bad_arguments_are_usage_errors() {
         &["frobnicate"],
         &["completions", "tcsh"],
         &["node", "pause", "--for", "soon"],
+        &["node", "--quiet-hours", "22-7"],
+        &["node", "--cpu-share", "0"],
     ] {
         let output = run(args);
         assert_eq!(

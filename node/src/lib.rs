@@ -4,6 +4,7 @@
 mod client;
 pub mod config;
 pub mod control;
+pub mod cpu_share;
 pub mod daemon;
 pub mod demo;
 mod growth;
@@ -14,6 +15,7 @@ pub mod measure;
 pub mod net;
 pub mod pause;
 pub mod peer_book;
+pub mod quiet_hours;
 mod random;
 mod recovery;
 mod routes;

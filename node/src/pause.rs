@@ -1,4 +1,5 @@
-//! Whether a node serves others just now: its owner may pause it, for some hours or until further notice.
+//! Whether a node serves others just now: its owner may pause it, for some hours, until further notice, or at certain
+//! hours of each day.
 //!
 //! ```text
 //! shoal node pause ─▶ Rules ─┐
@@ -11,11 +12,13 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+
+use crate::quiet_hours::QuietHours;
 
 /// What the owner said, in the home.
 const FILE: &str = "paused";
@@ -28,6 +31,8 @@ const LOOK: Duration = Duration::from_secs(1);
 pub enum Why {
     /// Its owner said so.
     Owner,
+    /// It is the time of day.
+    QuietHours,
 }
 
 /// That a node is paused, and until when.
@@ -44,6 +49,18 @@ pub struct Paused {
 struct Rules {
     /// What the owner said.
     asked: Option<Asked>,
+    quiet: QuietHours,
+    /// The owner wants it to serve until then, in seconds since 1970, quiet hours or not.
+    awake_until: u64,
+}
+
+/// What the clock says.
+#[derive(Debug, Clone, Copy)]
+struct Time {
+    /// Seconds since 1970.
+    s: u64,
+    /// Seconds since midnight, where the machine is.
+    of_day: u32,
 }
 
 /// An owner's pause, as the file holds it.
@@ -54,13 +71,29 @@ struct Asked {
 }
 
 impl Rules {
-    fn at(&self, now_s: u64) -> Option<Paused> {
-        let asked = self.asked?;
-        let lasts = asked.until.is_none_or(|until| now_s < until);
-        lasts.then_some(Paused {
+    fn at(&self, now: Time) -> Option<Paused> {
+        let asked = self
+            .asked
+            .filter(|asked| asked.until.is_none_or(|until| now.s < until));
+        let by_owner = asked.map(|asked| Paused {
             why: Why::Owner,
             until: asked.until,
-        })
+        });
+        let by_the_hour = || {
+            let until = self
+                .quiet_until(now)
+                .filter(|_| now.s >= self.awake_until)?;
+            Some(Paused {
+                why: Why::QuietHours,
+                until: Some(until),
+            })
+        };
+        by_owner.or_else(by_the_hour)
+    }
+
+    /// When the quiet hours are over that it is in the middle of.
+    fn quiet_until(&self, now: Time) -> Option<u64> {
+        Some(now.s.saturating_add(self.quiet.left(now.of_day)?.into()))
     }
 }
 
@@ -79,13 +112,15 @@ struct Inner {
 
 impl Pause {
     /// What was said in this home. A file that says nothing that can be understood counts as none.
-    pub(crate) fn load(home: &Path) -> Self {
+    pub(crate) fn load(home: &Path, quiet: QuietHours) -> Self {
         let path = home.join(FILE);
         let asked = fs::read_to_string(&path).ok();
         let rules = Rules {
             asked: asked.and_then(|text| serde_json::from_str(&text).ok()),
+            quiet,
+            awake_until: 0,
         };
-        let now = watch::Sender::new(rules.at(now_s()));
+        let now = watch::Sender::new(rules.at(now()));
         let rules = Mutex::new(rules);
         Self {
             inner: Arc::new(Inner { path, rules, now }),
@@ -114,7 +149,7 @@ impl Pause {
     /// # Errors
     /// It cannot be written down: then nothing changes.
     pub(crate) fn pause(&self, lasts: Option<Duration>) -> io::Result<()> {
-        let until = lasts.map(|lasts| now_s().saturating_add(lasts.as_secs().max(1)));
+        let until = lasts.map(|lasts| now().s.saturating_add(lasts.as_secs().max(1)));
         let asked = Asked { until };
         let home = self.inner.path.parent().unwrap_or(Path::new("."));
         let mut file = tempfile::NamedTempFile::new_in(home)?;
@@ -126,7 +161,7 @@ impl Pause {
         Ok(())
     }
 
-    /// Serves again.
+    /// Serves again; in quiet hours until the next ones begin.
     ///
     /// # Errors
     /// What the owner said cannot be taken back: then nothing changes.
@@ -135,7 +170,10 @@ impl Pause {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        self.rules().asked = None;
+        let mut rules = self.rules();
+        rules.asked = None;
+        rules.awake_until = rules.quiet_until(now()).unwrap_or(0);
+        drop(rules);
         self.look();
         Ok(())
     }
@@ -150,7 +188,7 @@ impl Pause {
     }
 
     fn look(&self) {
-        let now = self.rules().at(now_s());
+        let now = self.rules().at(now());
         self.inner.now.send_if_modified(|held| {
             let changed = *held != now;
             *held = now;
@@ -166,9 +204,13 @@ impl Pause {
     }
 }
 
-fn now_s() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.unwrap_or_default().as_secs()
+fn now() -> Time {
+    let now = jiff::Zoned::now();
+    let hand = |n: i8| u32::try_from(n).unwrap_or(0);
+    Time {
+        s: u64::try_from(now.timestamp().as_second()).unwrap_or(0),
+        of_day: hand(now.hour()) * 3600 + hand(now.minute()) * 60 + hand(now.second()),
+    }
 }
 
 /// A span of time as people write it: `90s`, `30m`, `2h`, `1d`, `1h30m`.
@@ -230,12 +272,16 @@ mod tests {
         }
     }
 
+    fn load(home: &Path) -> Pause {
+        Pause::load(home, QuietHours::default())
+    }
+
     #[test]
     fn a_pause_outlives_its_node_and_ends_by_itself_or_by_its_owner() {
         let home = tempfile::tempdir().unwrap();
-        assert_eq!(Pause::load(home.path()).now(), None);
-        Pause::load(home.path()).pause(None).unwrap();
-        let again = Pause::load(home.path());
+        assert_eq!(load(home.path()).now(), None);
+        load(home.path()).pause(None).unwrap();
+        let again = load(home.path());
         let for_ever = Paused {
             why: Why::Owner,
             until: None,
@@ -244,21 +290,55 @@ mod tests {
         again.resume().unwrap();
         assert_eq!(again.now(), None);
         again.resume().unwrap();
-        assert_eq!(Pause::load(home.path()).now(), None);
+        assert_eq!(load(home.path()).now(), None);
 
         again.pause(Some(Duration::from_secs(7200))).unwrap();
         let until = again.now().and_then(|paused| paused.until).unwrap();
         let rules = again.rules().clone();
-        assert!(rules.at(until - 1).is_some());
-        assert_eq!(rules.at(until), None, "two hours are over");
-        assert!(Pause::load(home.path()).now().is_some());
+        let at = |s| rules.at(Time { s, of_day: 0 });
+        assert!(at(until - 1).is_some());
+        assert_eq!(at(until), None, "two hours are over");
+        assert!(load(home.path()).now().is_some());
         fs::write(home.path().join(FILE), "{\"until\":12}").unwrap();
-        assert_eq!(
-            Pause::load(home.path()).now(),
-            None,
-            "over while it was off"
-        );
+        assert_eq!(load(home.path()).now(), None, "over while it was off");
         fs::write(home.path().join(FILE), "nonsense").unwrap();
-        assert_eq!(Pause::load(home.path()).now(), None);
+        assert_eq!(load(home.path()).now(), None);
+    }
+
+    #[test]
+    fn in_quiet_hours_it_is_paused_unless_its_owner_wants_it_awake() {
+        let mut rules = Rules {
+            quiet: "22:00-07:00".parse().unwrap(),
+            ..Rules::default()
+        };
+        // Midnight of some day, and seven hours on.
+        let (midnight, morning) = (1_800_000_000, 1_800_000_000 + 7 * 3600);
+        let night = Time {
+            s: midnight,
+            of_day: 0,
+        };
+        let quiet = Paused {
+            why: Why::QuietHours,
+            until: Some(morning),
+        };
+        assert_eq!(rules.at(night), Some(quiet));
+        let day = Time {
+            s: morning,
+            of_day: 7 * 3600,
+        };
+        assert_eq!(rules.at(day), None);
+        rules.awake_until = rules.quiet_until(night).unwrap();
+        assert_eq!(rules.at(night), None, "told to serve");
+        let next = Time {
+            s: midnight + 22 * 3600,
+            of_day: 22 * 3600,
+        };
+        assert_eq!(
+            rules.at(next).map(|paused| paused.why),
+            Some(Why::QuietHours),
+            "and the next night"
+        );
+        rules.asked = Some(Asked { until: None });
+        assert_eq!(rules.at(next).map(|paused| paused.why), Some(Why::Owner));
     }
 }

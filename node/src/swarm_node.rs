@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::Settings,
     control::{self, Control},
+    cpu_share::CpuShare,
     growth::{self, Growth},
     identity::{Identity, IdentityError},
     known_peers::KnownPeers,
@@ -33,6 +34,7 @@ use crate::{
     net::{Announcement, Net, NetConfig, NetError, Proto, Shelf},
     pause::Pause,
     peer_book::PeerBook,
+    quiet_hours::QuietHours,
     session::{Served, SessionLimits, Sessions},
     transfer::{self, Transfer, TransferError},
 };
@@ -70,6 +72,10 @@ pub struct NodeConfig {
     pub threads: Option<u32>,
     /// What others may have of our uplink, and fetched shards of our disk.
     pub transfer: transfer::Limits,
+    /// How much of the time the compute threads may work.
+    pub cpu_share: CpuShare,
+    /// Hours of the day in which it is paused.
+    pub quiet_hours: QuietHours,
 }
 
 /// Why a node did not start.
@@ -139,7 +145,7 @@ impl SwarmNode {
         let home = config.settings.home.clone();
         let identity = Identity::load_or_create(&home)?;
         let lock = lock(&home)?;
-        let control = Control::open(&home, identity.peer());
+        let control = Control::open(&home, identity.peer(), config.quiet_hours.clone());
         let store = Store::open(&home.join("store"))?;
         let found = blocking({
             let (store, model) = (store.clone(), config.model.clone());
@@ -194,7 +200,8 @@ impl SwarmNode {
         let first = growth.first().await?;
         let mut stage = load::stage(&found, &plan, threads)?;
         first.map_or(Ok(()), |first| stage.add(first))?;
-        let worker = worker(stage, speed.clone(), limits.worker_queue()).await?;
+        let timed = (speed.clone(), config.cpu_share);
+        let worker = worker(stage, timed, limits.worker_queue()).await?;
         let sessions = Sessions::new(net.me(), Arc::new(net.clone()), limits);
         sessions.serve(Served::new(found.id, worker.clone()));
         control.holds(control::Stage::new(&found, &plan.layers, &worker, &speed));
@@ -293,10 +300,10 @@ impl std::fmt::Debug for SwarmNode {
 /// Measures a stage and gives it a thread.
 async fn worker(
     stage: engine::LlamaStage,
-    speed: Speed,
+    (speed, share): (Speed, CpuShare),
     queue: usize,
 ) -> Result<Worker, StartError> {
-    let spawn = move || Worker::spawn(Box::new(Timed::new(stage, speed)), queue);
+    let spawn = move || Worker::spawn(Box::new(Timed::new(stage, speed, share)), queue);
     blocking(spawn).await?.map_err(StartError::Worker)
 }
 
@@ -573,6 +580,8 @@ mod tests {
             announce: Vec::new(),
             threads: Some(1),
             transfer: transfer::Limits::default(),
+            cpu_share: CpuShare::default(),
+            quiet_hours: QuietHours::default(),
         };
         SwarmNode::start(config).await.unwrap()
     }

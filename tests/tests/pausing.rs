@@ -138,3 +138,27 @@ async fn a_paused_node_gives_nothing_and_what_it_gives_is_counted() -> Result<()
     swarm.stop().await;
     Ok(())
 }
+
+#[tokio::test]
+async fn in_quiet_hours_a_node_is_paused_and_its_owner_can_wake_it() -> Result<()> {
+    let flags = ["--quiet-hours", "00:00-24:00", "--cpu-share", "50"];
+    let mut swarm = serve("demo", &["0..8"], &flags).await?;
+    let status = say(&swarm, 1, "status").await?;
+    ensure!(
+        status["state"] == "paused" && status["paused"]["why"] == "quiet-hours",
+        "{status}"
+    );
+    ensure!(status["paused"]["until"].as_u64() > Some(0), "{status}");
+    let status = say(&swarm, 1, "resume").await?;
+    ensure!(status["state"] == "serving", "{status}");
+    let ask = Ask::text("demo", "Once upon a time", 8);
+    let client = swarm.client("client");
+    client.until_covered(8, PATIENCE).await?;
+    let (staged, whole) = (
+        client.ask(&ask, PATIENCE).await?,
+        client.ask_local(&ask, PATIENCE).await?,
+    );
+    ensure!(staged.same(&whole), "{staged:?}\n{whole:?}");
+    swarm.stop().await;
+    Ok(())
+}

@@ -19,6 +19,7 @@ Examples:
   shoal node --model demo
   shoal node --model llama-1b --memory 4G
   shoal node --model model.gguf --layers 0..8 --listen /ip4/0.0.0.0/tcp/4001
+  shoal node --model llama-1b --cpu-share 50 --quiet-hours 22:00-07:00
   shoal node status                     what the node of this home does
   shoal node pause --for 2h             the machine for yourself; `shoal node resume` ends it
 
@@ -165,6 +166,7 @@ fn state(status: &NodeStatus) -> String {
 fn until(paused: &Paused) -> String {
     let why = match paused.why {
         Why::Owner => "",
+        Why::QuietHours => ": quiet hours,",
     };
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)

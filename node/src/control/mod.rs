@@ -30,7 +30,9 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{net::Net, pause::Pause, session::Sessions, transfer::Transfer};
+use crate::{
+    net::Net, pause::Pause, quiet_hours::QuietHours, session::Sessions, transfer::Transfer,
+};
 
 pub use ask::{AskError, ask};
 pub(crate) use status::Stage;
@@ -101,10 +103,10 @@ struct Parts {
 impl Control {
     /// Listens in this home, whose lock the caller holds: what lies there in the socket's place is a dead node's. A
     /// home where no socket can be made does without.
-    pub(crate) fn open(home: &Path, peer: Peer) -> Self {
-        let pause = Pause::load(home);
+    pub(crate) fn open(home: &Path, peer: Peer, quiet: QuietHours) -> Self {
+        let pause = Pause::load(home, quiet);
         if let Some(paused) = pause.now() {
-            tracing::warn!(?paused, "paused by its owner: `shoal node resume` ends it");
+            tracing::warn!(why = ?paused.why, until = ?paused.until, "paused: `shoal node resume` ends it");
         }
         let shared = Arc::new(Shared {
             peer,

@@ -9,7 +9,7 @@ use super::*;
 use crate::pause::Why;
 
 fn here(home: &Path) -> Control {
-    Control::open(home, Peer([7; 32]))
+    Control::open(home, Peer([7; 32]), QuietHours::default())
 }
 
 async fn asked(home: &Path, request: Request) -> Result<NodeStatus, AskError> {
