@@ -35,7 +35,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
-const COMMANDS: [&[&str]; 24] = [
+const COMMANDS: [&[&str]; 27] = [
     &["run"],
     &["chat"],
     &["status"],
@@ -50,6 +50,9 @@ const COMMANDS: [&[&str]; 24] = [
     &["verify"],
     &["route"],
     &["node"],
+    &["node", "status"],
+    &["node", "pause"],
+    &["node", "resume"],
     &["invite"],
     &["join"],
     &["doctor"],
@@ -101,6 +104,9 @@ fn bad_arguments_are_usage_errors() {
         &["run", "--no-such-flag"],
         &["frobnicate"],
         &["completions", "tcsh"],
+        &["node", "pause", "--for", "soon"],
+        &["node", "--quiet-hours", "22-7"],
+        &["node", "--cpu-share", "0"],
     ] {
         let output = run(args);
         assert_eq!(
@@ -134,6 +140,20 @@ fn a_model_that_is_not_here_is_named_with_those_that_are() {
         "{error}"
     );
     assert!(error.contains("try:"), "{error}");
+}
+
+#[test]
+fn without_a_node_its_home_is_named() {
+    for command in ["status", "pause", "resume"] {
+        let home = tempfile::tempdir().unwrap();
+        let output = shoal(home.path(), &["node", command]).output().unwrap();
+        let error = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(error.contains(home.path().to_str().unwrap()), "{error}");
+        assert!(error.contains("try: start one"), "{error}");
+        let left = std::fs::read_dir(home.path()).unwrap().count();
+        assert_eq!(left, 0, "{command} leaves something behind");
+    }
 }
 
 #[test]

@@ -155,6 +155,8 @@ pub struct FileConfig {
     pub threads: Option<u32>,
     pub upload_limit: Option<String>,
     pub disk: Option<String>,
+    pub cpu_share: Option<u32>,
+    pub quiet_hours: Option<String>,
 }
 
 impl FileConfig {

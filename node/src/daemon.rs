@@ -6,7 +6,9 @@ use std::{ops::Range, process::ExitCode, time::Duration};
 use crate::{
     Hosted,
     config::{ConfigError, Settings, SwarmArgs, parse_bytes, parse_layers},
+    cpu_share::CpuShare,
     load::LoadError,
+    quiet_hours::QuietHours,
     swarm_node::{NodeConfig, StartError, SwarmNode},
     telemetry::{self, TelemetryConfig, TelemetryError},
     transfer::Limits,
@@ -58,6 +60,13 @@ pub struct Args {
     /// Most that fetched shards may take of the disk, for example 20G [default: all but a reserve].
     #[arg(long, value_name = "SIZE", env = "SHOAL_DISK", value_parser = parse_bytes)]
     pub disk: Option<u64>,
+    /// Most of the time that the compute threads may work, in percent; the node rests after each step, and its measured
+    /// speed says so [default: 100].
+    #[arg(long, value_name = "PERCENT", env = "SHOAL_CPU_SHARE")]
+    pub cpu_share: Option<CpuShare>,
+    /// Hours of the day, by this machine's clock, in which the node is paused, for example 22:00-07:00,12:30-13:30.
+    #[arg(long, value_name = "HOURS", env = "SHOAL_QUIET_HOURS")]
+    pub quiet_hours: Option<QuietHours>,
     /// Print one line of JSON on standard output once sessions are served.
     #[arg(long)]
     pub ready_json: bool,
@@ -216,6 +225,14 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
     let memory = bytes(args.memory, "memory", &file.memory)?;
     let upload_bytes_s = bytes(args.upload_limit, "upload-limit", &file.upload_limit)?;
     let max_bytes = bytes(args.disk, "disk", &file.disk)?;
+    let cpu_share = match (args.cpu_share, file.cpu_share) {
+        (None, Some(percent)) => filed("cpu-share", &percent.to_string(), |text| text.parse())?,
+        (flag, _) => flag.unwrap_or_default(),
+    };
+    let quiet_hours = match (&args.quiet_hours, &file.quiet_hours) {
+        (None, Some(text)) => filed("quiet-hours", text, |text| text.parse())?,
+        (flag, _) => flag.clone().unwrap_or_default(),
+    };
     let mut listen = if args.listen.is_empty() {
         file.listen.clone()
     } else {
@@ -263,6 +280,8 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
                 ..Quota::default()
             },
         },
+        cpu_share,
+        quiet_hours,
         settings,
     })
 }

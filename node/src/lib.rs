@@ -3,6 +3,8 @@
 
 mod client;
 pub mod config;
+pub mod control;
+pub mod cpu_share;
 pub mod daemon;
 pub mod demo;
 mod hosting;
@@ -11,7 +13,9 @@ pub mod known_peers;
 pub mod load;
 pub mod measure;
 pub mod net;
+pub mod pause;
 pub mod peer_book;
+pub mod quiet_hours;
 mod random;
 mod recovery;
 mod routes;

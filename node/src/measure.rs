@@ -10,6 +10,8 @@ use std::{
 use engine::{EngineError, Input, Loaded, Slot, Stage, StageShape, StageStats, Step, Want};
 use swarm_proto::Measured;
 
+use crate::cpu_share::CpuShare;
+
 /// How long the run at start may take: some hundred steps of a small model, a few of a large one.
 const RUN_MAX: Duration = Duration::from_millis(250);
 /// Steps of it at most and at least.
@@ -53,23 +55,32 @@ impl Speed {
     }
 }
 
-/// A stage that times its own steps. Only steps of one row count: prefill is another regime, and
-/// what a route is chosen for is the next token.
+/// A stage that times its own steps, and rests between them where it may not have all of the time. Only steps of one
+/// row count: prefill is another regime, and what a route is chosen for is the next token. What a rest costs is in the
+/// figure, so that others reckon with it.
 pub struct Timed<S> {
     stage: S,
     speed: Speed,
+    share: CpuShare,
+    /// It rests until then. Time in which nobody wanted anything counts as rest.
+    rested: Instant,
 }
 
 impl<S: Stage> Timed<S> {
     /// Measures the stage, waiting for its turn on this machine, and goes on measuring.
-    pub fn new(mut stage: S, speed: Speed) -> Self {
+    pub fn new(mut stage: S, speed: Speed, share: CpuShare) -> Self {
         let turn = Turn::wait();
         match run(&mut stage) {
-            Ok(value) => speed.start(value),
+            Ok(value) => speed.start(share.of(value)),
             Err(error) => tracing::warn!(%error, "the stage could not be measured"),
         }
         drop(turn);
-        Self { stage, speed }
+        Self {
+            stage,
+            speed,
+            share,
+            rested: Instant::now(),
+        }
     }
 }
 
@@ -92,12 +103,16 @@ impl<S: Stage> Stage for Timed<S> {
         input: &Input<'_>,
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError> {
+        std::thread::sleep(self.rested.saturating_duration_since(Instant::now()));
         let start = Instant::now();
-        self.stage.run(step, input, out)?;
-        if step.n_rows == 1 {
-            self.speed.step(step.layers.len(), start.elapsed());
+        let ran = self.stage.run(step, input, out);
+        let took = start.elapsed();
+        let rest = self.share.rest(took);
+        self.rested = Instant::now() + rest;
+        if ran.is_ok() && step.n_rows == 1 {
+            self.speed.step(step.layers.len(), took + rest);
         }
-        Ok(())
+        ran
     }
 
     fn add(&mut self, loaded: Loaded) -> Result<(), EngineError> {
@@ -199,7 +214,7 @@ mod tests {
             assert_eq!(speed.get(), None);
             let pace = Duration::from_millis(2);
             let chain = ChainStage::new(6, 8, 32, layers.clone(), 1).with_pace(pace);
-            let mut stage = Timed::new(chain, speed.clone());
+            let mut stage = Timed::new(chain, speed.clone(), CpuShare::default());
             let first = speed.get().expect("measured").value;
             assert!(first.is_finite() && first > 0.0, "{first}");
             assert_eq!(stage.stats().sessions, 0, "the run's session is closed");
@@ -220,5 +235,37 @@ mod tests {
             stage.run(&step, &input, &mut Vec::new()).expect("runs");
             assert_eq!(speed.get().expect("measured").age_s, 0);
         }
+    }
+
+    #[test]
+    fn a_stage_takes_its_share_of_the_time_and_its_figure_says_so() {
+        let layers = 1..3;
+        let pace = Duration::from_millis(2);
+        let speeds = ["100", "25"].map(|share| {
+            let speed = Speed::default();
+            let chain = ChainStage::new(6, 8, 32, layers.clone(), 1).with_pace(pace);
+            let mut stage = Timed::new(chain, speed.clone(), share.parse().expect("a share"));
+            let first = speed.get().expect("measured").value;
+            let slot = stage.open(64, layers.clone()).expect("opens");
+            let begun = Instant::now();
+            for pos0 in 0..10 {
+                let step = Step {
+                    slot,
+                    layers: layers.clone(),
+                    pos0,
+                    n_rows: 1,
+                    want: Want::Last,
+                };
+                stage
+                    .run(&step, &Input::Hidden(&[0.5; 8]), &mut Vec::new())
+                    .expect("runs");
+            }
+            (first, speed.get().expect("measured").value, begun.elapsed())
+        });
+        let [(first, then, _), (first_share, then_share, took)] = speeds;
+        // Ten steps of 4 ms each, and nine rests of 12 ms.
+        assert!(took >= Duration::from_millis(140), "{took:?}");
+        assert!(first_share < first * 0.75, "{first_share} of {first}");
+        assert!(then_share < then * 0.75, "{then_share} of {then}");
     }
 }

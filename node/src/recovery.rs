@@ -343,7 +343,7 @@ impl Session {
                 let models = advert.into_iter().flat_map(|advert| &advert.models);
                 models
                     .flat_map(|model| &model.live)
-                    .any(|live| no_route.excluded.iter().any(|range| meet(live, range)))
+                    .any(|live| no_route.excluded.iter().any(|range| live.meets(*range)))
             };
             // `avoid` is sorted: those who failed longest ago come first.
             let Some(at) = avoid.iter().position(holds) else {
@@ -502,10 +502,6 @@ fn keeping(snapshot: &Snapshot, model: &ModelId, keep: &[Hop]) -> Snapshot {
     Snapshot {
         adverts: snapshot.adverts.iter().map(advert).collect(),
     }
-}
-
-fn meet(a: &LayerRange, b: &LayerRange) -> bool {
-    a.start < b.end && b.start < a.end
 }
 
 fn without(span: LayerRange, hole: LayerRange) -> impl Iterator<Item = LayerRange> {

@@ -23,12 +23,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Settings,
+    control::Control,
+    cpu_share::CpuShare,
     hosting::{self, Board, Hosted, Place},
     identity::{Identity, IdentityError},
     known_peers::KnownPeers,
     load::{self, Found, LoadError},
     net::{Net, NetConfig, NetError, Proto, Shelf},
     peer_book::PeerBook,
+    quiet_hours::QuietHours,
     session::{SessionLimits, Sessions},
     transfer::{self, Transfer, TransferError},
 };
@@ -62,6 +65,10 @@ pub struct NodeConfig {
     pub threads: Option<u32>,
     /// What others may have of our uplink, and fetched shards of our disk.
     pub transfer: transfer::Limits,
+    /// How much of the time the compute threads may work.
+    pub cpu_share: CpuShare,
+    /// Hours of the day in which it is paused.
+    pub quiet_hours: QuietHours,
 }
 
 /// Why a node did not start.
@@ -116,6 +123,7 @@ pub struct SwarmNode {
     tasks: Vec<JoinHandle<()>>,
     /// The stage worker died.
     died: CancellationToken,
+    _control: Control,
     /// Held while the node runs; the system lets go of it when the process dies.
     _home: File,
 }
@@ -129,6 +137,7 @@ impl SwarmNode {
         let home = config.settings.home.clone();
         let identity = Identity::load_or_create(&home)?;
         let lock = lock(&home)?;
+        let control = Control::open(&home, identity.peer(), config.quiet_hours.clone());
         let store = Store::open(&home.join("store"))?;
         let mut known = Vec::new();
         for model in config.models.clone() {
@@ -140,7 +149,7 @@ impl SwarmNode {
             }
         }
         let net = Net::start(net_config(&config, identity)).await?;
-        match Self::serve(&config, store, known, net.clone(), lock).await {
+        match Self::serve(&config, store, known, net.clone(), (lock, control)).await {
             Ok(node) => Ok(node),
             Err(error) => {
                 net.shutdown().await;
@@ -154,9 +163,10 @@ impl SwarmNode {
         store: Store,
         models: Vec<Result<Found, UnknownModel>>,
         net: Net,
-        lock: File,
+        (lock, control): (File, Control),
     ) -> Result<Self, StartError> {
         let (transfer, mut tasks) = give(config, &net, &store);
+        control.knows(&net, &transfer);
         let settings = &config.settings;
         let known = KnownPeers::new(&settings.home, &settings.swarm);
         let given = !settings.peers.is_empty();
@@ -174,7 +184,8 @@ impl SwarmNode {
         let found = each_once(found.await?);
         let place = Place {
             sessions: Sessions::new(net.me(), Arc::new(net.clone()), SessionLimits::default()),
-            board: Board::new(net.clone(), store),
+            board: Board::new(net.clone(), store, control.pause().clone()),
+            cpu_share: config.cpu_share,
             net: net.clone(),
             transfer: transfer.clone(),
             threads: config.threads,
@@ -182,13 +193,8 @@ impl SwarmNode {
             alone,
         };
         let sessions = place.sessions.clone();
-        if let (Some(down), Some(answers)) = (net.accept(Proto::Session), net.accept(Proto::Answer))
-        {
-            let sessions = sessions.clone();
-            tasks.push(tokio::spawn(
-                async move { sessions.run(down, answers).await },
-            ));
-        }
+        tasks.extend(take_sessions(&sessions, &net));
+        tasks.push(control.serves(&sessions, &transfer, &place.board));
         let (mut hosted, mut workers) = (Vec::new(), Vec::new());
         let memory = config.memory.unwrap_or_else(load::default_memory);
         let blueprints: Vec<_> = found.iter().map(|found| &found.blueprint).collect();
@@ -218,6 +224,7 @@ impl SwarmNode {
             hosted,
             tasks,
             died,
+            _control: control,
             _home: lock,
         })
     }
@@ -274,6 +281,15 @@ impl std::fmt::Debug for SwarmNode {
     }
 }
 
+/// Takes streams of sessions; nothing where somebody does so already.
+fn take_sessions(sessions: &Sessions, net: &Net) -> Option<JoinHandle<()>> {
+    let (down, answers) = (net.accept(Proto::Session)?, net.accept(Proto::Answer)?);
+    let sessions = sessions.clone();
+    Some(tokio::spawn(
+        async move { sessions.run(down, answers).await },
+    ))
+}
+
 /// One node in one home directory.
 fn lock(home: &Path) -> Result<File, StartError> {
     let path = home.join("node.lock");
@@ -309,9 +325,9 @@ fn net_config(config: &NodeConfig, identity: Identity) -> NetConfig {
 
 /// Gives what the store has to others: descriptions, and shards.
 fn give(config: &NodeConfig, net: &Net, store: &Store) -> (Transfer, Vec<JoinHandle<()>>) {
-    let described = net.serve_fetch(Arc::new(StoreShelf(store.clone())));
     let book = PeerBook::default();
     let transfer = Transfer::new(net.clone(), store.clone(), config.transfer, book, true);
+    let described = net.serve_fetch(Arc::new(StoreShelf(transfer.clone())));
     let tasks = described.into_iter().chain(transfer.serve()).collect();
     (transfer, tasks)
 }
@@ -357,19 +373,24 @@ pub(crate) async fn blocking<T: Send + 'static>(
 }
 
 /// Manifests and metadata of the store, for others.
-struct StoreShelf(Store);
+struct StoreShelf(Transfer);
 
 impl Shelf for StoreShelf {
     fn manifest(&self, id: &ModelId) -> std::io::Result<Option<Vec<u8>>> {
-        match self.0.manifest_bytes(*id) {
-            Ok(bytes) => Ok(Some(bytes)),
+        match self.0.store().manifest_bytes(*id) {
+            Ok(bytes) => {
+                self.0.described(bytes.len());
+                Ok(Some(bytes))
+            }
             Err(StoreError::Missing { .. }) => Ok(None),
             Err(error) => Err(std::io::Error::other(error)),
         }
     }
 
     fn shard(&self, id: &ShardId) -> std::io::Result<Option<Vec<u8>>> {
-        Ok(self.0.metadata_shard(*id))
+        let shard = self.0.store().metadata_shard(*id);
+        self.0.described(shard.as_ref().map_or(0, Vec::len));
+        Ok(shard)
     }
 }
 
@@ -408,6 +429,8 @@ mod tests {
             announce: Vec::new(),
             threads: Some(1),
             transfer: transfer::Limits::default(),
+            cpu_share: CpuShare::default(),
+            quiet_hours: QuietHours::default(),
         };
         SwarmNode::start(config).await.unwrap()
     }

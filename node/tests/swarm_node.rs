@@ -54,6 +54,8 @@ async fn serve_all(
         listen: vec!["/ip4/127.0.0.1/tcp/0".into()],
         threads: Some(1),
         transfer: Default::default(),
+        cpu_share: Default::default(),
+        quiet_hours: Default::default(),
     };
     (SwarmNode::start(config).await.expect("node starts"), home)
 }

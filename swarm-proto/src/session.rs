@@ -602,7 +602,7 @@ pub enum FailureCode {
     DownstreamLost,
     /// The computation failed.
     Engine,
-    /// This node is leaving.
+    /// This node takes no new sessions: it is leaving, or paused by its owner.
     ShuttingDown,
     /// The other side speaks another version.
     Version,

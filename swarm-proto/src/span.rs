@@ -51,6 +51,11 @@ impl LayerRange {
         self.len() == 0
     }
 
+    /// Whether they share a layer.
+    pub fn meets(&self, other: LayerRange) -> bool {
+        self.start < other.end && other.start < self.end
+    }
+
     /// Whether `layer` is one of them.
     pub fn contains(&self, layer: u16) -> bool {
         (self.start..self.end).contains(&layer)

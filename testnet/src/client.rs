@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 
+use crate::cold::NodeStatus;
 use crate::facts::Facts;
 use crate::process::clean_environment;
 
@@ -254,6 +255,29 @@ impl Client {
             .next()
             .map(|model| model.layers)
             .unwrap_or_default())
+    }
+
+    /// How the node with this home is.
+    ///
+    /// # Errors
+    /// As [`Client::ask`]; also where no node runs there yet.
+    pub async fn node_status(&self, home: &Path, limit: Duration) -> Result<NodeStatus> {
+        self.of_node(&["status"], home, limit).await
+    }
+
+    /// Pauses the node with this home, for good.
+    ///
+    /// # Errors
+    /// As [`Client::node_status`].
+    pub async fn pause_node(&self, home: &Path, limit: Duration) -> Result<NodeStatus> {
+        self.of_node(&["pause"], home, limit).await
+    }
+
+    async fn of_node(&self, words: &[&str], home: &Path, limit: Duration) -> Result<NodeStatus> {
+        let home = home.display().to_string();
+        let args = ["node"].iter().chain(words).copied();
+        let args = args.chain(["--json", "--home", &home]).map(str::to_owned);
+        self.json(&args.collect::<Vec<_>>(), limit).await
     }
 
     /// Runs `shoal` and reads the JSON it prints.

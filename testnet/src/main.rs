@@ -17,6 +17,7 @@ use testnet::swarm::Swarm;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 mod chaos;
+mod cold_start;
 mod scenario;
 mod simulate;
 
@@ -31,9 +32,12 @@ Examples:
   testnet/run.sh
   testnet/run.sh --nodes 36 --report figures.json
   testnet/run.sh --chaos all
+  testnet/run.sh --nodes 24 --cold
+  testnet/run.sh --cold --model big.gguf --upload-limit 10M --report figures.json
   testnet/run.sh --chaos kill,partition --faults 50 --seed 7
 
-The exit code is 0 where the text is that of the whole model, whatever was done to the nodes.",
+The exit code is 0 where the text is that of the whole model, whatever was done to the nodes; with --cold only where
+the seed uploaded fewer than three copies of the model, and no node fetched a shard twice.",
     args_conflicts_with_subcommands = true
 )]
 struct Args {
@@ -61,6 +65,13 @@ struct Args {
     /// How many faults of each kind.
     #[arg(long, value_name = "N", default_value_t = 10, requires = "chaos", value_parser = clap::value_parser!(u32).range(1..))]
     faults: u32,
+    /// Begin with one node that has the model. The others start together, with nothing but its address and the model's
+    /// id, and fetch their layers from each other. The question goes to them alone.
+    #[arg(long, conflicts_with_all = ["chaos", "keep"])]
+    cold: bool,
+    /// What the node that has the model uploads in a second at most, with --cold.
+    #[arg(long, value_name = "SIZE", default_value = "10M", requires = "cold")]
+    upload_limit: String,
     /// Write the figures there as JSON.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -101,6 +112,10 @@ impl Args {
 
     /// What clap cannot check by itself.
     fn check(&self) -> Result<(), clap::Error> {
+        if self.cold && self.nodes() < 2 {
+            let why = "--cold needs 2 nodes or more: one that has the model, and who fetches it";
+            return Err(Args::command().error(ErrorKind::ValueValidation, why));
+        }
         if self.chaos.is_some() && self.nodes() < NODES_FOR_COPIES {
             let why = format!(
                 "--chaos needs {NODES_FOR_COPIES} nodes or more, so that each layer is held twice"

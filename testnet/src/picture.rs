@@ -17,8 +17,10 @@ const CELLS_MAX: u32 = 64;
 /// What the picture shows.
 #[derive(Debug)]
 pub struct Scene<'a> {
-    /// The layers of each node; empty while it starts.
-    pub spans: &'a [Range<u32>],
+    /// The layers that each node serves; empty while it starts.
+    pub live: &'a [Vec<Range<u32>>],
+    /// Those that it will serve, where that is known.
+    pub intended: &'a [Range<u32>],
     /// How many nodes there will be.
     pub nodes: usize,
     /// The model's layers.
@@ -30,18 +32,18 @@ pub struct Scene<'a> {
 impl Scene<'_> {
     /// How many nodes serve.
     pub fn serving(&self) -> usize {
-        self.spans.iter().filter(|span| !span.is_empty()).count()
+        self.live.iter().filter(|spans| !spans.is_empty()).count()
     }
 
     /// Whether every layer is held.
     pub fn covered(&self) -> bool {
-        gaps(self.spans, self.n_layer).is_empty()
+        self.gaps() == 0
     }
 
     /// The first line alone says what is held; the others draw it.
     pub fn draw(&self, width: usize) -> Vec<String> {
         let serving = self.serving();
-        let held = self.n_layer as usize - gaps(self.spans, self.n_layer).len();
+        let held = self.n_layer as usize - self.gaps();
         let seconds = self.elapsed.as_secs_f64();
         let head = format!(
             "  {serving} of {} nodes serve · {held} of {} layers held · {seconds:.1} s",
@@ -55,13 +57,7 @@ impl Scene<'_> {
 
     fn rows(&self, width: usize) -> Vec<String> {
         let cells: Vec<String> = (0..self.nodes)
-            .map(|node| {
-                format!(
-                    "{:>3} {}",
-                    node + 1,
-                    self.bar(self.spans.get(node).unwrap_or(&(0..0)))
-                )
-            })
+            .map(|node| format!("{:>3} {}", node + 1, self.bar(node)))
             .collect();
         let cell_width = cells.first().map_or(1, |cell| cell.chars().count() + 2);
         let per_row = (width.saturating_sub(2) / cell_width).max(1);
@@ -71,13 +67,21 @@ impl Scene<'_> {
             .collect()
     }
 
-    fn bar(&self, span: &Range<u32>) -> String {
+    fn gaps(&self) -> usize {
+        let live: Vec<Range<u32>> = self.live.iter().flatten().cloned().collect();
+        gaps(&live, self.n_layer).len()
+    }
+
+    fn bar(&self, node: usize) -> String {
+        let live = self.live.get(node).map(Vec::as_slice).unwrap_or_default();
+        let intended = self.intended.get(node).cloned().unwrap_or(0..0);
         let step = self.n_layer.div_ceil(CELLS_MAX).max(1);
         let cell = |first: u32| {
-            if first < span.end && span.start < first + step {
-                '█'
-            } else {
-                '·'
+            let meets = |span: &Range<u32>| first < span.end && span.start < first + step;
+            match () {
+                () if live.iter().any(meets) => '█',
+                () if meets(&intended) => '░',
+                () => '·',
             }
         };
         (0..self.n_layer).step_by(step as usize).map(cell).collect()
@@ -85,10 +89,8 @@ impl Scene<'_> {
 
     fn copies(&self) -> String {
         let copies = |layer| {
-            self.spans
-                .iter()
-                .filter(|span| span.contains(&layer))
-                .count()
+            let holds = |spans: &&Vec<Range<u32>>| spans.iter().any(|span| span.contains(&layer));
+            self.live.iter().filter(holds).count()
         };
         let all: Vec<usize> = (0..self.n_layer).map(copies).collect();
         if self.n_layer > CELLS_MAX / 2 {
@@ -111,9 +113,9 @@ mod tests {
 
     #[test]
     fn a_picture_shows_what_each_node_holds() {
-        let spans = [0..3, 2..5, 0..0];
         let scene = Scene {
-            spans: &spans,
+            live: &[vec![0..2, 2..3], vec![2..4, 4..5], vec![]],
+            intended: &[0..3, 2..6],
             nodes: 4,
             n_layer: 8,
             elapsed: Duration::from_millis(2100),
@@ -125,7 +127,7 @@ mod tests {
         );
         assert_eq!(
             lines[1],
-            "    1 ███·····    2 ··███···    3 ········    4 ········"
+            "    1 ███·····    2 ··███░··    3 ········    4 ········"
         );
         assert_eq!(lines[2], "  nodes that hold each layer  1 1 2 1 1 0 0 0");
     }
@@ -133,7 +135,8 @@ mod tests {
     #[test]
     fn a_deep_model_fits_the_terminal() {
         let scene = Scene {
-            spans: &[0..1, 70..80],
+            live: &[vec![0..1, 1..2], vec![70..75, 75..80]],
+            intended: &[],
             nodes: 2,
             n_layer: 80,
             elapsed: Duration::ZERO,

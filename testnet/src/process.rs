@@ -61,17 +61,23 @@ impl Ready {
 
     /// The layers of its first model as numbers; empty when the node holds none.
     pub fn span(&self) -> Range<u32> {
-        let numbers = self.models.first().and_then(|served| {
-            let (a, b) = served.layers.split_once("..")?;
-            Some(a.parse().ok()?..b.parse().ok()?)
-        });
-        numbers.unwrap_or(0..0)
+        self.models
+            .first()
+            .map_or(0..0, |served| span(&served.layers))
     }
 
     /// The id of its first model.
     pub fn model(&self) -> &str {
         self.models.first().map_or("", |served| &served.model)
     }
+}
+
+/// Layers as `start..end`; empty where that is something else.
+pub(crate) fn span(text: &str) -> Range<u32> {
+    let numbers = text
+        .split_once("..")
+        .and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
+    numbers.unwrap_or(0..0)
 }
 
 /// A node that was started. Dropping it kills the process.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::client::Hop;
+use crate::cold::ColdStart;
 use crate::tally::Tally;
 
 /// The figures of one run. The names are those of the report file.
@@ -46,6 +47,9 @@ pub struct Report {
     pub total_s: f64,
     /// Resident memory of each node after the answer; empty where the system does not tell.
     pub rss_bytes: Vec<u64>,
+    /// What a cold start took, where it was one.
+    #[serde(flatten)]
+    pub cold: Option<ColdStart>,
     /// What faults cost, where there were any.
     #[serde(flatten)]
     pub chaos: Option<Tally>,
@@ -86,12 +90,14 @@ impl Report {
             "  same text as the whole model: {}",
             if self.same_as_whole { "yes" } else { "no" }
         ));
+        lines.extend(self.cold.iter().flat_map(ColdStart::lines));
         lines
     }
 
-    /// Whether the text was that of the whole model, and no fault changed it.
+    /// Whether the text was that of the whole model, no fault changed it, and a cold start cost no more than it may.
     pub fn held(&self) -> bool {
-        self.same_as_whole && self.chaos.as_ref().is_none_or(Tally::held)
+        let cold = self.cold.as_ref().is_none_or(ColdStart::held);
+        cold && self.same_as_whole && self.chaos.as_ref().is_none_or(Tally::held)
     }
 }
 

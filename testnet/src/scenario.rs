@@ -15,7 +15,7 @@ use testnet::screen::Screen;
 use testnet::swarm::{Node, NodeSpec, StartPlan, Swarm, check_spans};
 use testnet::tally::Tally;
 
-use crate::{Args, chaos};
+use crate::{Args, chaos, cold_start};
 
 /// Nodes that start at the same time once every layer is held: more wait for each other on few cores.
 const STARTS_AT_ONCE: usize = 4;
@@ -40,7 +40,12 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
     introduce(args, &facts, swarm, screen);
 
     let start = Instant::now();
-    start_nodes(args, &model, &facts, swarm, screen, limit).await?;
+    let mut cold = None;
+    if args.cold {
+        cold = Some(cold_start::play(args, &model, &facts, swarm, screen).await?);
+    } else {
+        start_nodes(args, &model, &facts, swarm, screen, limit).await?;
+    }
     let client = swarm.client("client");
     let covered = client.until_covered(facts.n_layer, COVERED_TIMEOUT);
     let layers = screen
@@ -82,6 +87,7 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
         start_s,
         total_s: 0.0,
         rss_bytes,
+        cold,
         chaos: None,
     };
     screen.lines(&report.lines().join("\n"));
@@ -90,14 +96,20 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
     }
     report.chaos = disturb(args, &ask, &answer, limit, swarm, screen).await?;
     report.total_s = seconds(began.elapsed());
+    finish(args, &report, screen)?;
+    Ok(report.held())
+}
+
+/// Writes the figures, where that is wanted.
+fn finish(args: &Args, report: &Report, screen: &mut Screen) -> Result<()> {
     if let Some(path) = &args.report {
-        write(&report, path)?;
+        write(report, path)?;
         screen.lines(&format!("  figures           {}", path.display()));
     }
-    if !args.keep && args.chaos.is_none() {
+    if !args.keep && args.chaos.is_none() && !args.cold {
         screen.lines("  to talk to such a swarm yourself: --keep leaves it running");
     }
-    Ok(report.held())
+    Ok(())
 }
 
 /// Asks again while hops fail, where that is wanted.
@@ -160,7 +172,12 @@ async fn ask_both(
 }
 
 fn introduce(args: &Args, facts: &Facts, swarm: &Swarm, screen: &mut Screen) {
-    let how = if args.chaos.is_some() {
+    let how = if args.cold {
+        format!(
+            "one has it and uploads {} a second, the others know its address and the model's id, and memory they drew",
+            args.upload_limit
+        )
+    } else if args.chaos.is_some() {
         format!(
             "each layer on {} of them or more, everything towards a node passes a relay,",
             args.nodes() / 3
@@ -246,9 +263,10 @@ async fn start_nodes(
     let mut covered = false;
     let mut shown = 0;
     let mut show = |swarm: &Swarm| {
-        let spans = swarm.spans();
+        let live = live(swarm);
         let scene = Scene {
-            spans: &spans,
+            live: &live,
+            intended: &[],
             nodes: specs.len(),
             n_layer: facts.n_layer,
             elapsed: start.elapsed(),
@@ -269,8 +287,10 @@ async fn start_nodes(
     swarm.start_all(&specs, &plan, &mut show).await?;
     let spans = swarm.spans();
     if !screen.is_live() {
+        let live = live(swarm);
         let scene = Scene {
-            spans: &spans,
+            live: &live,
+            intended: &[],
             nodes: specs.len(),
             n_layer: facts.n_layer,
             elapsed: start.elapsed(),
@@ -281,6 +301,19 @@ async fn start_nodes(
         return Ok(());
     }
     check_spans(&spans, facts.n_layer)
+}
+
+/// The layers of each node that serves.
+fn live(swarm: &Swarm) -> Vec<Vec<Range<u32>>> {
+    let spans = swarm.spans().into_iter();
+    let some = |span: Range<u32>| {
+        if span.is_empty() {
+            Vec::new()
+        } else {
+            vec![span]
+        }
+    };
+    spans.map(some).collect()
 }
 
 /// A node for each. Where some are going to fail they are told their layers, and have memory for the sessions that

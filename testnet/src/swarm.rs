@@ -9,7 +9,7 @@
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -133,6 +133,11 @@ impl Swarm {
     /// Where the nodes' homes and logs are.
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// The home of a node, by its number from 1.
+    pub fn home(&self, node: usize) -> PathBuf {
+        self.folder.path().join(format!("node-{node:02}"))
     }
 
     /// The nodes, in the order in which they were started.
@@ -295,7 +300,7 @@ impl Swarm {
         gate: Option<u16>,
     ) -> Result<(NodeProcess, oneshot::Receiver<Ready>)> {
         let name = format!("node {}", index + 1);
-        let folder = self.folder.path().join(format!("node-{:02}", index + 1));
+        let folder = self.home(index + 1);
         let mut args = self.shared_args(&folder);
         args.extend(self.address_args(index, gate)?);
         for peer in peers {

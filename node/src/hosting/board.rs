@@ -9,11 +9,14 @@ use engine::Worker;
 use shard_registry::Store;
 use swarm_proto::{LayerRange, ModelAdvert, ModelId, advert::ADVERT_SPANS_MAX};
 
+use super::Sessions;
+
 use super::span;
 use crate::{
     load::Found,
     measure::Speed,
     net::{Announcement, Net},
+    pause::Pause,
     swarm_node::blocking,
 };
 
@@ -22,6 +25,7 @@ use crate::{
 pub(crate) struct Board {
     net: Net,
     store: Store,
+    pause: Pause,
     claims: Arc<Mutex<BTreeMap<ModelId, Claim>>>,
 }
 
@@ -40,17 +44,28 @@ struct Claim {
 }
 
 /// Where the figures come from.
-pub(super) struct Serving {
-    pub(super) worker: Worker,
-    pub(super) speed: Speed,
+#[derive(Clone)]
+pub(crate) struct Serving {
+    pub(crate) worker: Worker,
+    pub(crate) speed: Speed,
     pub(super) threads: u32,
 }
 
+/// A model that is served, for its owner to see.
+pub(crate) struct Model {
+    pub(crate) id: ModelId,
+    pub(crate) name: String,
+    pub(crate) n_layer: u16,
+    pub(crate) window: LayerRange,
+    pub(crate) serving: Serving,
+}
+
 impl Board {
-    pub(crate) fn new(net: Net, store: Store) -> Self {
+    pub(crate) fn new(net: Net, store: Store, pause: Pause) -> Self {
         Self {
             net,
             store,
+            pause,
             claims: Arc::default(),
         }
     }
@@ -112,12 +127,50 @@ impl Board {
     }
 
     /// Says it as it is now.
-    pub(super) async fn publish(&self) {
+    pub(crate) async fn publish(&self) {
         let announcement = self.announcement();
         self.net.publish(announcement).await;
     }
 
+    /// Whether this node serves others just now.
+    pub(super) fn pause(&self) -> &Pause {
+        &self.pause
+    }
+
+    /// The models that are served.
+    pub(crate) fn models(&self) -> Vec<Model> {
+        let model = |(id, claim): (&ModelId, &Claim)| {
+            Some(Model {
+                id: *id,
+                name: claim.name.clone(),
+                n_layer: claim.n_layer,
+                window: claim.window,
+                serving: claim.serving.clone()?,
+            })
+        };
+        self.lock().iter().filter_map(model).collect()
+    }
+
+    /// Has those sessions go on elsewhere whose layers others serve, too; how many they are.
+    pub(crate) fn hand_over(&self, sessions: &Sessions) -> usize {
+        let (me, snapshot) = (self.net.me(), self.net.adverts().snapshot());
+        let others = snapshot.adverts.iter().filter(|advert| advert.peer != me);
+        let others: Vec<&ModelAdvert> = others.flat_map(|advert| &advert.models).collect();
+        let models: Vec<ModelId> = self.lock().keys().copied().collect();
+        let handed = models.iter().map(|model| {
+            let live = others.iter().filter(|other| other.model == *model);
+            let live: Vec<&LayerRange> = live.flat_map(|other| &other.live).collect();
+            let served = |layer: u16| live.iter().any(|span| span.contains(layer));
+            sessions.hand_over(model, |span| span.layers().all(served))
+        });
+        handed.sum()
+    }
+
     fn announcement(&self) -> Announcement {
+        if self.pause.now().is_some() {
+            // Nothing live and nothing to come: others go around us, and see that layers are missing.
+            return Announcement::default();
+        }
         let claims = self.lock();
         let queued = claims
             .values()

@@ -27,6 +27,7 @@ use super::{
 use crate::{
     load,
     swarm_node::{StartError, blocking},
+    transfer::TransferError,
 };
 
 /// Before a layer that could not be had is tried again; doubled up to the second.
@@ -94,14 +95,24 @@ impl Plot {
         }
     }
 
-    /// Loads what a stage without layers begins with: what is here, else this layer.
+    /// Loads what a stage without layers begins with: what is here, else this layer, waited for as long as somebody
+    /// has it.
     pub(super) async fn load_first(&mut self, layer: u16) -> Result<Loaded, StartError> {
         let layers: Vec<u16> = self.window.layers().collect();
         let here = self.shards.here(&layers).await?;
         let span = here.first().copied().unwrap_or(LayerRange::one(layer));
-        let loaded = self.shards.load(&[span]).await?;
-        self.note(&[span]);
-        Ok(loaded)
+        loop {
+            match self.shards.load(&[span]).await {
+                // A slow seed may be busy with others for as long as it likes.
+                Err(StartError::Transfer(error @ TransferError::Stalled { .. })) => {
+                    tracing::warn!(%error, "going on");
+                }
+                loaded => {
+                    self.note(&[span]);
+                    return loaded;
+                }
+            }
+        }
     }
 
     /// These spans are held, each as the engine groups it.
@@ -125,6 +136,8 @@ impl Keeper {
         let mut pause = PAUSE;
         let mut turn = self.turn();
         loop {
+            // A node that is paused fetches nothing for others either.
+            self.plot.place.board.pause().over().await;
             match self.step().await {
                 Ok(true) => pause = PAUSE,
                 Ok(false) => self.rest(&mut turn).await,
@@ -249,7 +262,8 @@ impl Keeper {
         loaded: Option<Loaded>,
     ) -> Result<(), StartError> {
         let sessions = &self.plot.place.sessions;
-        let handed_over = sessions.hand_over(&self.plot.shards.found.id, &range(leaving));
+        let handed_over =
+            sessions.hand_over(&self.plot.shards.found.id, |span| span.meets(leaving));
         tracing::info!(layers = %leaving, handed_over, "others serve these layers: they leave");
         if let Some(loaded) = loaded {
             return self.serve(loaded, rest).await;

@@ -12,6 +12,7 @@ use engine::{Stage, Worker};
 use swarm_proto::{LayerRange, ModelId};
 
 use crate::{
+    cpu_share::CpuShare,
     load::{self, Found},
     measure::{Speed, Timed},
     net::Net,
@@ -27,8 +28,7 @@ mod keeper;
 mod locate;
 mod shards;
 
-pub(crate) use board::Board;
-use board::Serving;
+pub(crate) use board::{Board, Model, Serving};
 use keeper::{Keeper, Plot};
 pub(crate) use locate::locate;
 use shards::Shards;
@@ -42,6 +42,8 @@ pub(crate) struct Place {
     pub(crate) board: Board,
     /// Compute threads of each, where the user said.
     pub(crate) threads: Option<u32>,
+    /// How much of the time they may work.
+    pub(crate) cpu_share: CpuShare,
     /// How long a turn lasts, see [`shard_registry::placement::plan`].
     pub(crate) turn: Duration,
     /// Nobody to hear from is known.
@@ -91,10 +93,10 @@ pub(crate) async fn host(
     let speed = Speed::default();
     let queue = SessionLimits::default().worker_queue();
     let worker = blocking({
-        let speed = speed.clone();
-        move || Worker::spawn(Box::new(Timed::new(stage, speed)), queue).map_err(StartError::Worker)
-    })
-    .await??;
+        let (speed, share) = (speed.clone(), place.cpu_share);
+        move || Worker::spawn(Box::new(Timed::new(stage, speed, share)), queue)
+    });
+    let worker = worker.await?.map_err(StartError::Worker)?;
     place.sessions.serve(Served::new(found.id, worker.clone()));
     let serving = Serving {
         worker: worker.clone(),

@@ -7,6 +7,12 @@ pub(super) fn fail(at: u8, fault: Fault, code: FailureCode, message: impl Into<S
     Failure::new(at, fault, code, message)
 }
 
+/// This node takes no new sessions for now.
+pub(super) fn paused(at: u8) -> Failure {
+    let message = "this node is paused by its owner";
+    fail(at, Fault::Local, FailureCode::ShuttingDown, message)
+}
+
 /// A failure reported from below hop `at` may accuse nobody but the hops below: otherwise a bad
 /// peer could have its upstream avoided.
 pub(super) fn clamp_to_below(failure: Failure, at: u8, hops: usize) -> Failure {

@@ -12,7 +12,6 @@
 
 use std::{
     collections::HashMap,
-    ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -114,14 +113,12 @@ impl Desks {
         (desk, comebacks)
     }
 
-    /// Tells the sessions on these layers of a model that they go on elsewhere; how many they are.
-    pub(super) fn leave(&self, model: &ModelId, layers: &Range<u32>) -> usize {
+    /// Tells the sessions of a model on layers that `go` that they go on elsewhere; how many they are.
+    pub(super) fn leave(&self, model: &ModelId, go: impl Fn(LayerRange) -> bool) -> usize {
         let desks = self.lock();
-        let on_them = |(key, entry): &(&Key, &Entry)| {
-            let (start, end) = (u32::from(key.2.start), u32::from(key.2.end));
-            entry.model == *model && start < layers.end && layers.start < end
-        };
-        let leaving = desks.iter().filter(on_them);
+        let leaving = desks
+            .iter()
+            .filter(|(key, entry)| entry.model == *model && go(key.2));
         leaving.map(|(_, entry)| entry.goes.cancel()).count()
     }
 

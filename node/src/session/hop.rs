@@ -11,15 +11,18 @@
 
 use std::{
     collections::HashMap,
-    ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use engine::Worker;
 use futures::future::BoxFuture;
 use swarm_proto::{
-    Answer, Attach, Content, Down, Epoch, Failure, FailureCode, Fault, ModelId, Open, Peer, Up,
+    Answer, Attach, Content, Down, Epoch, Failure, FailureCode, Fault, LayerRange, ModelId, Open,
+    Peer, Up,
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -32,13 +35,13 @@ use super::{
     admit::{Admitted, admit},
     chain::{Shape, open_next},
     config::SessionLimits,
-    failure::{fail, is_goodbye},
+    failure::{fail, is_goodbye, paused},
     held::{Comeback, Desks, Held},
     ledger::Ledger,
     limits::{ATTACH, OPEN},
     relay::{Below, End, Parts, Relay},
     retained::{Budget, Retained},
-    slot::SlotGuard,
+    slot::{KvWaiter, SlotGuard},
     standby::{Fed, Follower, standby_open},
     tail::{Claim, Pairing, Place},
     topk::TopK,
@@ -148,6 +151,8 @@ pub(super) struct Shared {
     retained: Arc<Budget>,
     /// Sessions fail for reasons of our own.
     failing: Seldom,
+    /// No new sessions for now: the node is paused.
+    paused: AtomicBool,
     /// No new sessions.
     draining: CancellationToken,
     /// The running ones end too.
@@ -168,6 +173,7 @@ impl Sessions {
             desks: Desks::default(),
             retained: Budget::new(limits.retained_memory, limits.retained_disk),
             failing: Seldom::default(),
+            paused: AtomicBool::new(false),
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -188,16 +194,21 @@ impl Sessions {
         lock(&self.shared.served).remove(model);
     }
 
-    /// Has the sessions on these layers of a model go on elsewhere, whose clients lose nothing by it; how many they
-    /// are. New ones are still taken for as long as the layers are held.
-    pub fn hand_over(&self, model: &ModelId, layers: &Range<u32>) -> usize {
-        self.shared.desks.leave(model, layers)
+    /// Has the sessions of a model go on elsewhere that are on layers which `go`; their clients lose nothing by it.
+    /// How many they are. New ones are still taken.
+    pub fn hand_over(&self, model: &ModelId, go: impl Fn(LayerRange) -> bool) -> usize {
+        self.shared.desks.leave(model, go)
     }
 
     /// What is served of a model.
     #[cfg(test)]
     pub(crate) fn served(&self, model: &ModelId) -> Option<Served> {
         lock(&self.shared.served).get(model).cloned()
+    }
+
+    /// From now on new sessions are refused, or taken again. Those that run go on, and may be opened again.
+    pub fn pause(&self, paused: bool) {
+        self.shared.paused.store(paused, Ordering::Relaxed);
     }
 
     /// Sessions that are open or being opened.
@@ -266,24 +277,6 @@ impl Sessions {
 pub(super) struct Lease {
     _upstream: Share<Peer>,
     _client: Share<(Peer, Peer)>,
-}
-
-/// The task that opens a session, as the stage worker sees it.
-struct KvWaiter {
-    to: oneshot::Sender<Result<SlotGuard, engine::EngineError>>,
-    worker: Worker,
-}
-
-impl engine::SlotWaiter for KvWaiter {
-    fn waits(&self) -> bool {
-        !self.to.is_closed()
-    }
-
-    fn take(self: Box<Self>, result: Result<engine::Slot, engine::EngineError>) {
-        let Self { to, worker } = *self;
-        // Guarded before it travels: a session that is gone by now must not leak its KV.
-        let _ = to.send(result.map(|slot| SlotGuard::new(worker, slot)));
-    }
 }
 
 /// What the chain below a hop became; nothing, for one that stands by.
@@ -366,6 +359,9 @@ impl Shared {
     ) -> Result<impl FnOnce(Pipe) -> Held + use<>, Option<Failure>> {
         if self.draining.is_cancelled() {
             return Err(Some(self.going_down(open.at)));
+        }
+        if self.paused.load(Ordering::Relaxed) {
+            return Err(Some(paused(open.at)));
         }
         let served = lock(&self.served).get(&open.model).cloned();
         let admitted = admit(open, from, self.me, served.as_ref())?;

@@ -1,6 +1,25 @@
 //! KV of one session in a stage worker, freed when dropped: whatever ends a session frees it.
 
-use engine::{Slot, Worker};
+use engine::{EngineError, Slot, SlotWaiter, Worker};
+use tokio::sync::oneshot;
+
+/// The task that opens a session, as the stage worker sees it.
+pub(super) struct KvWaiter {
+    pub(super) to: oneshot::Sender<Result<SlotGuard, EngineError>>,
+    pub(super) worker: Worker,
+}
+
+impl SlotWaiter for KvWaiter {
+    fn waits(&self) -> bool {
+        !self.to.is_closed()
+    }
+
+    fn take(self: Box<Self>, result: Result<Slot, EngineError>) {
+        let Self { to, worker } = *self;
+        // Guarded before it travels: a session that is gone by now must not leak its KV.
+        let _ = to.send(result.map(|slot| SlotGuard::new(worker, slot)));
+    }
+}
 
 /// A slot that is closed on drop.
 pub(super) struct SlotGuard {

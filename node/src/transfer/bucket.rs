@@ -3,6 +3,9 @@
 
 use std::time::{Duration, Instant};
 
+/// How long it counts as full after somebody waited: parts follow each other faster at any rate worth a limit.
+const LATELY: Duration = Duration::from_secs(1);
+
 /// Bytes a second, shared by all who send.
 #[derive(Debug)]
 pub(super) struct Bucket {
@@ -11,6 +14,8 @@ pub(super) struct Bucket {
     burst: Duration,
     /// When everything that was sent will be paid.
     paid: Instant,
+    /// When somebody last had to wait.
+    waited: Option<Instant>,
 }
 
 impl Bucket {
@@ -19,6 +24,7 @@ impl Bucket {
             burst,
             bytes_s: (bytes_s as f64).max(1.0),
             paid: now,
+            waited: None,
         }
     }
 
@@ -31,7 +37,15 @@ impl Bucket {
         // No bucket is emptied for longer than a day, whatever the rate.
         let cost = (bytes as f64 / self.bytes_s).min(86_400.0);
         self.paid = self.paid.max(now) + Duration::from_secs_f64(cost);
+        if !wait.is_zero() {
+            self.waited = Some(now);
+        }
         wait
+    }
+
+    /// Whether somebody had to wait lately.
+    pub(super) fn is_full(&self, now: Instant) -> bool {
+        self.waited.is_some_and(|at| now < at + LATELY)
     }
 }
 
@@ -55,5 +69,10 @@ mod tests {
         assert!((1_000_000..=1_080_000).contains(&first), "{first}");
         let second = sent_within(&mut bucket, start + Duration::from_secs(60));
         assert!((1_000_000..=1_080_000).contains(&second), "{second}");
+        let (busy, idle) = (
+            start + Duration::from_secs(61),
+            start + Duration::from_secs(63),
+        );
+        assert!(bucket.is_full(busy) && !bucket.is_full(idle));
     }
 }

@@ -36,6 +36,8 @@ const IN_VAIN_AFTER: Duration = Duration::from_secs(4);
 const IN_VAIN_LATER: Duration = Duration::from_secs(20);
 /// Without a byte for so long it is given up; what is here is kept.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
+/// The same while somebody says that it comes later: a slow holder gives its shards one after the other.
+const GIVE_UP_LATER: Duration = Duration::from_secs(1800);
 /// With nobody to ask, it is given up earlier.
 const NOBODY_AFTER: Duration = Duration::from_secs(15);
 /// How often Kademlia is asked while nobody is known.
@@ -79,6 +81,7 @@ impl Transfer {
             .await?;
         blocking(move || partial.finish()).await??;
         inner.shards.came(&shard.id);
+        inner.counts.fetched(id, shard.id);
         progress(shard.bytes);
         Ok(())
     }
@@ -245,8 +248,11 @@ impl<'a> Fetching<'a> {
     /// only where there is nobody else.
     fn start(&mut self) {
         let now = Instant::now();
-        let coming = self.coming.is_some_and(|at| at.elapsed() < 2 * LATER_MAX);
-        let patience = if coming { IN_VAIN_LATER } else { IN_VAIN_AFTER };
+        let patience = if self.is_coming() {
+            IN_VAIN_LATER
+        } else {
+            IN_VAIN_AFTER
+        };
         let in_vain = self.moved.0.elapsed() >= patience;
         let alone = self.inner.book.left_alone();
         let others = self.known.iter().any(|(peer, known)| {
@@ -278,6 +284,11 @@ impl<'a> Fetching<'a> {
             self.running
                 .spawn(async move { (peer, source.run(inner, work).await) });
         }
+    }
+
+    /// Somebody said so lately.
+    fn is_coming(&self) -> bool {
+        self.coming.is_some_and(|at| at.elapsed() < 2 * LATER_MAX)
     }
 
     fn ended(&mut self, peer: Peer, end: End) -> Result<(), TransferError> {
@@ -333,8 +344,13 @@ impl<'a> Fetching<'a> {
 
     fn give_up(&mut self, here: u64) -> Result<(), TransferError> {
         let waited = self.moved.0.elapsed();
+        let patience = if self.is_coming() {
+            GIVE_UP_LATER
+        } else {
+            GIVE_UP_AFTER
+        };
         let hope = !self.running.is_empty() || self.known.values().any(|known| known.due.is_some());
-        if waited < NOBODY_AFTER || hope && waited < GIVE_UP_AFTER {
+        if waited < NOBODY_AFTER || hope && waited < patience {
             return Ok(());
         }
         Err(match self.last.take() {

@@ -11,6 +11,7 @@
 //! written into the peer book. Hashing and files belong to blocking threads.
 
 mod bucket;
+mod counts;
 mod fetch;
 mod grants;
 mod holders;
@@ -24,7 +25,7 @@ use std::{
     collections::HashSet,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -42,6 +43,8 @@ use crate::{
 };
 
 use bucket::Bucket;
+use counts::Counts;
+pub use counts::ShardCount;
 pub use holders::holders;
 use shards::Shards;
 
@@ -76,8 +79,9 @@ struct Inner {
     shares: bool,
     /// Shards that are not evicted.
     needed: Mutex<HashSet<ShardId>>,
-    /// Bytes of shards that went to peers, hashes included.
-    given: AtomicU64,
+    counts: Counts,
+    /// Nothing is given: the node is paused.
+    paused: AtomicBool,
     /// What shards may take beside sessions that run here.
     beside: Mutex<Bucket>,
 }
@@ -147,7 +151,8 @@ impl Transfer {
             book,
             shares,
             needed: Mutex::default(),
-            given: AtomicU64::new(0),
+            counts: Counts::default(),
+            paused: AtomicBool::new(false),
             beside: Mutex::new(Bucket::new(BESIDE_BYTES_S, BESIDE_BURST, Instant::now())),
         };
         Self {
@@ -188,7 +193,32 @@ impl Transfer {
 
     /// Bytes of shards that went to peers since the start, the hashes between them included.
     pub fn given_bytes(&self) -> u64 {
-        self.inner.given.load(Ordering::Relaxed)
+        self.inner.counts.given_bytes()
+    }
+
+    /// What went through of each shard since the start.
+    pub fn counts(&self) -> Vec<(ModelId, ShardId, ShardCount)> {
+        self.inner.counts.all()
+    }
+
+    /// Bytes of models' descriptions that went to peers since the start.
+    pub fn described_bytes(&self) -> u64 {
+        self.inner.counts.described_bytes()
+    }
+
+    /// A description of so many bytes goes to a peer.
+    pub(crate) fn described(&self, bytes: usize) {
+        self.inner.counts.described(bytes);
+    }
+
+    /// What may be used, as it was set.
+    pub fn limits(&self) -> &Limits {
+        &self.inner.limits
+    }
+
+    /// From now on nothing is given, or again; a range that is on its way is given to its end.
+    pub fn pause(&self, paused: bool) {
+        self.inner.paused.store(paused, Ordering::Relaxed);
     }
 
     /// A shard that was fetched for us may be evicted again.

@@ -3,8 +3,7 @@
 
 use std::{
     io::{self, Write},
-    ops::Range,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -19,7 +18,7 @@ use tokio::{
 use super::{
     Inner, Transfer, blocking,
     bucket::Bucket,
-    grants::{Asker, Grants, Verdict},
+    grants::{Asker, Grants, Uplink, Verdict},
     wire::{ASK, Buffers, Wire, WireError},
 };
 use crate::{
@@ -140,6 +139,9 @@ impl Uploads {
         wire: &mut Wire,
         buffers: &Buffers,
     ) -> Result<Option<Give>, ServeError> {
+        if self.transfer.paused.load(Ordering::Relaxed) {
+            return Ok(Some(Give::Failed("it is paused by its owner".into())));
+        }
         let (transfer, wanted) = (self.transfer.clone(), *ask);
         let found = blocking(move || {
             let found = transfer.shards.get(wanted.model, wanted.shard)?;
@@ -163,15 +165,18 @@ impl Uploads {
             let peers = self.transfer.net.peers();
             let there = peers.borrow();
             let live = |peer: &Peer| there.contains(peer);
-            let mut grants = self.grants.lock().unwrap_or_else(PoisonError::into_inner);
-            grants.ask(ask.shard, shard.bytes(), asker, Instant::now(), live)
+            let mut grants = self.grants();
+            let now = Instant::now();
+            grants.ask(ask.shard, shard.bytes(), asker, now, self.uplink(now), live)
         };
-        if let Verdict::Elsewhere(peers) = verdict {
-            return Ok(Some(Give::Elsewhere { peers }));
+        match verdict {
+            Verdict::Serve => {}
+            Verdict::Later => return Ok(Some(Give::Later)),
+            Verdict::Elsewhere(peers) => return Ok(Some(Give::Elsewhere { peers })),
         }
-        match self.give(shard, ask.range(), wire, buffers).await? {
+        match self.give(peer, shard, ask, wire, buffers).await? {
             Ok(sent) => {
-                let mut grants = self.grants.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut grants = self.grants();
                 grants.sent(&ask.shard, &peer, sent);
                 Ok(None)
             }
@@ -185,13 +190,14 @@ impl Uploads {
     /// Reads, checks and hashes on a thread, and sends what is right.
     async fn give(
         &self,
+        peer: Peer,
         shard: Arc<OpenShard>,
-        range: Range<u32>,
+        ask: &Ask,
         wire: &mut Wire,
         buffers: &Buffers,
     ) -> Result<Result<u64, GiveError>, ServeError> {
         let (parts, mut ready) = mpsc::channel::<Vec<u8>>(PARTS_AHEAD);
-        let spare = buffers.clone();
+        let (spare, range) = (buffers.clone(), ask.range());
         let part_bytes = match self.transfer.net.sessions_run() {
             true => PART_BYTES_BESIDE,
             false => PART_BYTES,
@@ -209,14 +215,28 @@ impl Uploads {
         let mut sent = 0;
         while let Some(part) = ready.recv().await {
             self.pause(part.len()).await;
+            self.grants().sending(&ask.shard, &peer, Instant::now());
             let sending = timeout(PART_DEADLINE, wire.send(&Give::Part, &part)).await;
             sending.map_err(|_| ServeError::Slow)??;
             sent += part.len() as u64;
-            let given = &self.transfer.given;
-            given.fetch_add(part.len() as u64, Ordering::Relaxed);
+            self.transfer.counts.gave(ask.model, ask.shard, part.len());
             buffers.put(part);
         }
         Ok(giving.await?.map(|()| sent))
+    }
+
+    fn grants(&self) -> MutexGuard<'_, Grants> {
+        // Whose every change is one call: no invariant spans a panic.
+        self.grants.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn uplink(&self, now: Instant) -> Uplink {
+        self.bucket.as_ref().map_or(Uplink::Free, |bucket| {
+            let bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            Uplink::Limited {
+                full: bucket.is_full(now),
+            }
+        })
     }
 
     async fn pause(&self, bytes: usize) {

@@ -233,6 +233,9 @@ async fn receive(
         match give {
             Give::Part => {
                 got = got.saturating_add(part.len() as u64);
+                inner
+                    .counts
+                    .came(work.model, work.partial.shard(), part.len());
                 if part.is_empty() || got > expected {
                     let why = format!("{got} bytes of a range that takes {expected}");
                     return Err(End::Wrong(why));

@@ -74,8 +74,7 @@ impl Store {
         worth: &dyn Fn(&ShardId) -> Worth,
     ) -> Result<Vec<Evicted>, BlobError> {
         let mut blobs = self.blobs(worth)?;
-        let mut used = blobs.iter().map(|blob| blob.bytes).sum::<u64>();
-        used = used.saturating_add(self.partial_bytes());
+        let mut used = self.bytes_of(&blobs);
         let folder = self.dir().join(BLOBS);
         let mut free = free_bytes(&folder).map_err(BlobError::at(&folder))?;
         // The last is the first to go.
@@ -113,6 +112,20 @@ impl Store {
                 }
             }
         }
+    }
+
+    /// Bytes that fetched shards take on the disk, those on their way included.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn fetched_bytes(&self) -> Result<u64, BlobError> {
+        let blobs = self.blobs(&|_| Worth::Needed)?;
+        Ok(self.bytes_of(&blobs))
+    }
+
+    fn bytes_of(&self, blobs: &[Blob]) -> u64 {
+        let whole = blobs.iter().map(|blob| blob.bytes).sum::<u64>();
+        whole.saturating_add(self.partial_bytes())
     }
 
     fn blobs(&self, worth: &dyn Fn(&ShardId) -> Worth) -> Result<Vec<Blob>, BlobError> {

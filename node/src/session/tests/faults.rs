@@ -359,6 +359,34 @@ async fn a_node_that_goes_down_refuses_finishes_and_then_says_so() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_paused_node_refuses_new_sessions_and_goes_on_with_those_it_has() {
+    let _clock = Clock::start();
+    let swarm = Swarm::new(&[0, 4, 9, 12]);
+    let mut session = swarm.open().await;
+    let mut all = Vec::new();
+    decode(&mut session, &mut all, &prompt(5, 1), 1).await;
+    let sessions = &swarm.nodes[1].sessions;
+    sessions.pause(true);
+    let refused = swarm.opener().open_route(KIND, swarm.route()).await;
+    let said = named(
+        &refused.err().unwrap(),
+        1,
+        Fault::Local,
+        FailureCode::ShuttingDown,
+    );
+    assert!(said.contains("paused by its owner"), "{said}");
+    decode(&mut session, &mut all, &[1], 5).await;
+    sessions.pause(false);
+    let another = swarm
+        .opener()
+        .open_route(KIND, swarm.route())
+        .await
+        .unwrap();
+    drop((session, another));
+    swarm.assert_empty().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_client_that_reads_nothing_is_stopped_and_then_ended() {
     let _clock = Clock::start();
     let swarm = Swarm::new(&[0, 4, 12]);
