@@ -55,17 +55,15 @@ pub(super) async fn layers(
         join::choose(&windows, &coverage, net.me())
     };
     let mut window = pick().unwrap_or(0..1);
-    for _ in 0..ROUNDS {
-        intend(&window).await;
-        if place.alone {
-            break;
-        }
+    intend(&window).await;
+    for _ in 0..if place.alone { 0 } else { ROUNDS } {
         // Not a wait for one event: others' choices may come or not.
         tokio::time::sleep(SETTLE).await;
         match pick() {
             Some(better) if better != window => window = better,
             _ => break,
         }
+        intend(&window).await;
     }
     Ok(plan(&window))
 }
