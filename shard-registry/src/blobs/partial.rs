@@ -176,6 +176,16 @@ impl Partial {
         wanted.is_some_and(|have| have.iter().all(|here| *here))
     }
 
+    /// The first of these groups that is missing; their end where none is.
+    pub fn first_missing(&self, groups: &Range<u32>) -> u32 {
+        let state = self.lock();
+        let here = |group: &u32| state.have.get(*group as usize).is_some_and(|here| *here);
+        groups
+            .clone()
+            .find(|group| !here(group))
+            .unwrap_or(groups.end)
+    }
+
     /// What is missing, in ranges of at most `max` groups.
     pub fn missing(&self, max: u32) -> Vec<Range<u32>> {
         let mut ranges: Vec<Range<u32>> = Vec::new();
