@@ -14,8 +14,8 @@ use tokio::{
     time::{Instant, timeout},
 };
 use world::{
-    BIG, DEADLINE, Described, fetch, frame, is_right, knows, network, next_give, parts, peer, seed,
-    serve_badly, world,
+    BIG, DEADLINE, Described, ask_once, fetch, frame, is_right, knows, network, next_give, parts,
+    peer, seed, serve_badly, world,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -347,6 +347,20 @@ async fn an_upload_limit_is_kept() {
         "{:?}",
         begin.elapsed()
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_limit_of_nothing_gives_nothing_and_says_so_at_once() {
+    let world = world();
+    let nothing = Limits {
+        upload_bytes_s: Some(0),
+        ..Limits::default()
+    };
+    let (seed, giving) = seed(&world, nothing).await;
+    let asker = network(Some(&seed)).await;
+    let said = ask_once(&asker, &seed, world.ask(1)).await;
+    assert_eq!(said, (Give::Missing, Vec::new()));
+    assert_eq!(giving.given_bytes(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -88,6 +88,8 @@ impl Place {
                 .unwrap();
         }
         partial.finish().unwrap();
+        // As a second task does that shared it.
+        partial.finish().unwrap();
     }
 }
 
@@ -485,6 +487,9 @@ fn a_partial_counts_once() {
     partial
         .take(&(0..32), Cursor::new(given(&open, 0..32)))
         .unwrap();
+    assert_eq!(partial.first_missing(&(16..40)), 32);
+    assert_eq!(partial.first_missing(&(16..32)), 32);
+    assert_eq!(partial.first_missing(&(35..40)), 35);
     drop(partial);
     let needed = at.to.still_needed(shard);
     assert!(needed <= shard.bytes - 32 * GROUP_BYTES, "{needed}");
