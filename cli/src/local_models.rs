@@ -209,10 +209,13 @@ pub fn whole_file(home: &Path, text: &str) -> anyhow::Result<WholeFile> {
     let path = files.into_iter().next().ok_or_else(|| {
         let asked = figures::printable(text, 80);
         let what = match here.layers.as_slice() {
-            [] => "only the description".to_owned(),
-            some => format!("only layers {}", figures::list(some)),
+            [] => "only its description is".to_owned(),
+            some => format!("only layers {} are", figures::list(some)),
         };
-        Failure::new(format!("{what} of `{asked}` is here, not all its weights")).try_this(format!(
+        Failure::new(format!(
+            "`{asked}` is not whole on this machine: {what} here"
+        ))
+        .try_this(format!(
             "`shoal pull {asked}`, `shoal import FILE.gguf`, or leave --local out to ask the swarm"
         ))
     })?;

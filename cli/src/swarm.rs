@@ -148,7 +148,11 @@ fn client_identity(home: &Path) -> anyhow::Result<(Identity, Option<File>)> {
         .create(true)
         .truncate(false)
         .write(true)
-        .open(home.join("lock"))?;
+        .open(home.join("lock"))
+        .map_err(|e| {
+            Failure::new(format!("{}: {e}", home.display()))
+                .try_this("a home directory that this user can write: --home DIR")
+        })?;
     match lock.try_lock() {
         Ok(()) => Ok((identity, Some(lock))),
         Err(_) => Ok((Identity::generate(), None)),

@@ -33,6 +33,14 @@ pub enum DownloadError {
         /// What went wrong.
         why: String,
     },
+    /// Its certificate is of nobody known here, of another host, or too old.
+    #[error("{host} cannot prove who it is: {why}")]
+    Certificate {
+        /// Who.
+        host: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// A server said no in a way that has no words of its own here.
     #[error("{url}: the server says {status}")]
     Status {
@@ -162,6 +170,11 @@ impl DownloadError {
             Self::Insecure { .. } => "an https address".into(),
             Self::NoRoots { .. } => {
                 "install ca-certificates, or name a file in SSL_CERT_FILE".into()
+            }
+            Self::Certificate { .. } => {
+                "if this network has an authority of its own, name the file with its certificate in SSL_CERT_FILE \
+                 (with all others that are needed: the system's are not read then)"
+                    .into()
             }
             Self::Unreachable { .. } => {
                 "see that this machine is online (HTTPS_PROXY, where it needs a proxy)".into()

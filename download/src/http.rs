@@ -232,6 +232,12 @@ pub(crate) fn broken(url: &Url, error: &ureq::Error) -> DownloadError {
         Some(port) => format!("{host}:{port}"),
         None => host.to_owned(),
     };
+    if let ureq::Error::Io(_) | ureq::Error::Rustls(_) = error {
+        let why = error.to_string();
+        if why.contains("certificate") {
+            return DownloadError::Certificate { host, why };
+        }
+    }
     let why = match error {
         ureq::Error::HostNotFound => "no such host is known here".into(),
         ureq::Error::Timeout(what) => format!("no answer in time ({what})"),

@@ -87,7 +87,7 @@ impl Client {
     /// # Errors
     /// Nobody holds it, or nobody sends what hashes to it.
     pub async fn manifest(&self, model: &ModelId) -> Result<Manifest, FetchError> {
-        self.net.fetch_manifest(model).await
+        self.net.fetch_manifest(model, self.book()).await
     }
 
     /// The model's metadata by its hash: tokenizer and chat template, as a vocabulary header wants
@@ -104,7 +104,7 @@ impl Client {
             return Ok(Vec::new());
         };
         self.net
-            .fetch_shard(model, &shard.id)
+            .fetch_shard(model, &shard.id, self.book())
             .await
             .map_err(model_error)
     }

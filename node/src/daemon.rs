@@ -54,7 +54,8 @@ pub struct Args {
     /// Compute threads [default: physical cores; 1 for a few small layers].
     #[arg(long, value_name = "N", env = "SHOAL_THREADS", value_parser = clap::value_parser!(u32).range(1..=512))]
     pub threads: Option<u32>,
-    /// Most that shards may take of the uplink in a second, for example 10M [default: as much as there is].
+    /// Most that shards may take of the uplink in a second, for example 10M; 0 gives none [default: as much as
+    /// there is].
     #[arg(long, value_name = "SIZE", env = "SHOAL_UPLOAD_LIMIT", value_parser = parse_bytes)]
     pub upload_limit: Option<u64>,
     /// Most that fetched shards may take of the disk, for example 20G [default: all but a reserve].

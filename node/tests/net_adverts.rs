@@ -4,7 +4,7 @@
 use std::{collections::HashSet, io, sync::Arc, time::Duration};
 
 use node::{
-    Access, Identity, Net, NetConfig, Proto,
+    Access, Identity, Net, NetConfig, PeerBook, Proto,
     net::{Announcement, FetchError, Shelf},
 };
 use swarm_proto::{
@@ -215,7 +215,7 @@ async fn a_shard_is_fetched_by_its_hash_and_other_bytes_are_refused() {
     assert_eq!(holder.uplink(), None, "nothing was uploaded yet");
     assert_eq!(
         client
-            .fetch_shard(&model(), &wanted)
+            .fetch_shard(&model(), &wanted, &PeerBook::default())
             .await
             .expect("fetched"),
         shard
@@ -227,23 +227,30 @@ async fn a_shard_is_fetched_by_its_hash_and_other_bytes_are_refused() {
     };
     let measured = tokio::time::timeout(DEADLINE, measured).await;
     measured.expect("the uplink is measured by it");
-    let lied = client.fetch_shard(&model(), &ShardId(Hash([9; 32]))).await;
+    let lied = client
+        .fetch_shard(&model(), &ShardId(Hash([9; 32])), &PeerBook::default())
+        .await;
     assert!(
         matches!(&lied, Err(FetchError::Hash { peer, .. }) if *peer == holder.me()),
         "{lied:?}"
     );
-    let missing = client.fetch_shard(&model(), &ShardId(Hash([8; 32]))).await;
+    let missing = client
+        .fetch_shard(&model(), &ShardId(Hash([8; 32])), &PeerBook::default())
+        .await;
     assert!(
         matches!(missing, Err(FetchError::Missing { .. })),
         "{missing:?}"
     );
-    let manifest = client.fetch_manifest(&model()).await.map(drop);
+    let manifest = client
+        .fetch_manifest(&model(), &PeerBook::default())
+        .await
+        .map(drop);
     assert!(
         matches!(manifest, Err(FetchError::Hash { .. })),
         "{manifest:?}"
     );
     let nobody = client
-        .fetch_manifest(&ModelId(Hash([1; 32])))
+        .fetch_manifest(&ModelId(Hash([1; 32])), &PeerBook::default())
         .await
         .map(drop);
     assert!(
@@ -274,7 +281,8 @@ async fn a_peer_that_asks_slowly_and_often_keeps_nobody_waiting() {
         silent.push(stream.await.expect("opens"));
     }
     let model = model();
-    let fetched = client.fetch_shard(&model, &wanted);
+    let book = PeerBook::default();
+    let fetched = client.fetch_shard(&model, &wanted, &book);
     let fetched = tokio::time::timeout(Duration::from_secs(8), fetched).await;
     assert_eq!(fetched.expect("not kept waiting").expect("served"), shard);
 }
@@ -308,7 +316,10 @@ async fn garbage_requests_close_the_stream_and_nothing_else() {
         assert!(reply.is_empty(), "{reply:?}");
     }
     assert_eq!(
-        client.fetch_shard(&model(), &wanted).await.expect("served"),
+        client
+            .fetch_shard(&model(), &wanted, &PeerBook::default())
+            .await
+            .expect("served"),
         shard
     );
 }

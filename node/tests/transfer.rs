@@ -2,181 +2,28 @@
 //! broken off, and not from the first holder alone.
 #![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic)] // helpers of tests
 
-#[path = "../../shard-registry/tests/support/mod.rs"]
-mod support;
+mod world;
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
-use gguf::TensorType;
-use node::{
-    Identity, Net, NetConfig, PeerBook, Proto, Stream, Transfer, TransferError, net::Announcement,
-    transfer::Limits,
-};
-use shard_registry::{Manifest, ShardEntry, ShardKind, Store, blobs::encoded_len};
-use support::Model;
-use swarm_proto::{
-    Ask, FrameDecoder, FrameLimits, Give, Hash, LayerRange, Message, ModelAdvert, ModelId, Peer,
-    ShardId, decode_header, encode_frame, transfer::PART_BYTES_MAX,
-};
+use node::{PeerBook, Proto, Transfer, TransferError, transfer::Limits};
+use shard_registry::{Store, blobs::encoded_len};
+use swarm_proto::{Ask, Give, Hash, LayerRange, Peer, ShardId, encode_frame};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::{Instant, timeout},
 };
-
-const DEADLINE: Duration = Duration::from_secs(60);
-const BIG: ShardKind = ShardKind::Layer(1);
-
-/// A model with one layer of 6 MiB, imported in the folder of whoever seeds it.
-struct World {
-    temp: tempfile::TempDir,
-    id: ModelId,
-    manifest: Manifest,
-    described: (Vec<u8>, Vec<u8>),
-}
-
-fn world() -> World {
-    let temp = tempfile::tempdir().unwrap();
-    let mut model = Model::dense(2);
-    model.tensor("blk.1.big.weight", &[32, 49_152], TensorType::F32);
-    model.write(&temp.path().join("model.gguf"));
-    let store = Store::open(&temp.path().join("seed")).unwrap();
-    let id = store
-        .import(&temp.path().join("model.gguf"), None, &mut |_| {})
-        .unwrap()
-        .id;
-    World {
-        id,
-        manifest: store.manifest(id).unwrap(),
-        described: (
-            store.manifest_bytes(id).unwrap(),
-            store.metadata(id).unwrap(),
-        ),
-        temp,
-    }
-}
-
-impl World {
-    fn store(&self, name: &str) -> Store {
-        let store = Store::open(&self.temp.path().join(name)).unwrap();
-        store
-            .put_fetched(&self.described.0, &self.described.1)
-            .unwrap();
-        store
-    }
-
-    fn big(&self) -> &ShardEntry {
-        self.manifest.shard(BIG).unwrap()
-    }
-
-    fn blob(&self, name: &str) -> PathBuf {
-        let blobs = self.temp.path().join(name).join("blobs");
-        blobs.join(self.big().id.to_string())
-    }
-
-    fn advert(&self, layers: &[LayerRange]) -> Announcement {
-        let model = ModelAdvert {
-            model: self.id,
-            name: "tiny".into(),
-            n_layer: 2,
-            live: Vec::new(),
-            intended: Vec::new(),
-            layer_tokens_s: None,
-            n_ctx_max: 0,
-            free_cells: 0,
-            n_embd: 32,
-            numerics: 0,
-            stored: layers.to_vec(),
-            layer_bytes_max: None,
-        };
-        Announcement {
-            models: vec![model],
-            ..Announcement::default()
-        }
-    }
-}
-
-async fn network(near: Option<&Net>) -> Net {
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_test_writer()
-        .try_init();
-    let config = NetConfig {
-        listen: vec!["/ip4/127.0.0.1/tcp/0".into()],
-        bootstrap: near.map(Net::listen_addrs).unwrap_or_default(),
-        ..NetConfig::client(Identity::generate(), "t".parse().unwrap())
-    };
-    Net::start(config).await.unwrap()
-}
-
-/// A peer of the world: `seed` has everything, others what they fetch.
-async fn peer(
-    world: &World,
-    name: &str,
-    near: Option<&Net>,
-    limits: Limits,
-) -> (Net, Transfer, PeerBook) {
-    let net = network(near).await;
-    let book = PeerBook::default();
-    let store = world.store(name);
-    let transfer = Transfer::new(net.clone(), store, limits, book.clone(), true);
-    transfer.serve().expect("nobody serves yet");
-    (net, transfer, book)
-}
-
-async fn seed(world: &World, limits: Limits) -> (Net, Transfer) {
-    let (net, transfer, _) = peer(world, "seed", None, limits).await;
-    net.publish(world.advert(&[LayerRange { start: 0, end: 2 }]))
-        .await;
-    (net, transfer)
-}
-
-async fn knows(net: &Net, wanted: &[Peer]) {
-    let mut changes = net.adverts().changes();
-    let seen = async {
-        while !wanted
-            .iter()
-            .all(|peer| !net.adverts().addrs(peer).is_empty())
-        {
-            changes.changed().await.unwrap();
-        }
-    };
-    timeout(DEADLINE, seen).await.expect("in time");
-}
-
-async fn fetch(world: &World, transfer: &Transfer, kind: ShardKind) -> Result<(), TransferError> {
-    let shard = world.manifest.shard(kind).unwrap();
-    let mut last = 0;
-    let mut progress = |here: u64| {
-        assert!(here >= last, "{here} after {last}");
-        last = here;
-    };
-    let fetching = transfer.fetch(world.id, &world.manifest, shard, &mut progress);
-    timeout(DEADLINE, fetching).await.expect("in time")?;
-    assert_eq!(last, shard.bytes);
-    Ok(())
-}
-
-fn is_right(world: &World, name: &str) {
-    let bytes = std::fs::read(world.blob(name)).unwrap();
-    assert_eq!(ShardId::of(&bytes), world.big().id);
-}
+use world::{
+    BIG, DEADLINE, Described, ask_once, fetch, frame, is_right, knows, network, next_give, parts,
+    peer, seed, serve_badly, world,
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fresh_peer_knows_an_address_and_an_id_and_gets_every_shard() {
     let world = world();
     let (seed, giving) = seed(&world, Limits::default()).await;
-    struct Description(Vec<u8>, Vec<u8>);
-    impl node::net::Shelf for Description {
-        fn manifest(&self, _: &ModelId) -> std::io::Result<Option<Vec<u8>>> {
-            Ok(Some(self.0.clone()))
-        }
-        fn shard(&self, _: &ShardId) -> std::io::Result<Option<Vec<u8>>> {
-            Ok(Some(self.1.clone()))
-        }
-    }
     let (manifest, metadata) = world.described.clone();
-    seed.serve_fetch(std::sync::Arc::new(Description(manifest, metadata)));
+    seed.serve_fetch(std::sync::Arc::new(Described(manifest, metadata)));
     let net = network(Some(&seed)).await;
     knows(&net, &[seed.me()]).await;
     let store = Store::open(&world.temp.path().join("fresh")).unwrap();
@@ -222,47 +69,6 @@ async fn shards_travel_on_a_connection_of_their_own() {
     fetch(&world, &transfer, BIG).await.unwrap();
     assert_eq!(net.connections_to(&seed.me()).await, (1, 1));
     assert_eq!(seed.connections_to(&net.me()).await, (1, 1));
-}
-
-/// Takes transfer streams and says what `say` makes of each request.
-fn serve_badly(net: &Net, say: impl Fn(&Ask) -> Vec<u8> + Send + Sync + 'static) {
-    let mut streams = net.accept(Proto::Transfer).expect("nobody serves yet");
-    let say = std::sync::Arc::new(say);
-    tokio::spawn(async move {
-        while let Some((_, stream)) = streams.recv().await {
-            let say = say.clone();
-            tokio::spawn(async move {
-                let mut stream = stream;
-                while let Some(ask) = next_ask(&mut stream).await {
-                    if stream.write_all(&say(&ask)).await.is_err() {
-                        return;
-                    }
-                    let _ = stream.flush().await;
-                }
-            });
-        }
-    });
-}
-
-async fn next_ask(stream: &mut Stream) -> Option<Ask> {
-    let mut prefix = [0; 6];
-    stream.read_exact(&mut prefix).await.ok()?;
-    let mut header = vec![0; usize::from(u16::from_le_bytes([prefix[4], prefix[5]]))];
-    stream.read_exact(&mut header).await.ok()?;
-    decode_header(&header).ok()
-}
-
-fn frame(give: &Give, payload: &[u8]) -> Vec<u8> {
-    let mut out = Vec::new();
-    encode_frame(give, &mut out, |out| out.extend_from_slice(payload)).unwrap();
-    out
-}
-
-fn parts(bytes: &[u8]) -> Vec<u8> {
-    bytes
-        .chunks(PART_BYTES_MAX)
-        .flat_map(|part| frame(&Give::Part, part))
-        .collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -394,26 +200,6 @@ async fn garbage_requests_and_absurd_ranges_end_the_stream_and_nothing_else() {
         Give::Part,
         "the last group of it"
     );
-}
-
-async fn next_give(stream: &mut Stream) -> (Give, Vec<u8>) {
-    let mut decoder = FrameDecoder::new(FrameLimits {
-        header_max: Give::BYTES_MAX,
-        payload_max: PART_BYTES_MAX,
-    });
-    let mut bytes = vec![0; 1 << 16];
-    loop {
-        if let Some((header, payload)) = decoder.next().unwrap() {
-            let give = decode_header(decoder.bytes(header)).unwrap();
-            return (give, decoder.bytes(payload).to_vec());
-        }
-        let n = timeout(DEADLINE, stream.read(&mut bytes))
-            .await
-            .unwrap()
-            .unwrap();
-        assert_ne!(n, 0, "it closed the stream");
-        decoder.push(&bytes[..n]);
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -561,6 +347,20 @@ async fn an_upload_limit_is_kept() {
         "{:?}",
         begin.elapsed()
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_limit_of_nothing_gives_nothing_and_says_so_at_once() {
+    let world = world();
+    let nothing = Limits {
+        upload_bytes_s: Some(0),
+        ..Limits::default()
+    };
+    let (seed, giving) = seed(&world, nothing).await;
+    let asker = network(Some(&seed)).await;
+    let said = ask_once(&asker, &seed, world.ask(1)).await;
+    assert_eq!(said, (Give::Missing, Vec::new()));
+    assert_eq!(giving.given_bytes(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -25,6 +25,8 @@ pub const LAYERS_MAX: u64 = 1024;
 pub const EXPERTS_MAX: u64 = 4096;
 /// Most shards.
 pub const SHARDS_MAX: usize = 1 << 18;
+/// Largest shard: ten times the largest layers there are. Its hashes take a 256th of it in memory while it is fetched.
+pub const SHARD_BYTES_MAX: u64 = 1 << 38;
 /// Most numbers in a row.
 pub const EMBD_MAX: u64 = 1 << 20;
 /// Most tokens in a vocabulary.
@@ -253,6 +255,13 @@ impl Manifest {
                 ShardKind::Metadata => shard.bytes.min(gguf::METADATA_BYTES_MAX),
                 _ => pieces.iter().map(|piece| piece.len).sum(),
             };
+            if bytes > SHARD_BYTES_MAX {
+                return Err(ManifestError::Bounds {
+                    what: format!("bytes of {kind}"),
+                    value: bytes,
+                    max: SHARD_BYTES_MAX,
+                });
+            }
             if (shard.kind, shard.bytes) != (kind, bytes) || shard.pieces != pieces {
                 let (found, found_bytes) = (shard.kind, shard.bytes);
                 return Err(wrong(format!(

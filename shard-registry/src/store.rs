@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use swarm_proto::{ModelId, ModelSignatureError, ShardId};
 
 use crate::{
-    blobs::{BLOBS, PARTIAL},
+    blobs::{BLOBS, PARTIAL, remedy},
     files::FileMark,
     manifest::{MANIFEST_BYTES_MAX, Manifest, ManifestError},
     reader::{ReadError, ShardReader},
@@ -117,7 +117,7 @@ fn known_list(known: &[String]) -> String {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The system refused.
-    #[error("model store: {path}: {source}")]
+    #[error("model store: {path}: {source}{}", remedy(.source))]
     Io {
         /// The file or folder.
         path: PathBuf,

@@ -88,6 +88,8 @@ impl Place {
                 .unwrap();
         }
         partial.finish().unwrap();
+        // As a second task does that shared it.
+        partial.finish().unwrap();
     }
 }
 
@@ -337,8 +339,9 @@ fn a_damaged_blob_is_never_given_or_read_and_is_fetched_again() {
         .unwrap()
         .set_len(GROUP_BYTES)
         .unwrap();
-    assert!(!at.to.has_blob(shard));
-    assert!(at.to.open_shard(at.id, shard.id).unwrap().is_none());
+    assert!(!at.to.has_blob(shard) && at.to.is_cut_off(shard));
+    let refused = at.to.open_shard(at.id, shard.id).unwrap_err();
+    assert!(matches!(refused, GiveError::Changed { .. }), "{refused}");
     assert!(!at.to.check_blob(shard).unwrap());
     at.fetch(shard);
     assert!(at.to.check_blob(shard).unwrap());
@@ -455,6 +458,50 @@ fn room_is_made_by_age_and_the_last_copy_goes_last_and_is_named() {
     let refused = at.to.make_room(2, &full, &worth).unwrap_err();
     assert!(refused.to_string().contains("stay free"), "{refused}");
     assert!(at.blob(first).exists(), "needed");
+}
+
+#[test]
+fn what_cannot_fit_takes_nothing_away() {
+    let at = place();
+    let (small, big) = (at.manifest.shard(ShardKind::Layer(0)).unwrap(), at.big());
+    at.fetch(small);
+    let quota = Quota {
+        max_bytes: Some(big.bytes - 1),
+        reserve_bytes: 0,
+    };
+    let refused = at.to.make_room(big.bytes, &quota, &|_| Worth::Elsewhere);
+    assert!(
+        matches!(refused, Err(BlobError::Quota { .. })),
+        "{refused:?}"
+    );
+    assert!(at.blob(small).exists());
+}
+
+/// What is here of a shard already needs no second place: else a download that was broken off could not go on.
+#[test]
+fn a_partial_counts_once() {
+    let at = place();
+    let (shard, open) = (at.big(), at.open(at.big()));
+    assert_eq!(at.to.still_needed(shard), shard.bytes);
+    let partial = partly(&at.to, shard);
+    partial
+        .take(&(0..32), Cursor::new(given(&open, 0..32)))
+        .unwrap();
+    assert_eq!(partial.first_missing(&(16..40)), 32);
+    assert_eq!(partial.first_missing(&(16..32)), 32);
+    assert_eq!(partial.first_missing(&(35..40)), 35);
+    drop(partial);
+    let needed = at.to.still_needed(shard);
+    assert!(needed <= shard.bytes - 32 * GROUP_BYTES, "{needed}");
+    // As much as the shard takes, and the hashes beside it.
+    let quota = Quota {
+        max_bytes: Some(shard.bytes + (64 << 10)),
+        reserve_bytes: 0,
+    };
+    let gone = at.to.make_room(needed, &quota, &|_| Worth::Needed);
+    assert_eq!(gone.unwrap(), []);
+    at.fetch(shard);
+    assert_eq!(at.to.still_needed(shard), 0);
 }
 
 #[test]

@@ -23,7 +23,8 @@ Examples:
 
 The file is hashed where it is and must stay there. Of a model in several files give any one.
 Downloads from Hugging Face go into its own cache (HF_HOME) and use its token (HF_TOKEN); others into the home
-directory. What was cut off goes on where it stopped.")]
+directory. What was cut off goes on where it stopped. Where this network has an authority of its own, SSL_CERT_FILE
+names the file of certificates (PEM) that are trusted instead of the system's; HTTPS_PROXY a proxy.")]
 pub struct Args {
     /// The GGUF file, `hf:OWNER/REPO/FILE.gguf[@REVISION]`, `hf:OWNER/REPO[:Q4_K_M]` or an https address.
     #[arg(value_name = "FILE|hf:…|https://…")]

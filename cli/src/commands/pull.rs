@@ -129,8 +129,10 @@ async fn fetch(args: &Args, member: &Member) -> anyhow::Result<Report> {
     drop(wheel);
     let layers = wanted(args.layers.as_ref(), &manifest)?;
     let shards: Vec<ShardEntry> = manifest.shards_of(layers).cloned().collect();
-    let (bytes, fetched_bytes) = fetch_all(&transfer, id, &manifest, &shards).await?;
+    // Before its bytes: what is broken off has a name.
     let name = call(args.name.clone(), called, &store, id)?;
+    transfer.check_room(&shards).await?;
+    let (bytes, fetched_bytes) = fetch_all(&transfer, id, &manifest, &shards).await?;
     let here = store.here(id)?;
     Ok(Report {
         model: id.to_string(),

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shard_registry::Manifest;
+use shard_registry::{Manifest, ManifestError};
 use swarm_proto::{
     CodecError, Fetch, Found, FrameDecoder, FrameError, FrameLimits, Message, ModelId, Peer,
     ShardId, decode_header, decode_snapshot, encode_frame, encode_snapshot,
@@ -28,7 +28,7 @@ use super::{
     stream::{OpenError, Proto, Stream},
     uplink,
 };
-use crate::shares::Shares;
+use crate::{peer_book::PeerBook, shares::Shares};
 
 /// Requests served at once: each may hold one reply (64 MiB at most, usually a few MiB) in memory.
 const SERVED_MAX: usize = 16;
@@ -43,8 +43,10 @@ const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 const CHUNK_DEADLINE: Duration = Duration::from_secs(20);
 /// Payload of one chunk: small enough that a session's frames beside it are not held up long.
 const CHUNK_BYTES: usize = 64 * 1024;
-/// Holders asked one after the other before giving up.
+/// Holders that may fail one after the other before giving up.
 const HOLDERS_MAX: usize = 5;
+/// Holders that are asked at most: those that send something else are no reason to give up.
+const ASKED_MAX: usize = 32;
 /// How long one holder may take to open a stream.
 const OPEN_DEADLINE: Duration = Duration::from_secs(5);
 /// How long one holder may take to send everything.
@@ -118,6 +120,24 @@ pub enum FetchError {
         peer: Peer,
         /// What was asked for.
         wanted: String,
+    },
+    /// What its id stands for is no manifest that this program takes, whoever sends it.
+    #[error("model {model} cannot be used: {source}")]
+    Manifest {
+        /// The model.
+        model: ModelId,
+        /// Why.
+        source: ManifestError,
+    },
+    /// The peer has it and cannot give it.
+    #[error("peer {peer} cannot give {wanted}: {why}")]
+    Failed {
+        /// Whom we asked.
+        peer: Peer,
+        /// What was asked for.
+        wanted: String,
+        /// Its own words.
+        why: String,
     },
     /// The peer does not have it.
     #[error("peer {peer} does not have {wanted}")]
@@ -195,12 +215,17 @@ impl Net {
         Ok(self.adverts().insert_all(adverts).await)
     }
 
-    /// A manifest, from whoever holds it: its bytes hash to `id`, and it passed its own checks.
+    /// A manifest, from whoever holds it: its bytes hash to `id`, and it passed its own checks. Who sends something
+    /// else is written into `book`, and those in it are asked last.
     ///
     /// # Errors
     /// The last holder's, or that there is none.
-    pub async fn fetch_manifest(&self, id: &ModelId) -> Result<Manifest, FetchError> {
-        self.ask_holders(id, |peer, addrs| async move {
+    pub async fn fetch_manifest(
+        &self,
+        id: &ModelId,
+        book: &PeerBook,
+    ) -> Result<Manifest, FetchError> {
+        self.ask_holders(id, book, |peer, addrs| async move {
             let bytes = self
                 .fetch_from(peer, &addrs, Fetch::Manifest(*id), u64::MAX)
                 .await?;
@@ -210,20 +235,22 @@ impl Net {
                     wanted: format!("manifest {id}"),
                 });
             }
-            Manifest::decode(&bytes).map_err(|e| FetchError::Reply {
-                peer,
-                reason: e.to_string(),
-            })
+            Manifest::decode(&bytes).map_err(|source| FetchError::Manifest { model: *id, source })
         })
         .await
     }
 
-    /// A metadata shard of `model`, from whoever holds it: its bytes hash to `id`.
+    /// A metadata shard of `model`, from whoever holds it: its bytes hash to `id`. `book` as above.
     ///
     /// # Errors
     /// The last holder's, or that there is none.
-    pub async fn fetch_shard(&self, model: &ModelId, id: &ShardId) -> Result<Vec<u8>, FetchError> {
-        self.ask_holders(model, |peer, addrs| async move {
+    pub async fn fetch_shard(
+        &self,
+        model: &ModelId,
+        id: &ShardId,
+        book: &PeerBook,
+    ) -> Result<Vec<u8>, FetchError> {
+        self.ask_holders(model, book, |peer, addrs| async move {
             let bytes = self
                 .fetch_from(peer, &addrs, Fetch::Shard(*id), u64::MAX)
                 .await?;
@@ -242,6 +269,7 @@ impl Net {
     async fn ask_holders<T, F: Future<Output = Result<T, FetchError>>>(
         &self,
         model: &ModelId,
+        book: &PeerBook,
         ask: impl Fn(Peer, Vec<String>) -> F,
     ) -> Result<T, FetchError> {
         let mut holders = self.adverts().holders(model);
@@ -252,14 +280,27 @@ impl Net {
                 .map(|peer| (peer, Vec::new()))
                 .collect();
         }
+        let alone = book.left_alone();
+        holders.sort_by_key(|(peer, _)| alone.contains(peer));
         let mut last = FetchError::NoHolder { model: *model };
-        for (peer, addrs) in holders.into_iter().take(HOLDERS_MAX) {
+        let mut failed = 0;
+        for (peer, addrs) in holders.into_iter().take(ASKED_MAX) {
             match ask(peer, addrs).await {
                 Ok(found) => return Ok(found),
+                Err(error @ FetchError::Manifest { .. }) => return Err(error),
+                Err(error @ (FetchError::Hash { .. } | FetchError::Reply { .. })) => {
+                    tracing::warn!(%peer, %error, "a peer sends what it should not");
+                    book.failed(peer, &error.to_string());
+                    last = error;
+                }
                 Err(error) => {
                     tracing::debug!(%peer, %error, "trying the next holder");
                     last = error;
+                    failed += 1;
                 }
+            }
+            if failed == HOLDERS_MAX {
+                break;
             }
         }
         Err(last)
@@ -289,6 +330,11 @@ impl Net {
                 peer,
                 wanted: wanted(),
             }),
+            Ok(Err(AskError::Failed(why))) => Err(FetchError::Failed {
+                peer,
+                wanted: wanted(),
+                why,
+            }),
             Ok(Err(AskError::Io(source))) => Err(FetchError::Io { peer, source }),
             Ok(Err(AskError::Reply(reason))) => Err(FetchError::Reply { peer, reason }),
         }
@@ -301,6 +347,9 @@ enum AskError {
     Io(#[from] io::Error),
     #[error("{0}")]
     Reply(String),
+    /// Its own words.
+    #[error("{0}")]
+    Failed(String),
 }
 
 impl From<FrameError> for AskError {
@@ -320,7 +369,7 @@ async fn ask(stream: Stream, request: Fetch, bytes_max: u64) -> Result<Option<Ve
             )));
         }
         (Found::Missing, _) => return Ok(None),
-        (Found::Failed(why), _) => return Err(AskError::Reply(why)),
+        (Found::Failed(why), _) => return Err(AskError::Failed(why)),
         (Found::Chunk, _) => return Err(AskError::Reply("a chunk before the length".into())),
     };
     // Grows with what arrives, not with what was announced.
@@ -332,7 +381,7 @@ async fn ask(stream: Stream, request: Fetch, bytes_max: u64) -> Result<Option<Ve
             {
                 bytes.extend_from_slice(chunk);
             }
-            (Found::Failed(why), _) => return Err(AskError::Reply(why)),
+            (Found::Failed(why), _) => return Err(AskError::Failed(why)),
             (other, chunk) => {
                 let n = chunk.len();
                 return Err(AskError::Reply(format!(

@@ -413,7 +413,7 @@ impl Net {
         matches!(tokio::time::timeout(deadline, done).await, Ok(Ok(_)))
     }
 
-    /// Bytes a second that we upload, measured on replies to fetches; none before the first large one.
+    /// Bytes a second that we upload, measured on replies to fetches and on shards; none before the first large one.
     pub fn uplink(&self) -> Option<Measured> {
         self.with_uplink(|uplink| uplink.best(Instant::now()))
     }

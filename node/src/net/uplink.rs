@@ -1,4 +1,5 @@
-//! How fast we upload: the best of the last larger replies to fetches. Pure: times are passed in.
+//! How fast we upload: the best of the last larger replies to fetches, and of shards that went to one peer without a
+//! limit of ours. Pure: times are passed in.
 //!
 //! A slow or distant reader makes one reply slow and does not lower the figure; a burst that only
 //! filled buffers does not raise it, because the clock stops when the reader says it has read all. A

@@ -12,6 +12,7 @@ use tokio::{task::JoinSet, time::Instant};
 use super::{
     Inner, Transfer, TransferError, blocking,
     holders::holders,
+    ranges::SLOW,
     source::{End, Source, Work},
 };
 
@@ -28,7 +29,8 @@ const LATER: Duration = Duration::from_millis(200);
 const LATER_MAX: Duration = Duration::from_secs(2);
 /// A holder that failed is asked again after so long.
 const AGAIN: Duration = Duration::from_millis(1500);
-/// Times that one holder may fail.
+/// One that failed so often is hoped for no longer, and asked all the same for as long as it is tried: it may have
+/// been started again.
 const FAILURES_MAX: u32 = 4;
 /// Without a byte for so long, those that sent us elsewhere are told that it was in vain.
 const IN_VAIN_AFTER: Duration = Duration::from_secs(4);
@@ -76,11 +78,17 @@ impl Transfer {
             return Ok(());
         };
         inner.shards.comes(partial.clone());
-        Fetching::new(inner.clone(), id, manifest, shard, partial.clone())
+        let fetched = Fetching::new(inner.clone(), id, manifest, shard, partial.clone())
             .run(progress)
-            .await?;
-        blocking(move || partial.finish()).await??;
+            .await;
+        let done = match fetched {
+            Ok(()) => blocking(move || partial.finish()).await?,
+            Err(TransferError::Blob(error)) => Err(error),
+            Err(other) => return Err(other),
+        };
+        // Also where the disk failed, or somebody removed the files: the next to fetch it looks what is there.
         inner.shards.came(&shard.id);
+        done?;
         inner.counts.fetched(id, shard.id);
         progress(shard.bytes);
         Ok(())
@@ -186,6 +194,7 @@ impl<'a> Fetching<'a> {
             }
             if self.work.is_done() {
                 let gave = self.work.gave();
+                self.note_silent(&gave);
                 self.inner
                     .book
                     .served(gave.difference(&self.wrong).copied());
@@ -217,8 +226,14 @@ impl<'a> Fetching<'a> {
     }
 
     fn know(&mut self, peer: Peer, addrs: Vec<String>) {
-        let room = self.known.len() < KNOWN_MAX && peer != self.inner.net.me();
-        if !room || self.known.contains_key(&peer) {
+        if let Some(known) = self.known.get_mut(&peer) {
+            // It may have been started again, elsewhere.
+            if !addrs.is_empty() {
+                known.addrs = addrs;
+            }
+            return;
+        }
+        if self.known.len() >= KNOWN_MAX || peer == self.inner.net.me() {
             return;
         }
         let known = Known {
@@ -278,6 +293,7 @@ impl<'a> Fetching<'a> {
                 peer,
                 addrs: known.addrs.clone(),
                 in_vain: known.sent_away,
+                silent: self.inner.silent.is(&peer),
                 who: self.number,
             };
             let (inner, work) = (self.inner.clone(), self.work.clone());
@@ -297,6 +313,9 @@ impl<'a> Fetching<'a> {
         let Some(known) = self.known.get_mut(&peer) else {
             return Ok(());
         };
+        if matches!(end, End::Later | End::Elsewhere(_) | End::Missing) {
+            self.work.answered(&peer);
+        }
         match end {
             End::Done => {}
             End::Here(error) => return Err(error.into()),
@@ -337,8 +356,19 @@ impl<'a> Fetching<'a> {
 
     fn fail(&mut self, peer: Peer, now: Instant) {
         if let Some(known) = self.known.get_mut(&peer) {
-            known.failures += 1;
-            known.due = (known.failures < FAILURES_MAX).then(|| now + AGAIN);
+            known.failures = (known.failures + 1).min(FAILURES_MAX);
+            known.due = Some(now + AGAIN * known.failures.min(2));
+        }
+    }
+
+    /// Those that were asked for long enough and said nothing, while others gave.
+    fn note_silent(&self, gave: &HashSet<Peer>) {
+        for (peer, asked) in self.work.asked() {
+            if gave.contains(&peer) {
+                self.inner.silent.spoke(&peer);
+            } else if asked.elapsed() >= SLOW {
+                self.inner.silent.note(peer);
+            }
         }
     }
 
@@ -349,7 +379,10 @@ impl<'a> Fetching<'a> {
         } else {
             GIVE_UP_AFTER
         };
-        let hope = !self.running.is_empty() || self.known.values().any(|known| known.due.is_some());
+        let hope = self
+            .known
+            .iter()
+            .any(|(peer, known)| known.failures < FAILURES_MAX && !self.wrong.contains(peer));
         if waited < NOBODY_AFTER || hope && waited < patience {
             return Ok(());
         }

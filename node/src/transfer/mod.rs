@@ -15,9 +15,11 @@ mod counts;
 mod fetch;
 mod grants;
 mod holders;
+mod mend;
 mod ranges;
 mod serve;
 mod shards;
+mod silent;
 mod source;
 mod wire;
 
@@ -47,6 +49,7 @@ use counts::Counts;
 pub use counts::ShardCount;
 pub use holders::holders;
 use shards::Shards;
+use silent::Silent;
 
 /// What shards may take in a second, both ways together, while a session runs on this node: about what a gigabit
 /// link carries in half of its time. Reading, hashing and encrypting more takes the cores from frames that wait.
@@ -82,6 +85,10 @@ struct Inner {
     counts: Counts,
     /// Nothing is given: the node is paused.
     paused: AtomicBool,
+    /// Who gave nothing when it was last asked.
+    silent: Silent,
+    /// A damaged shard is being fetched again.
+    mending: AtomicBool,
     /// What shards may take beside sessions that run here.
     beside: Mutex<Bucket>,
 }
@@ -153,6 +160,8 @@ impl Transfer {
             needed: Mutex::default(),
             counts: Counts::default(),
             paused: AtomicBool::new(false),
+            silent: Silent::default(),
+            mending: AtomicBool::new(false),
             beside: Mutex::new(Bucket::new(BESIDE_BYTES_S, BESIDE_BURST, Instant::now())),
         };
         Self {
@@ -175,9 +184,10 @@ impl Transfer {
         if let Ok(manifest) = known {
             return Ok(Arc::new(manifest));
         }
-        let manifest = self.inner.net.fetch_manifest(&id).await?;
+        let (net, book) = (&self.inner.net, &self.inner.book);
+        let manifest = net.fetch_manifest(&id, book).await?;
         let metadata = match manifest.metadata() {
-            Some(shard) => self.inner.net.fetch_shard(&id, &shard.id).await?,
+            Some(shard) => net.fetch_shard(&id, &shard.id, book).await?,
             None => Vec::new(),
         };
         let store = self.inner.store.clone();
@@ -189,6 +199,30 @@ impl Transfer {
         .await??;
         kept?;
         Ok(Arc::new(manifest))
+    }
+
+    /// Whether these shards fit on this machine beside what stays, all of them; they are not evicted from now on until
+    /// [`Transfer::release`].
+    ///
+    /// # Errors
+    /// They do not: what is needed and what there is.
+    pub async fn check_room(&self, shards: &[ShardEntry]) -> Result<(), TransferError> {
+        self.inner
+            .needed()
+            .extend(shards.iter().map(|shard| shard.id));
+        let (inner, shards) = (self.inner.clone(), shards.to_vec());
+        let checked = blocking(move || {
+            let needed = shards
+                .iter()
+                .map(|shard| inner.store.still_needed(shard))
+                .sum();
+            let quota = &inner.limits.quota;
+            inner
+                .store
+                .would_go(needed, quota, &|shard| inner.worth(shard, &HashSet::new()))
+        });
+        checked.await??;
+        Ok(())
     }
 
     /// Bytes of shards that went to peers since the start, the hashes between them included.
@@ -232,10 +266,10 @@ impl Inner {
         self.needed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits where a session runs here, so that no more than `BESIDE_BYTES_S` pass.
-    async fn give_way(&self, bytes: usize) {
+    /// Waits where a session runs here, so that no more than `BESIDE_BYTES_S` pass; true if it did.
+    async fn give_way(&self, bytes: usize) -> bool {
         if !self.net.sessions_run() {
-            return;
+            return false;
         }
         let wait = {
             let mut beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner);
@@ -244,24 +278,29 @@ impl Inner {
         if !wait.is_zero() {
             tokio::time::sleep(wait).await;
         }
+        !wait.is_zero()
+    }
+
+    fn worth(&self, shard: &ShardId, elsewhere: &HashSet<ShardId>) -> Worth {
+        match () {
+            () if self.needed().contains(shard) => Worth::Needed,
+            () if elsewhere.contains(shard) => Worth::Elsewhere,
+            () => Worth::LastCopy,
+        }
     }
 
     /// Room for a shard; what had to go is told. Blocks.
     fn make_room(&self, entry: &ShardEntry) -> Result<(), BlobError> {
-        let needed = self.needed().clone();
         let elsewhere =
             holders::held_elsewhere(&self.net.adverts().snapshot(), &self.store, self.net.me());
-        let worth = |shard: &ShardId| match () {
-            () if needed.contains(shard) => Worth::Needed,
-            () if elsewhere.contains(shard) => Worth::Elsewhere,
-            () => Worth::LastCopy,
-        };
+        let worth = |shard: &ShardId| self.worth(shard, &elsewhere);
+        let needed = self.store.still_needed(entry);
         let quota = &self.limits.quota;
         for Evicted {
             shard,
             bytes,
             last_copy,
-        } in self.store.make_room(entry.bytes, quota, &worth)?
+        } in self.store.make_room(needed, quota, &worth)?
         {
             self.shards.forget(&shard);
             if last_copy {

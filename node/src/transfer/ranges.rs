@@ -9,7 +9,7 @@ use std::{
 };
 
 /// A range that takes longer is given to a second holder when one has nothing to do.
-const SLOW: Duration = Duration::from_secs(2);
+pub(super) const SLOW: Duration = Duration::from_secs(2);
 /// Holders that are at one range at most.
 const COPIES_MAX: usize = 2;
 
@@ -23,7 +23,8 @@ pub(super) struct Ranges {
 #[derive(Debug)]
 struct Flying {
     range: Range<u32>,
-    since: Instant,
+    /// From when on it is given to a second holder.
+    slow_at: Instant,
     /// By the number of whoever is at it.
     by: Vec<u64>,
 }
@@ -37,20 +38,21 @@ impl Ranges {
         }
     }
 
-    /// The next range for `who`, or one that somebody else is slow with.
-    pub(super) fn next(&mut self, who: u64, now: Instant) -> Option<Range<u32>> {
+    /// The next range for `who`, or one that somebody else is slow with. What `silent` holders are given, others
+    /// need not wait for.
+    pub(super) fn next(&mut self, who: u64, silent: bool, now: Instant) -> Option<Range<u32>> {
         if let Some(range) = self.todo.pop_front() {
             self.flying.push(Flying {
                 range: range.clone(),
-                since: now,
+                slow_at: if silent { now } else { now + SLOW },
                 by: vec![who],
             });
             return Some(range);
         }
         let slow = self.flying.iter_mut().filter(|flying| {
-            now >= flying.since + SLOW && flying.by.len() < COPIES_MAX && !flying.by.contains(&who)
+            now >= flying.slow_at && flying.by.len() < COPIES_MAX && !flying.by.contains(&who)
         });
-        let slowest = slow.min_by_key(|flying| flying.since)?;
+        let slowest = slow.min_by_key(|flying| flying.slow_at)?;
         slowest.by.push(who);
         Some(slowest.range.clone())
     }
@@ -60,8 +62,8 @@ impl Ranges {
         self.flying.retain(|flying| flying.range != *range);
     }
 
-    /// `who` does not bring it.
-    pub(super) fn give_back(&mut self, range: &Range<u32>, who: u64) {
+    /// `who` does not bring it; what comes before group `from` is here.
+    pub(super) fn give_back(&mut self, range: &Range<u32>, from: u32, who: u64) {
         let Some(i) = self.flying.iter().position(|flying| flying.range == *range) else {
             return;
         };
@@ -69,7 +71,9 @@ impl Ranges {
         flying.by.retain(|other| *other != who);
         if flying.by.is_empty() {
             let flying = self.flying.swap_remove(i);
-            self.todo.push_front(flying.range);
+            if from < flying.range.end {
+                self.todo.push_front(from..flying.range.end);
+            }
         }
     }
 
@@ -87,20 +91,35 @@ mod tests {
     fn each_range_goes_to_one_holder_and_a_slow_one_to_a_second() {
         let now = Instant::now();
         let mut ranges = Ranges::new(vec![0..4, 4..8]);
-        assert_eq!(ranges.next(1, now), Some(0..4));
-        assert_eq!(ranges.next(2, now), Some(4..8));
-        assert_eq!(ranges.next(2, now), None, "nobody is slow yet");
+        assert_eq!(ranges.next(1, false, now), Some(0..4));
+        assert_eq!(ranges.next(2, false, now), Some(4..8));
+        assert_eq!(ranges.next(2, false, now), None, "nobody is slow yet");
         let later = now + SLOW;
         ranges.done(&(4..8));
-        assert_eq!(ranges.next(1, later), None, "not twice to the same");
-        assert_eq!(ranges.next(2, later), Some(0..4));
-        assert_eq!(ranges.next(3, later), None, "two are enough");
-        ranges.give_back(&(0..4), 1);
+        assert_eq!(ranges.next(1, false, later), None, "not twice to the same");
+        assert_eq!(ranges.next(2, false, later), Some(0..4));
+        assert_eq!(ranges.next(3, false, later), None, "two are enough");
+        ranges.give_back(&(0..4), 0, 1);
         assert!(!ranges.is_done());
-        ranges.give_back(&(0..4), 2);
-        assert_eq!(ranges.next(3, later), Some(0..4), "given back by both");
-        ranges.done(&(0..4));
-        ranges.give_back(&(0..4), 3);
+        ranges.give_back(&(0..4), 1, 2);
+        assert_eq!(
+            ranges.next(3, false, later),
+            Some(1..4),
+            "given back by both, without what came"
+        );
+        ranges.give_back(&(1..4), 4, 3);
+        ranges.give_back(&(1..4), 0, 3);
         assert!(ranges.is_done());
+    }
+
+    #[test]
+    fn what_a_silent_holder_is_given_others_take_at_once() {
+        let now = Instant::now();
+        let mut ranges = Ranges::new(vec![0..4, 4..8]);
+        assert_eq!(ranges.next(1, true, now), Some(0..4));
+        assert_eq!(ranges.next(2, false, now), Some(4..8));
+        assert_eq!(ranges.next(2, false, now), Some(0..4));
+        ranges.done(&(0..4));
+        assert_eq!(ranges.next(1, true, now), None, "nobody else is slow yet");
     }
 }

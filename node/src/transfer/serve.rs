@@ -22,7 +22,7 @@ use super::{
     wire::{ASK, Buffers, Wire, WireError},
 };
 use crate::{
-    net::{Proto, Stream},
+    net::{Net, Proto, Stream},
     seldom::Seldom,
     shares::Shares,
 };
@@ -111,14 +111,16 @@ impl Uploads {
     async fn serve(self: &Arc<Self>, peer: Peer, stream: Stream) -> Result<(), ServeError> {
         let mut wire = Wire::new(stream);
         let buffers = Buffers::default();
+        let mut sent = Sent::default();
         loop {
             let asked = timeout(IDLE_DEADLINE, wire.next::<Ask>(ASK, &buffers)).await;
             let Some((ask, _)) = asked.map_err(|_| ServeError::Slow)?? else {
+                sent.measure(&self.transfer.net);
                 return Ok(());
             };
             let said = match timeout(TURN_DEADLINE, self.turns.acquire()).await {
                 Ok(_turn) => {
-                    let answered = self.answer(peer, &ask, &mut wire, &buffers);
+                    let answered = self.answer(peer, &ask, &mut wire, &buffers, &mut sent);
                     let answered = timeout(RANGE_DEADLINE, answered).await;
                     answered.map_err(|_| ServeError::Slow)??
                 }
@@ -138,9 +140,13 @@ impl Uploads {
         ask: &Ask,
         wire: &mut Wire,
         buffers: &Buffers,
+        sent: &mut Sent,
     ) -> Result<Option<Give>, ServeError> {
         if self.transfer.paused.load(Ordering::Relaxed) {
             return Ok(Some(Give::Failed("it is paused by its owner".into())));
+        }
+        if self.transfer.limits.upload_bytes_s == Some(0) {
+            return Ok(Some(Give::Missing));
         }
         let (transfer, wanted) = (self.transfer.clone(), *ask);
         let found = blocking(move || {
@@ -174,7 +180,7 @@ impl Uploads {
             Verdict::Later => return Ok(Some(Give::Later)),
             Verdict::Elsewhere(peers) => return Ok(Some(Give::Elsewhere { peers })),
         }
-        match self.give(peer, shard, ask, wire, buffers).await? {
+        match self.give(peer, shard, ask, wire, buffers, sent).await? {
             Ok(sent) => {
                 let mut grants = self.grants();
                 grants.sent(&ask.shard, &peer, sent);
@@ -195,6 +201,7 @@ impl Uploads {
         ask: &Ask,
         wire: &mut Wire,
         buffers: &Buffers,
+        all: &mut Sent,
     ) -> Result<Result<u64, GiveError>, ServeError> {
         let (parts, mut ready) = mpsc::channel::<Vec<u8>>(PARTS_AHEAD);
         let (spare, range) = (buffers.clone(), ask.range());
@@ -202,6 +209,9 @@ impl Uploads {
             true => PART_BYTES_BESIDE,
             false => PART_BYTES,
         };
+        // One a second: the asker waits for the next no longer than for a silent one.
+        let limit = self.transfer.limits.upload_bytes_s.unwrap_or(u64::MAX);
+        let part_bytes = part_bytes.min(usize::try_from(limit).unwrap_or(usize::MAX));
         let giving = tokio::task::spawn_blocking(move || {
             let mut out = Parts {
                 parts,
@@ -214,11 +224,13 @@ impl Uploads {
         });
         let mut sent = 0;
         while let Some(part) = ready.recv().await {
-            self.pause(part.len()).await;
+            all.begin();
+            all.paced |= self.pause(part.len()).await;
             self.grants().sending(&ask.shard, &peer, Instant::now());
             let sending = timeout(PART_DEADLINE, wire.send(&Give::Part, &part)).await;
             sending.map_err(|_| ServeError::Slow)??;
             sent += part.len() as u64;
+            all.bytes += part.len();
             self.transfer.counts.gave(ask.model, ask.shard, part.len());
             buffers.put(part);
         }
@@ -239,9 +251,12 @@ impl Uploads {
         })
     }
 
-    async fn pause(&self, bytes: usize) {
-        self.transfer.give_way(bytes).await;
-        let Some(bucket) = &self.bucket else { return };
+    /// Waits for its turn under the limits; true where they made it wait.
+    async fn pause(&self, bytes: usize) -> bool {
+        let gave_way = self.transfer.give_way(bytes).await;
+        let Some(bucket) = &self.bucket else {
+            return gave_way;
+        };
         let wait = {
             let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
             bucket.take(bytes, Instant::now())
@@ -249,9 +264,13 @@ impl Uploads {
         if !wait.is_zero() {
             tokio::time::sleep(wait).await;
         }
+        gave_way || !wait.is_zero()
     }
 
     fn cannot(&self, ask: &Ask, error: &GiveError) -> Give {
+        if matches!(error, GiveError::Changed { .. }) {
+            self.transfer.mend(ask.model, ask.shard);
+        }
         if self.unreadable.now(Instant::now()) {
             tracing::warn!(shard = %ask.shard, %error, "cannot give a shard that a peer asks for");
         } else {
@@ -264,6 +283,32 @@ impl Uploads {
         };
         cut_text(&mut why, 512);
         Give::Failed(why)
+    }
+}
+
+/// What one stream of requests got, as far as it says how fast we upload.
+#[derive(Default)]
+struct Sent {
+    /// Before the first part.
+    start: Option<Instant>,
+    bytes: usize,
+    /// Something of ours held it back.
+    paced: bool,
+}
+
+impl Sent {
+    fn begin(&mut self) {
+        self.start.get_or_insert_with(Instant::now);
+    }
+
+    /// The asker closed the stream: it has read all of it. An upload limit, or sessions that go first, say nothing of
+    /// the line.
+    fn measure(&self, net: &Net) {
+        let Some(start) = self.start.filter(|_| !self.paced) else {
+            return;
+        };
+        let now = Instant::now();
+        net.with_uplink(|uplink| uplink.sent(self.bytes, now - start, now));
     }
 }
 

@@ -2,10 +2,10 @@
 //! arrives, until there is none left or the holder is of no more use.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     io::{self, Read},
     ops::Range,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -43,6 +43,8 @@ pub(super) struct Work {
     ranges: Mutex<Ranges>,
     /// Who gave a whole range.
     gave: Mutex<HashSet<Peer>>,
+    /// Who was asked for one and did not refuse, and when first.
+    asked: Mutex<HashMap<Peer, Instant>>,
     changed: Notify,
 }
 
@@ -72,6 +74,7 @@ impl Work {
             model,
             partial,
             gave: Mutex::default(),
+            asked: Mutex::default(),
             changed: Notify::new(),
         }
     }
@@ -83,6 +86,19 @@ impl Work {
             .clone()
     }
 
+    pub(super) fn asked(&self) -> HashMap<Peer, Instant> {
+        self.lock_asked().clone()
+    }
+
+    /// It said that it does not give it.
+    pub(super) fn answered(&self, peer: &Peer) {
+        self.lock_asked().remove(peer);
+    }
+
+    fn lock_asked(&self) -> MutexGuard<'_, HashMap<Peer, Instant>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn is_done(&self) -> bool {
         self.with(|ranges| ranges.is_done())
     }
@@ -91,8 +107,8 @@ impl Work {
         look(&mut self.ranges.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn next(self: &Arc<Self>, who: u64) -> Option<Lease> {
-        let range = self.with(|ranges| ranges.next(who, Instant::now()))?;
+    fn next(self: &Arc<Self>, who: u64, silent: bool) -> Option<Lease> {
+        let range = self.with(|ranges| ranges.next(who, silent, Instant::now()))?;
         Some(Lease {
             work: self.clone(),
             range,
@@ -101,13 +117,13 @@ impl Work {
     }
 
     /// Waits for a range; none once everything is here.
-    async fn wait_next(self: &Arc<Self>, who: u64) -> Option<Lease> {
+    async fn wait_next(self: &Arc<Self>, who: u64, silent: bool) -> Option<Lease> {
         loop {
             let changed = self.changed.notified();
             if self.is_done() {
                 return None;
             }
-            if let Some(lease) = self.next(who) {
+            if let Some(lease) = self.next(who, silent) {
                 return Some(lease);
             }
             let _ = timeout(LOOK, changed).await;
@@ -135,8 +151,10 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        // So that a link too slow for a whole range gets on all the same.
+        let from = self.work.partial.first_missing(&self.range);
         self.work
-            .with(|ranges| ranges.give_back(&self.range, self.who));
+            .with(|ranges| ranges.give_back(&self.range, from, self.who));
         self.work.changed.notify_waiters();
     }
 }
@@ -147,6 +165,8 @@ pub(super) struct Source {
     pub(super) addrs: Vec<String>,
     /// Those that it named did not give it.
     pub(super) in_vain: bool,
+    /// It gave nothing when it was last asked: others need not wait for what it is asked for.
+    pub(super) silent: bool,
     /// A number that no other holder of this shard has.
     pub(super) who: u64,
 }
@@ -172,11 +192,15 @@ impl Source {
         loop {
             while asked.len() < ASKED_AHEAD {
                 let lease = match asked.is_empty() {
-                    true => match work.wait_next(self.who).await {
+                    true => match work.wait_next(self.who, self.silent).await {
                         Some(lease) => lease,
-                        None => return Ok(End::Done),
+                        None => {
+                            // So that it knows that all of it was read.
+                            let _ = timeout(FRAME_DEADLINE, wire.close()).await;
+                            return Ok(End::Done);
+                        }
                     },
-                    false => match work.next(self.who) {
+                    false => match work.next(self.who, self.silent) {
                         Some(lease) => lease,
                         None => break,
                     },
@@ -191,6 +215,9 @@ impl Source {
                 };
                 let sent = timeout(FRAME_DEADLINE, wire.send(&ask, &[])).await;
                 sent.map_err(|_| slow())?.map_err(broken)?;
+                work.lock_asked()
+                    .entry(self.peer)
+                    .or_insert_with(Instant::now);
                 asked.push_back(lease);
             }
             let Some(lease) = asked.pop_front() else {

@@ -81,6 +81,11 @@ impl Wire {
         Ok(self.stream.flush().await?)
     }
 
+    /// Says that nothing more will be sent.
+    pub(super) async fn close(&mut self) -> Result<(), WireError> {
+        Ok(self.stream.shutdown().await?)
+    }
+
     /// The next frame: its header, and its payload in one of `buffers`. None where the stream ends between two.
     pub(super) async fn next<M: Message>(
         &mut self,

@@ -125,6 +125,10 @@ impl Store {
             Some(place) => Places(vec![place]),
             None => match self.sources(model).map_err(StoreError::Torn)? {
                 Some(sources) => Places::in_files(entry, &sources)?,
+                None if self.is_cut_off(entry) => {
+                    let path = self.blob_path(&entry.id);
+                    return Err(GiveError::Changed { path, shard });
+                }
                 None => return Ok(None),
             },
         };
@@ -229,10 +233,13 @@ impl OpenShard {
         match done {
             Ok(()) => Ok(()),
             Err(_) if out.left => Err(GiveError::Left),
-            Err(EncodeError::Io(source)) => Err(GiveError::Io {
-                path: self.path(),
-                source,
-            }),
+            // A file that was cut off is another than it was, too.
+            Err(EncodeError::Io(source)) if source.kind() != io::ErrorKind::UnexpectedEof => {
+                Err(GiveError::Io {
+                    path: self.path(),
+                    source,
+                })
+            }
             Err(_) => Err(GiveError::Changed {
                 path: self.path(),
                 shard: self.shard,

@@ -17,6 +17,7 @@ mod room;
 mod tree;
 
 use std::{
+    fmt,
     fs::{self, File, FileTimes},
     io,
     path::{Path, PathBuf},
@@ -54,8 +55,9 @@ pub enum BlobError {
     },
     /// No room on the disk.
     #[error(
-        "{path}: {needed} bytes are needed and {free} are free on this disk, of which {reserve} stay free; \
-         free some, or `shoal gc`, or move the home directory: --home DIR"
+        "{path}: {} are needed and {} are free on this disk, of which {} stay free; free some, or `shoal gc`, or \
+         move the home directory: --home DIR",
+        Size(*needed), Size(*free), Size(*reserve)
     )]
     Full {
         /// The folder.
@@ -69,7 +71,8 @@ pub enum BlobError {
     },
     /// More than the quota allows, whatever is evicted.
     #[error(
-        "{needed} bytes are needed, and --disk allows {max}, of which {used} are in use by what is needed too; raise --disk"
+        "{} are needed, and --disk allows {}, of which {} are in use by what is needed too; raise --disk",
+        Size(*needed), Size(*max), Size(*used)
     )]
     Quota {
         /// Bytes needed.
@@ -107,8 +110,27 @@ impl BlobError {
     }
 }
 
-fn remedy(error: &io::Error) -> &'static str {
+/// Bytes as people read them.
+struct Size(u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (unit, name) = match self.0 {
+            0..0x400 => return write!(f, "{} bytes", self.0),
+            0x400..0x10_0000 => (1u64 << 10, "KiB"),
+            0x10_0000..0x4000_0000 => (1 << 20, "MiB"),
+            _ => (1 << 30, "GiB"),
+        };
+        write!(f, "{:.1} {name}", self.0 as f64 / unit as f64)
+    }
+}
+
+/// What to do about a disk that takes nothing more; empty for other errors.
+pub(crate) fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
+        io::ErrorKind::FileTooLarge => {
+            "; a limit keeps this file from growing: raise it (ulimit -f), or give another file system: --home DIR"
+        }
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             "; free some disk, or `shoal gc`; what was fetched is kept, and it goes on from there"
         }
@@ -148,6 +170,12 @@ impl Store {
     pub fn has_blob(&self, shard: &ShardEntry) -> bool {
         let found = fs::metadata(self.blob_path(&shard.id));
         found.is_ok_and(|meta| meta.is_file() && meta.len() == shard.bytes)
+    }
+
+    /// Whether a shard was fetched and is of another length by now.
+    pub fn is_cut_off(&self, shard: &ShardEntry) -> bool {
+        let found = fs::metadata(self.blob_path(&shard.id));
+        found.is_ok_and(|meta| meta.len() != shard.bytes)
     }
 
     /// Reads and hashes a fetched shard: true if it is whole. One that is damaged is removed, so that it can be

@@ -176,6 +176,16 @@ impl Partial {
         wanted.is_some_and(|have| have.iter().all(|here| *here))
     }
 
+    /// The first of these groups that is missing; their end where none is.
+    pub fn first_missing(&self, groups: &Range<u32>) -> u32 {
+        let state = self.lock();
+        let here = |group: &u32| state.have.get(*group as usize).is_some_and(|here| *here);
+        groups
+            .clone()
+            .find(|group| !here(group))
+            .unwrap_or(groups.end)
+    }
+
     /// What is missing, in ranges of at most `max` groups.
     pub fn missing(&self, max: u32) -> Vec<Range<u32>> {
         let mut ranges: Vec<Range<u32>> = Vec::new();
@@ -225,10 +235,18 @@ impl Partial {
             return Err(BlobError::Incomplete { shard, missing });
         }
         // Not synced: what a power cut takes is found when the blob is read, and fetched again.
-        fs::rename(&self.paths.data, &self.paths.blob).map_err(BlobError::at(&self.paths.blob))?;
+        match fs::rename(&self.paths.data, &self.paths.blob) {
+            // Two tasks of this process fetched it, and the other one was first.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && self.is_blob() => return Ok(()),
+            renamed => renamed.map_err(BlobError::at(&self.paths.blob))?,
+        }
         // Only in the way of nobody: the next to open it would begin anew.
         let _ = fs::remove_file(&self.paths.outboard);
         Ok(())
+    }
+
+    fn is_blob(&self) -> bool {
+        is_at(&self.data, &self.paths.blob)
     }
 
     pub(super) fn data(&self) -> &File {

@@ -165,7 +165,8 @@ fn is_older(path: &Path, age: Duration) -> bool {
     modified.is_ok_and(|at| at.elapsed().is_ok_and(|since| since >= age))
 }
 
-fn disk_bytes(path: &Path) -> u64 {
+/// Bytes that a file takes on the disk: less than its length where it has holes.
+pub(super) fn disk_bytes(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     fs::metadata(path).map_or(0, |meta| meta.blocks().saturating_mul(512))
 }

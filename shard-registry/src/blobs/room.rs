@@ -9,8 +9,8 @@ use std::{
 
 use swarm_proto::ShardId;
 
-use super::{BLOBS, BlobError, PARTIAL};
-use crate::store::Store;
+use super::{BLOBS, BlobError, PARTIAL, remove::disk_bytes};
+use crate::{manifest::ShardEntry, store::Store};
 
 /// Free disk that fetching leaves alone, whatever the quota says.
 const RESERVE_BYTES: u64 = 512 << 20;
@@ -66,8 +66,31 @@ impl Store {
     /// Makes room for `needed` more bytes: within the quota, and with the reserve left on the disk.
     ///
     /// # Errors
-    /// There is none, whatever goes.
+    /// There is none, whatever goes; nothing goes then.
     pub fn make_room(
+        &self,
+        needed: u64,
+        quota: &Quota,
+        worth: &dyn Fn(&ShardId) -> Worth,
+    ) -> Result<Vec<Evicted>, BlobError> {
+        let evicted = self.would_go(needed, quota, worth)?;
+        for gone in &evicted {
+            let path = self.blob_path(&gone.shard);
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(BlobError::at(&path)(e));
+                }
+                _ => {}
+            }
+        }
+        Ok(evicted)
+    }
+
+    /// What [`Store::make_room`] would take away.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn would_go(
         &self,
         needed: u64,
         quota: &Quota,
@@ -89,8 +112,6 @@ impl Store {
             }
             match blobs.pop_if(|blob| blob.worth < Worth::Needed) {
                 Some(blob) => {
-                    let path = self.blob_path(&blob.shard);
-                    fs::remove_file(&path).map_err(BlobError::at(&path))?;
                     used = used.saturating_sub(blob.bytes);
                     free = free.saturating_add(blob.bytes);
                     evicted.push(Evicted {
@@ -149,14 +170,22 @@ impl Store {
         Ok(blobs)
     }
 
+    /// Bytes that a shard will take on the disk beside what is here of it.
+    pub fn still_needed(&self, shard: &ShardEntry) -> u64 {
+        if self.has_blob(shard) {
+            return 0;
+        }
+        let partial = self.dir().join(PARTIAL).join(format!("{}.data", shard.id));
+        shard.bytes.saturating_sub(disk_bytes(&partial))
+    }
+
     /// Bytes that partials take on the disk: they have holes.
     fn partial_bytes(&self) -> u64 {
-        use std::os::unix::fs::MetadataExt;
         let Ok(entries) = fs::read_dir(self.dir().join(PARTIAL)) else {
             return 0;
         };
-        let taken = entries.flatten().filter_map(|entry| entry.metadata().ok());
-        taken.map(|meta| meta.blocks().saturating_mul(512)).sum()
+        let files = entries.flatten().map(|entry| entry.path());
+        files.map(|path| disk_bytes(&path)).sum()
     }
 }
 
