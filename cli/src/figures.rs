@@ -34,7 +34,7 @@ pub fn count(n: u64) -> String {
     }
 }
 
-/// `0.0000874 s` → `87.4 µs`; minutes from 120 s on.
+/// `0.0000874 s` → `87.4 µs`; minutes from 120 s on, hours from 120 min on.
 pub fn duration(d: Duration) -> String {
     let s = d.as_secs_f64();
     if s < 1e-3 {
@@ -43,8 +43,10 @@ pub fn duration(d: Duration) -> String {
         format!("{} ms", three_digits(s * 1e3))
     } else if s < 120.0 {
         format!("{} s", three_digits(s))
-    } else {
+    } else if s < 7200.0 {
         format!("{} min", three_digits(s / 60.0))
+    } else {
+        format!("{} h", three_digits(s / 3600.0))
     }
 }
 
@@ -155,6 +157,7 @@ mod tests {
         assert_eq!(duration(Duration::from_millis(312)), "312 ms");
         assert_eq!(duration(Duration::from_secs(90)), "90 s");
         assert_eq!(duration(Duration::from_secs(600)), "10 min");
+        assert_eq!(duration(Duration::from_secs(9000)), "2.5 h");
     }
 
     #[test]

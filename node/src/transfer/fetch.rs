@@ -38,8 +38,9 @@ const IN_VAIN_AFTER: Duration = Duration::from_secs(4);
 const IN_VAIN_LATER: Duration = Duration::from_secs(20);
 /// Without a byte for so long it is given up; what is here is kept.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
-/// The same while somebody says that it comes later: a slow holder gives its shards one after the other.
-const GIVE_UP_LATER: Duration = Duration::from_secs(1800);
+/// The same while somebody says that it comes later: a slow holder gives its shards one after the other. Then others
+/// may have become scarcer.
+const GIVE_UP_LATER: Duration = Duration::from_secs(300);
 /// With nobody to ask, it is given up earlier.
 const NOBODY_AFTER: Duration = Duration::from_secs(15);
 /// How often Kademlia is asked while nobody is known.
