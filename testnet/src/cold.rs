@@ -98,11 +98,13 @@ impl Shard {
 }
 
 /// When the swarm got where, counted from the start of the nodes that had nothing.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Milestones {
     first_layer: Option<Duration>,
     covered: Option<Duration>,
     complete: Option<Duration>,
+    /// Which nodes have had all of their layers: they may move on to others while some still fetch.
+    filled: Vec<bool>,
 }
 
 impl Milestones {
@@ -116,7 +118,11 @@ impl Milestones {
         };
         reach(&mut self.first_layer, !live.is_empty());
         reach(&mut self.covered, gaps(&live, n_layer).is_empty());
-        reach(&mut self.complete, nodes.iter().all(NodeStatus::complete));
+        self.filled.resize(nodes.len(), false);
+        for (filled, node) in self.filled.iter_mut().zip(nodes) {
+            *filled |= node.complete();
+        }
+        reach(&mut self.complete, self.filled.iter().all(|filled| *filled));
     }
 
     /// Every node has all of its layers, and every layer is held by one of them.
