@@ -9,7 +9,9 @@ use std::{
     sync::Arc,
 };
 
-use swarm_proto::{Advert, AdvertError, LayerRange, ModelId, Peer, SignedAdvert, SwarmId};
+use swarm_proto::{
+    Advert, AdvertError, LayerRange, ModelAdvert, ModelId, Peer, SignedAdvert, SwarmId,
+};
 
 /// Most peers: what one snapshot can carry.
 pub const PEERS_MAX: usize = 4096;
@@ -57,7 +59,8 @@ fn side(off_ms: i64) -> &'static str {
 #[derive(Debug)]
 pub struct AdvertTable {
     swarm: SwarmId,
-    peers: HashMap<Peer, Entry>,
+    /// Sorted, as snapshots are.
+    peers: BTreeMap<Peer, Entry>,
     /// The newest seq of peers that left or expired, so that their old adverts do not come back.
     gone: HashMap<Peer, Gone>,
 }
@@ -80,7 +83,7 @@ struct Gone {
 /// The adverts at one moment, sorted by peer. Cheap to clone and to hold.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
-    /// Each peer's advert.
+    /// Each peer's advert, sorted by peer.
     pub adverts: Vec<Arc<Advert>>,
 }
 
@@ -96,7 +99,7 @@ impl AdvertTable {
     pub fn new(swarm: SwarmId) -> Self {
         Self {
             swarm,
-            peers: HashMap::new(),
+            peers: BTreeMap::new(),
             gone: HashMap::new(),
         }
     }
@@ -162,9 +165,7 @@ impl AdvertTable {
     /// Who could not be connected to and has been silent since, sorted.
     pub fn unreachable(&self, now_ms: u64) -> Vec<Peer> {
         let silent = self.live(now_ms).filter(|entry| entry.unreachable);
-        let mut peers: Vec<Peer> = silent.map(|entry| entry.advert.peer).collect();
-        peers.sort_unstable();
-        peers
+        silent.map(|entry| entry.advert.peer).collect()
     }
 
     /// Drops what expired; returns who is gone by that.
@@ -231,6 +232,20 @@ impl Snapshot {
         adverts.sort_unstable_by_key(|advert| advert.peer);
         adverts.dedup_by_key(|advert| advert.peer);
         Snapshot { adverts }
+    }
+
+    /// What a peer says.
+    pub fn get(&self, peer: &Peer) -> Option<&Advert> {
+        let at = self
+            .adverts
+            .binary_search_by_key(peer, |advert| advert.peer);
+        Some(&self.adverts[at.ok()?])
+    }
+
+    /// What a peer says of a model.
+    pub fn of_model(&self, peer: &Peer, model: &ModelId) -> Option<&ModelAdvert> {
+        let mut models = self.get(peer)?.models.iter();
+        models.find(|other| other.model == *model)
     }
 
     /// Every model that someone names: its id, layers, and the name given most often. Sorted by id.

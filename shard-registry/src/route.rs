@@ -16,39 +16,38 @@
 //! No peer gets more layers than it has room for, as long as a route like that is found; where none is
 //! (adverts are some seconds old) the hops themselves say whether they are full.
 
-use std::{collections::HashMap, fmt::Write as _, time::Duration};
+use std::{fmt::Write as _, time::Duration};
 
-use swarm_proto::{Advert, Hop, LayerRange, ModelAdvert, ModelId, Peer, session};
+use swarm_proto::{Advert, Hop, LayerRange, ModelAdvert, ModelId, Peer};
 
+mod index;
 mod reasons;
 mod search;
 mod standby;
+mod table;
 
 pub use self::reasons::{NoStandby, Other, Parts, Priced, WhyNot, others, price, why_no_standby};
-use self::search::search;
 pub use self::standby::standbys;
+use self::{
+    search::{Found, Search},
+    table::{Table, claim, room, usable},
+};
 use crate::adverts::Snapshot;
 
 /// What a hop costs beyond compute and wire (waking up, copying): the budget of the session code.
 const HOP_NS: u64 = 80_000;
 /// Half of a round trip to a peer that was never measured: somewhere on the same continent.
 const HALF_RTT_UNKNOWN_NS: u64 = 10_000_000;
-/// Uplink of a peer that did not measure it, in bytes a second: a home's.
-const UPLINK_UNKNOWN: f64 = 2.5e6;
-/// Layers a second of a peer that did not measure it: a slow one's, so that measured peers win.
-const LAYER_TOKENS_UNKNOWN: f64 = 200.0;
-/// Compute counts for more than its measured time: a machine under load is slower than idle.
-const COMPUTE_WEIGHT: f64 = 1.5;
+/// How much faster than it was seen to be a peer is believed to be: what is seen includes waiting and the
+/// network.
+pub const SEEN_FACTOR: f32 = 2.0;
 /// What a hop must save to be worth it, as a share of the cheapest route's time.
 const HOP_SHARE: f64 = 0.03;
 /// Draws of the jitter that may each ask for more hops before the cheapest route is taken.
 const DRAWS_MAX: u64 = 8;
 /// Holders of a layer that are looked at: the best by themselves. Where a layer has no more than that
 /// the route is the cheapest there is.
-const HOLDERS_MAX: usize = 32;
-/// Larger than any real cost, small enough to add up.
-const COST_MAX: u64 = 1 << 50;
-
+const HOLDERS_MAX: usize = 24;
 /// What is asked of the planner.
 #[derive(Debug, Clone)]
 pub struct Query<'a> {
@@ -68,6 +67,8 @@ pub struct Query<'a> {
     pub allow: Option<&'a [Peer]>,
     /// Round trips measured from here, in µs.
     pub rtts: &'a [(Peer, u32)],
+    /// Layer-tokens a second that the client saw of peers itself: a claim counts up to a little more.
+    pub seen: &'a [(Peer, f32)],
     /// Makes each peer's compute dearer by a factor of 1 to `1 + jitter`, so that clients with the same
     /// view do not all choose the same route. 0: none. Alone it buys hops too: see [`spread`].
     pub jitter: f32,
@@ -89,6 +90,7 @@ impl<'a> Query<'a> {
             avoid: &[],
             allow: None,
             rtts: &[],
+            seen: &[],
             jitter: 0.0,
             seed: 0,
             hop_extra: Duration::ZERO,
@@ -153,19 +155,10 @@ impl NoRoute {
 /// # Errors
 /// Some layer has no usable holder; says which.
 pub fn plan(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
-    let table = Table::new(snapshot, query);
-    let missing = table.missing(query.n_layer, |_| true);
-    if !missing.is_empty() || query.n_layer == 0 {
-        return Err(explain(snapshot, query, missing));
-    }
-    let found = search(&table, query, |peer| peer.room)
-        .or_else(|| search(&table, query, |_| usize::MAX))
-        .ok_or_else(|| explain(snapshot, query, missing))?;
-    let hops = found.hops.into_iter();
-    Ok(Route {
-        hops: hops.map(|(peer, layers)| table.hop(peer, layers)).collect(),
-        estimate: Duration::from_nanos(found.ns),
-    })
+    let table = table(snapshot, query)?;
+    let found = Search::new(&table, query.n_layer).run(&table.prices);
+    let found = found.ok_or_else(|| explain(snapshot, query, Vec::new()))?;
+    Ok(table.route(&found.hops, found.ns))
 }
 
 /// Plans one of the routes that are about as cheap as the cheapest, drawn from the query's jitter and
@@ -175,290 +168,60 @@ pub fn plan(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
 /// # Errors
 /// As [`plan`].
 pub fn spread(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
+    let table = table(snapshot, query)?;
+    let mut search = Search::new(&table, query.n_layer);
+    let mut run = |query: &Query| -> Result<Found, NoRoute> {
+        let found = search.run(&table.prices_by(query));
+        found.ok_or_else(|| explain(snapshot, query, Vec::new()))
+    };
     let calm = Query {
         jitter: 0.0,
         ..query.clone()
     };
-    let least = plan(snapshot, &calm)?.estimate;
+    let mut chosen = run(&calm)?;
+    let least = Duration::from_nanos(chosen.ns);
     let hop_extra = query.hop_extra + least.mul_f64(HOP_SHARE);
-    let priced = |route: Route| Route {
-        estimate: estimate(snapshot, &calm, &route.hops).unwrap_or(route.estimate),
-        ..route
-    };
-    let best = Query {
-        hop_extra,
-        ..calm.clone()
-    };
-    let best = plan(snapshot, &best)?;
+    if chosen.hops.len() > 1 {
+        let best = Query {
+            hop_extra,
+            ..calm.clone()
+        };
+        chosen = run(&best)?;
+    }
     for draw in 0..DRAWS_MAX {
         let drawn = Query {
             hop_extra,
             seed: query.seed.wrapping_add(draw),
             ..query.clone()
         };
-        let route = plan(snapshot, &drawn)?;
-        if route.hops.len() <= best.hops.len() {
-            return Ok(priced(route));
+        let found = run(&drawn)?;
+        if found.hops.len() <= chosen.hops.len() {
+            chosen = found;
+            break;
         }
     }
-    Ok(priced(best))
+    let ns = table.cost(&chosen.hops, &table.prices_by(&calm));
+    Ok(table.route(&chosen.hops, ns))
 }
 
 /// What the planner would say that a given route costs; `None` when it uses a peer or layer that it
 /// would not.
 pub fn estimate(snapshot: &Snapshot, query: &Query, hops: &[Hop]) -> Option<Duration> {
-    let table = Table::new(snapshot, query);
+    let table = Table::whole(snapshot, query);
     let route = table.find(hops).filter(|route| !route.is_empty())?;
-    Some(Duration::from_nanos(table.cost(&route)))
+    let ns = table.cost(&route, &table.prices);
+    Some(Duration::from_nanos(ns))
 }
 
-/// A peer as the planner sees it.
-struct Usable<'a> {
-    advert: &'a Advert,
-    live: Vec<LayerRange>,
-    /// Layers of this session that it has room for.
-    room: usize,
-    /// One layer of one row.
-    layer_ns: u64,
-    /// Its share of a delay that was not measured.
-    half_ns: u64,
-    /// Sending a frame.
-    send_ns: u64,
-    /// Waking up and waiting in its queue.
-    enter_ns: u64,
-    /// Of that, its queue.
-    queued_ns: u64,
-    /// From it back to the client.
-    exit_ns: u64,
-    /// One-way delays to other usable peers that are known: (index, ns), by index.
-    known: Vec<(usize, u64)>,
-}
-
-impl Usable<'_> {
-    fn holds(&self, layer: u16) -> bool {
-        self.live.iter().any(|span| span.contains(layer))
-    }
-}
-
-struct Table<'a> {
-    peers: Vec<Usable<'a>>,
-    /// For each layer who holds it.
-    holders: Vec<Vec<usize>>,
-}
-
-impl<'a> Table<'a> {
-    /// The holders that are looked at in a search.
-    fn new(snapshot: &'a Snapshot, query: &Query) -> Table<'a> {
-        let peers = shortlist(Self::usable(snapshot, query), query.n_layer);
-        Self::of(peers, query)
-    }
-
-    /// All of them.
-    fn whole(snapshot: &'a Snapshot, query: &Query) -> Table<'a> {
-        Self::of(Self::usable(snapshot, query), query)
-    }
-
-    fn usable(snapshot: &'a Snapshot, query: &Query) -> Vec<Usable<'a>> {
-        let rtts: HashMap<Peer, u32> = query.rtts.iter().copied().collect();
-        let mut peers: Vec<Usable> = Vec::new();
-        for advert in &snapshot.adverts {
-            let Some(model) = claim(advert, query) else {
-                continue;
-            };
-            let room = room(model, query);
-            if usable(advert, query) && room > 0 {
-                peers.push(weigh(advert, model, room, query, &rtts));
-            }
-        }
-        peers
-    }
-
-    fn of(mut peers: Vec<Usable<'a>>, query: &Query) -> Table<'a> {
-        let known = known_delays(&peers);
-        for (peer, mut known) in peers.iter_mut().zip(known) {
-            // Both ends may have measured: the smaller one is nearer to the wire.
-            known.sort_unstable();
-            known.dedup_by_key(|(j, _)| *j);
-            peer.known = known;
-        }
-        let holders = holders(&peers, query.n_layer);
-        Table { peers, holders }
-    }
-
-    fn missing(&self, n_layer: u16, only: impl Fn(u16) -> bool) -> Vec<LayerRange> {
-        let empty = (0..n_layer).filter(|l| self.holders[usize::from(*l)].is_empty() && only(*l));
-        LayerRange::merge(
-            empty
-                .map(|l| LayerRange {
-                    start: l,
-                    end: l + 1,
-                })
-                .collect(),
-        )
-    }
-
-    /// One frame from one peer to another.
-    fn link(&self, from: usize, to: usize) -> u64 {
-        let (giver, taker) = (&self.peers[from], &self.peers[to]);
-        let known = taker.known.binary_search_by_key(&from, |(i, _)| *i);
-        let delay = match known {
-            Ok(at) => taker.known[at].1,
-            Err(_) => giver.half_ns + taker.half_ns,
-        };
-        giver.send_ns + delay
-    }
-
-    fn hop(&self, peer: usize, layers: LayerRange) -> Hop {
-        let advert = self.peers[peer].advert;
-        let fits = advert
-            .addrs
-            .iter()
-            .filter(|addr| addr.len() <= session::ADDR_BYTES_MAX);
-        Hop {
-            peer: advert.peer,
-            addrs: fits.take(session::HOP_ADDRS_MAX).cloned().collect(),
-            layers,
-        }
-    }
-}
-
-/// For each layer the indices of those who hold it.
-fn holders(peers: &[Usable], n_layer: u16) -> Vec<Vec<usize>> {
-    let mut holders = vec![Vec::new(); n_layer.into()];
-    for (i, peer) in peers.iter().enumerate() {
-        for layer in peer.live.iter().flat_map(LayerRange::layers) {
-            if let Some(holders) = holders.get_mut(usize::from(layer)) {
-                holders.push(i);
-            }
-        }
-    }
-    holders
-}
-
-/// Keeps the peers that are among the best holders of some layer.
-fn shortlist<'a>(peers: Vec<Usable<'a>>, n_layer: u16) -> Vec<Usable<'a>> {
-    let score = |peer: &Usable| {
-        let n_live: u64 = peer.live.iter().map(|span| u64::from(span.len())).sum();
-        let per_hop = peer.half_ns + peer.enter_ns + peer.send_ns;
-        peer.layer_ns + per_hop / n_live.min(peer.room as u64).max(1)
-    };
-    let scores: Vec<u64> = peers.iter().map(score).collect();
-    let mut keep = vec![false; peers.len()];
-    for mut layer in holders(&peers, n_layer) {
-        if layer.len() > HOLDERS_MAX {
-            layer.select_nth_unstable_by_key(HOLDERS_MAX, |i| (scores[*i], *i));
-            layer.truncate(HOLDERS_MAX);
-        }
-        layer.into_iter().for_each(|i| keep[i] = true);
-    }
-    let kept = peers.into_iter().zip(keep).filter(|(_, keep)| *keep);
-    kept.map(|(peer, _)| peer).collect()
-}
-
-/// For each peer the delays that it or the other end measured.
-fn known_delays(peers: &[Usable]) -> Vec<Vec<(usize, u64)>> {
-    let index = peers
-        .iter()
-        .enumerate()
-        .map(|(i, peer)| (peer.advert.peer, i));
-    let index: HashMap<Peer, usize> = index.collect();
-    let mut known: Vec<Vec<(usize, u64)>> = vec![Vec::new(); peers.len()];
-    for (i, peer) in peers.iter().enumerate() {
-        for (other, rtt_us) in &peer.advert.rtts {
-            if let Some(&j) = index.get(other).filter(|j| **j != i) {
-                let ns = half(*rtt_us);
-                known[i].push((j, ns));
-                known[j].push((i, ns));
-            }
-        }
-    }
-    known
-}
-
-fn claim<'a>(advert: &'a Advert, query: &Query) -> Option<&'a ModelAdvert> {
-    let mut models = advert.models.iter();
-    models.find(|model| model.model == query.model && model.n_layer == query.n_layer)
-}
-
-fn usable(advert: &Advert, query: &Query) -> bool {
-    !advert.leaving
-        && !query.avoid.contains(&advert.peer)
-        && query.allow.is_none_or(|allow| allow.contains(&advert.peer))
-}
-
-/// Layers of the session that a peer has room for; 0: not to be used.
-fn room(model: &ModelAdvert, query: &Query) -> usize {
-    if query.n_ctx == 0 {
-        return usize::MAX;
-    }
-    usize::try_from(model.room(query.n_ctx)).unwrap_or(usize::MAX)
-}
-
-fn half(rtt_us: u32) -> u64 {
-    u64::from(rtt_us) * 500
-}
-
-/// Whole ns; a figure that is absurd counts as the worst that can be added up.
-fn ns(seconds: f64) -> u64 {
-    ((seconds * 1e9) as u64).min(COST_MAX >> 16)
-}
-
-fn weigh<'a>(
-    advert: &'a Advert,
-    model: &ModelAdvert,
-    room: usize,
-    query: &Query,
-    rtts: &HashMap<Peer, u32>,
-) -> Usable<'a> {
-    let live = LayerRange::merge(model.live.clone());
-    let speed = model
-        .layer_tokens_s
-        .map_or(LAYER_TOKENS_UNKNOWN, |m| m.value.into());
-    let uplink = advert
-        .uplink_bytes_s
-        .map_or(UPLINK_UNKNOWN, |m| m.value.into());
-    let jitter = f64::from(query.jitter.max(0.0));
-    let dearer = if jitter > 0.0 {
-        1.0 + jitter * draw(query.seed, &advert.peer)
+/// The holders to search among, of every layer at least one.
+fn table<'a>(snapshot: &'a Snapshot, query: &Query) -> Result<Table<'a>, NoRoute> {
+    let table = Table::new(snapshot, query);
+    let missing = table.missing();
+    if missing.is_empty() && query.n_layer > 0 {
+        Ok(table)
     } else {
-        1.0
-    };
-    let layer_ns = ns(COMPUTE_WEIGHT * dearer / speed.max(1e-3)).max(1);
-    let half_ns = rtts
-        .get(&advert.peer)
-        .map_or(HALF_RTT_UNKNOWN_NS, |rtt| half(*rtt));
-    let send = |bytes: u64| ns(bytes as f64 / uplink.max(1.0));
-    let n_live: u64 = live.iter().map(|span| u64::from(span.len())).sum();
-    let queued = layer_ns
-        .saturating_mul(n_live)
-        .saturating_mul(advert.queue.into())
-        .min(COST_MAX >> 16);
-    let hop_extra = u64::try_from(query.hop_extra.as_nanos()).unwrap_or(u64::MAX);
-    Usable {
-        advert,
-        room,
-        layer_ns,
-        half_ns,
-        send_ns: send(query.frame_bytes),
-        enter_ns: HOP_NS + hop_extra.min(COST_MAX >> 16) + queued,
-        queued_ns: queued,
-        exit_ns: half_ns + send(query.reply_bytes),
-        known: Vec::new(),
-        live,
+        Err(explain(snapshot, query, missing))
     }
-}
-
-/// A number in 0 to 1 from a seed and a peer.
-fn draw(seed: u64, peer: &Peer) -> f64 {
-    let mut bytes = [0; 40];
-    bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    bytes[8..].copy_from_slice(&peer.0);
-    let hash = blake3::hash(&bytes);
-    let word = hash
-        .as_bytes()
-        .first_chunk()
-        .map_or(0, |word| u32::from_le_bytes(*word));
-    f64::from(word) / f64::from(u32::MAX)
 }
 
 fn explain(snapshot: &Snapshot, query: &Query, missing: Vec<LayerRange>) -> NoRoute {

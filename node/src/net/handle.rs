@@ -306,12 +306,15 @@ impl Net {
         let addrs = addrs.filter_map(|addr| addr.parse::<Multiaddr>().ok());
         let addrs = addrs.take(ADDRS_PER_PEER).collect();
         let (reply, answer) = oneshot::channel();
+        // On a connection that stands, opening is one word and its answer.
+        let bulk = proto.is_bulk();
+        let begun = (!bulk && self.inner.facts.is_connected(&peer)).then(Instant::now);
         let request = OpenRequest {
             peer,
             id,
             addrs,
             name,
-            bulk: proto.is_bulk(),
+            bulk,
             reply,
         };
         let opened = async {
@@ -325,6 +328,9 @@ impl Net {
         };
         let timed = tokio::time::timeout(deadline, opened).await;
         let opened = timed.unwrap_or(Err(OpenError::Timeout { peer, deadline }))?;
+        if let Some(begun) = begun {
+            self.inner.facts.rtt(peer, begun.elapsed());
+        }
         Ok(opened.watched(self.activity_of(proto)))
     }
 

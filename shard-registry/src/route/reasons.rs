@@ -6,7 +6,11 @@ use std::time::Duration;
 
 use swarm_proto::{Advert, Hop, LayerRange, ModelAdvert, Peer};
 
-use super::{HOP_SHARE, Query, Table, claim, room, standby::ROOM_FOR};
+use super::{
+    HOP_SHARE, Query,
+    standby::ROOM_FOR,
+    table::{Table, Usable, room, usable_peers},
+};
 use crate::adverts::Snapshot;
 
 /// What a route costs by the planner's figures.
@@ -181,7 +185,7 @@ fn why_not(
     let Some((ns, n_hops, layers)) = cheapest_with(table, at, route) else {
         return WhyNot::NoRoom;
     };
-    let chosen = table.cost(route);
+    let chosen = table.cost(route, &table.prices);
     let saves = Duration::from_nanos(chosen.saturating_sub(ns));
     if ns >= chosen {
         let by = Duration::from_nanos(ns - chosen);
@@ -202,7 +206,7 @@ fn cheapest_with(
 ) -> Option<(u64, usize, LayerRange)> {
     let usable = &table.peers[peer];
     let mut best = None;
-    for span in &usable.live {
+    for span in usable.live.iter() {
         let inside = |edge: u16| span.start <= edge && edge <= span.end;
         let edges = route
             .iter()
@@ -218,7 +222,7 @@ fn cheapest_with(
                     continue;
                 }
                 let other = with(route, peer, layers);
-                let found = (table.cost(&other), other.len(), layers);
+                let found = (table.cost(&other, &table.prices), other.len(), layers);
                 if best.is_none_or(|least| found < least) {
                     best = Some(found);
                 }
@@ -261,22 +265,17 @@ pub fn why_no_standby(snapshot: &Snapshot, query: &Query, hops: &[Hop], at: usiz
     let Some(hop) = hops.get(at) else {
         return NoStandby::NobodyElse;
     };
-    let bits = |peer: Peer| {
-        let mut adverts = snapshot.adverts.iter();
-        Some(claim(adverts.find(|a| a.peer == peer)?, query)?.numerics)
-    };
-    let table = Table::whole(snapshot, query);
-    let off = |peer: Peer| !hops.iter().any(|hop| hop.peer == peer);
-    let peers = table.peers.iter().filter(|peer| off(peer.advert.peer));
-    let mut able = peers
-        .filter(|peer| hop.layers.layers().all(|layer| peer.holds(layer)))
-        .peekable();
+    let peers = usable_peers(snapshot, query);
+    let bits = snapshot.of_model(&hop.peer, &query.model);
+    let bits = bits.map(|model| model.numerics);
+    let off = |peer: &&Usable| !hops.iter().any(|hop| hop.peer == peer.advert.peer);
+    let able = peers.iter().filter(off);
+    let mut able = able.filter(|peer| peer.holds(hop.layers)).peekable();
     if able.peek().is_none() {
         return NoStandby::NobodyElse;
     }
-    let mine = bits(hop.peer);
     let mut alike = able
-        .filter(|peer| bits(peer.advert.peer) == mine)
+        .filter(|peer| Some(peer.model.numerics) == bits)
         .peekable();
     if alike.peek().is_none() {
         return NoStandby::OtherBits;
@@ -290,54 +289,26 @@ pub fn why_no_standby(snapshot: &Snapshot, query: &Query, hops: &[Hop], at: usiz
 }
 
 impl Table<'_> {
-    /// A route by this table's own numbers of its peers.
-    pub(super) fn find(&self, hops: &[Hop]) -> Option<Vec<(usize, LayerRange)>> {
-        let found = hops.iter().map(|hop| {
-            let mut peers = self.peers.iter();
-            let at = peers.position(|peer| peer.advert.peer == hop.peer)?;
-            let peer = &self.peers[at];
-            let held = hop.layers.layers().all(|layer| peer.holds(layer));
-            held.then_some((at, hop.layers))
-        });
-        found.collect()
-    }
-
-    /// One token along a route, in ns.
-    pub(super) fn cost(&self, route: &[(usize, LayerRange)]) -> u64 {
-        let mut ns = 0;
-        let mut last: Option<usize> = None;
-        for &(at, layers) in route {
-            let peer = &self.peers[at];
-            let link = last.map_or(peer.half_ns, |from| self.link(from, at));
-            ns += link + peer.enter_ns + peer.layer_ns * u64::from(layers.len());
-            last = Some(at);
-        }
-        ns + last.map_or(0, |at| self.peers[at].exit_ns)
-    }
-
-    /// The same by its parts.
+    /// What a route costs, by its parts.
     fn price(&self, route: &[(usize, LayerRange)], query: &Query) -> Option<Priced> {
         let mut last: Option<usize> = None;
         let mut hops = Vec::with_capacity(route.len());
         for &(at, layers) in route {
-            let peer = &self.peers[at];
+            let (peer, price) = (&self.peers[at], &self.prices[at]);
             let name = peer.advert.peer;
             let (network, measured) = match last {
                 None => (
                     peer.half_ns,
                     query.rtts.iter().any(|(other, _)| *other == name),
                 ),
-                Some(from) => (
-                    self.link(from, at),
-                    peer.known.iter().any(|(other, _)| *other == from),
-                ),
+                Some(from) => (self.link(from, at), self.measured(from, at).is_some()),
             };
             hops.push(Parts {
                 network: Duration::from_nanos(network),
                 measured,
-                queue: Duration::from_nanos(peer.queued_ns),
-                overhead: Duration::from_nanos(peer.enter_ns - peer.queued_ns),
-                compute: Duration::from_nanos(peer.layer_ns * u64::from(layers.len())),
+                queue: Duration::from_nanos(price.queued_ns),
+                overhead: Duration::from_nanos(price.enter_ns - price.queued_ns),
+                compute: Duration::from_nanos(price.layer_ns * u64::from(layers.len())),
             });
             last = Some(at);
         }

@@ -2,10 +2,14 @@
 //!
 //! A way goes on with the hop it ends with, or hands the rows over and begins another. A hop that is
 //! cheaper now may run out of room earlier, so a peer has several open hops where its room is short.
+//! Most holders go on: whether handing over could be cheaper at all is seen from two sums.
 
 use swarm_proto::LayerRange;
 
-use super::{Query, Table, Usable};
+use super::table::{Holder, Known, Price, Table};
+
+/// Givers of a layer that are kept at hand, the cheapest for any taker first.
+const GIVERS: usize = 4;
 
 /// The cheapest way: who computes which layers, and what it costs.
 pub(super) struct Found {
@@ -17,40 +21,61 @@ pub(super) struct Found {
 #[derive(Clone, Copy)]
 enum From {
     Client,
-    Peer(usize),
+    Peer(u32),
 }
 
 /// A hop that may still grow.
 struct Open {
     start: u16,
-    /// The layer that its peer has no room for any more.
+    /// The layer that its peer has no room for any more, or does not hold.
     end: u16,
     /// What it would cost on to the end of the model: so the hops of one peer compare, whatever their
     /// length.
     whole: Cost,
 }
 
+impl Open {
+    /// At least as cheap and as long.
+    fn beats(&self, other: &Open) -> bool {
+        self.whole <= other.whole && self.end >= other.end
+    }
+}
+
 /// Adds a hop, unless an earlier one is as cheap and as long; drops those that will never be better.
 fn begin(open: &mut Vec<Open>, new: Open) {
-    let beats = |a: &Open, b: &Open| a.whole <= b.whole && a.end >= b.end;
-    if !open.iter().any(|old| beats(old, &new)) {
-        open.retain(|old| !beats(&new, old));
+    if !open.iter().any(|old| old.beats(&new)) {
+        open.retain(|old| !new.beats(old));
         open.push(new);
     }
 }
 
 /// The cheapest way to each layer and peer that computes it, as far as it has been searched.
+#[derive(Default)]
 struct Ways {
-    n: usize,
-    /// Where the peer's hop began.
-    begun: Vec<u16>,
-    /// For a hop that began there: from whom.
-    from: Vec<From>,
+    /// For each peer where its ways are, less the first layer it holds.
+    at: Vec<usize>,
+    /// Where the peer's hop began, and for a hop that began there: from whom.
+    ways: Vec<(u16, From)>,
 }
 
 impl Ways {
-    fn at(&self, layer: u16, peer: usize) -> usize {
-        usize::from(layer) * self.n + peer
+    /// Room for each peer's layers, from the first that it holds to the last.
+    fn of(table: &Table, n_layer: u16) -> Self {
+        let (mut at, mut len) = (Vec::with_capacity(table.peers.len()), usize::from(n_layer));
+        for peer in &table.peers {
+            let first = peer.live.first().map_or(0, |span| span.start.min(n_layer));
+            let last = peer.live.last().map_or(0, |span| span.end.min(n_layer));
+            at.push(len - usize::from(first));
+            len += usize::from(last - first);
+        }
+        Self {
+            at,
+            ways: vec![(0, From::Client); len],
+        }
+    }
+
+    fn get(&mut self, layer: u16, peer: usize) -> &mut (u16, From) {
+        &mut self.ways[self.at[peer] + usize::from(layer)]
     }
 
     /// The hops of the way on which `peer` computes the layer before `end`, the last one first.
@@ -58,10 +83,10 @@ impl Ways {
         let mut next = Some((peer, end));
         std::iter::from_fn(move || {
             let (peer, end) = next?;
-            let start = self.begun[self.at(end - 1, peer)];
-            next = match self.from[self.at(start, peer)] {
+            let start = self.ways[self.at[peer] + usize::from(end) - 1].0;
+            next = match self.ways[self.at[peer] + usize::from(start)].1 {
                 From::Client => None,
-                From::Peer(giver) => Some((giver, start)),
+                From::Peer(giver) => Some((giver as usize, start)),
             };
             Some((peer, LayerRange { start, end }))
         })
@@ -70,134 +95,252 @@ impl Ways {
     /// Layers that `peer` has on the way to `giver`.
     fn taken(&self, peer: usize, giver: From, layer: u16) -> usize {
         let From::Peer(giver) = giver else { return 0 };
-        let of_peer = self.hops(giver, layer).filter(|(other, _)| *other == peer);
+        let of_peer = self
+            .hops(giver as usize, layer)
+            .filter(|(other, _)| *other == peer);
         of_peer.map(|(_, layers)| usize::from(layers.len())).sum()
     }
 }
 
-/// `None` where no way is found that leaves every peer within its `room`. What is found is the cheapest
-/// there is, unless the cheapest way to some layer uses up the room of a peer that is needed behind it.
-pub(super) fn search(
-    table: &Table,
-    query: &Query,
-    room: impl Fn(&Usable) -> usize,
-) -> Option<Found> {
-    let n = table.peers.len();
-    let n_layer = query.n_layer;
-    let mut ways = Ways {
-        n,
-        begun: vec![0; n * usize::from(n_layer)],
-        from: vec![From::Client; n * usize::from(n_layer)],
-    };
-    let mut open: Vec<Vec<Open>> = Vec::new();
-    open.resize_with(n, Vec::new);
-    let mut cost = vec![Cost::NONE; n];
-    // One list of givers is enough for every taker when it is longer than what any taker skips.
-    let longest = table.peers.iter().map(|peer| peer.known.len()).max();
-    let longest = longest.unwrap_or(0) + 2;
-    let mut givers: Vec<(Cost, usize)> = Vec::new();
-    let mut skip = vec![usize::MAX; n];
-    for layer in 0..n_layer {
-        list_givers(table, &cost, layer, longest, &mut givers);
-        let mut next = vec![Cost::NONE; n];
-        for &q in &table.holders[usize::from(layer)] {
-            let taker = &table.peers[q];
-            let rest = |from: u16| taker.layer_ns * u64::from(n_layer - from);
-            // A hop does not reach over a layer that its peer does not hold.
-            let goes_on = cost[q] != Cost::NONE;
-            open[q].retain(|hop| goes_on && hop.end > layer);
+/// What a search reads of a peer.
+struct Node {
+    layer_ns: u64,
+    half_ns: u64,
+    send_ns: u64,
+    enter_ns: u64,
+    /// No measured delay to it is shorter.
+    least_ns: u64,
+    room: usize,
+    /// It has room for all that it holds.
+    roomy: bool,
+}
+
+/// Who computed the layer before, and may hand the rows over.
+struct Givers {
+    who: Vec<u32>,
+    /// What it cost up to there; none for everybody else.
+    cost: Vec<Cost>,
+    /// The cheapest for any taker whose delay was not measured.
+    best: [(Cost, u32); GIVERS],
+    /// What the cheapest costs, its delay aside.
+    least_ns: u64,
+    /// For which turn a giver's delay was looked at last.
+    looked: Vec<u32>,
+    turn: u32,
+}
+
+impl Givers {
+    const NOBODY: [(Cost, u32); GIVERS] = [(Cost::NONE, u32::MAX); GIVERS];
+
+    fn of(n: usize) -> Self {
+        Self {
+            who: Vec::with_capacity(n),
+            cost: vec![Cost::NONE; n],
+            best: Self::NOBODY,
+            least_ns: u64::MAX,
+            looked: vec![0; n],
+            turn: 0,
+        }
+    }
+
+    fn clear(&mut self) {
+        for p in self.who.drain(..) {
+            self.cost[p as usize] = Cost::NONE;
+        }
+        self.best = Self::NOBODY;
+        self.least_ns = u64::MAX;
+    }
+
+    fn add(&mut self, p: u32, cost: Cost, node: &Node) {
+        self.who.push(p);
+        self.cost[p as usize] = cost;
+        self.least_ns = self.least_ns.min(cost.ns.saturating_add(node.send_ns));
+        let mut new = (node.given(cost), p);
+        for slot in &mut self.best {
+            if new < *slot {
+                std::mem::swap(&mut new, slot);
+            }
+        }
+    }
+
+    /// Handing over to `taker` costs no less.
+    fn bound(&self, taker: &Node) -> u64 {
+        let measured = self.least_ns.saturating_add(taker.least_ns);
+        let estimated = self.best[0].0.ns.saturating_add(taker.half_ns);
+        measured.min(estimated).saturating_add(taker.enter_ns)
+    }
+
+    /// The cheapest way to hand rows over to `q`.
+    fn hand_over(&mut self, q: usize, known: &[Known], nodes: &[Node]) -> Option<(Cost, From)> {
+        let taker = &nodes[q];
+        let mut best: Option<(Cost, u32)> = None;
+        let mut offer = |cost: Cost, p: u32| {
+            if best.is_none_or(|(least, _)| cost < least) {
+                best = Some((cost, p));
+            }
+        };
+        self.turn += 1;
+        self.looked[q] = self.turn;
+        for known in known {
+            let p = known.giver as usize;
+            self.looked[p] = self.turn;
+            if self.cost[p] != Cost::NONE {
+                let ns = nodes[p].send_ns + known.ns() + taker.enter_ns;
+                offer(self.cost[p].hop(ns), known.giver);
+            }
+        }
+        let free = |p: u32| self.looked[p as usize] != self.turn;
+        let at_hand = self.best.iter().filter(|(cost, _)| *cost != Cost::NONE);
+        let found = at_hand.clone().find(|(_, p)| free(*p)).copied();
+        let found = found.or_else(|| {
+            // Only where all that are at hand are known, and there are others.
+            let others = (at_hand.count() == GIVERS).then_some(&self.who[..]);
+            let others = others.unwrap_or_default().iter().filter(|p| free(**p));
+            let given = |p: u32| nodes[p as usize].given(self.cost[p as usize]);
+            others.map(|p| (given(*p), *p)).min()
+        });
+        if let Some((cost, p)) = found {
+            offer(cost.hop(taker.half_ns + taker.enter_ns), p);
+        }
+        best.map(|(cost, p)| (cost, From::Peer(p)))
+    }
+}
+
+impl Node {
+    /// What rows cost that it sends on, up to the taker's half of the way.
+    fn given(&self, cost: Cost) -> Cost {
+        cost.plus(self.send_ns + self.half_ns)
+    }
+}
+
+/// Searches of one table; what they need is kept from one to the next.
+pub(super) struct Search<'t, 'a> {
+    table: &'t Table<'a>,
+    n_layer: u16,
+    least: Vec<u64>,
+    nodes: Vec<Node>,
+    ways: Ways,
+    open: Vec<Vec<Open>>,
+    before: Givers,
+}
+
+impl<'t, 'a> Search<'t, 'a> {
+    pub(super) fn new(table: &'t Table<'a>, n_layer: u16) -> Self {
+        let n = table.peers.len();
+        let least = |peer| {
+            let known = table.known(peer).iter();
+            known.map(|known| known.ns()).min().unwrap_or(u64::MAX)
+        };
+        let mut open = Vec::new();
+        open.resize_with(n, Vec::new);
+        Self {
+            least: (0..n).map(least).collect(),
+            nodes: Vec::with_capacity(n),
+            ways: Ways::of(table, n_layer),
+            open,
+            before: Givers::of(n),
+            table,
+            n_layer,
+        }
+    }
+
+    /// The cheapest way at these prices on which every peer has room for its layers; where none is found,
+    /// the cheapest. What is found is the cheapest there is, unless the cheapest way to some layer uses up
+    /// the room of a peer that is needed behind it.
+    pub(super) fn run(&mut self, prices: &[Price]) -> Option<Found> {
+        self.within(prices, true)
+            .or_else(|| self.within(prices, false))
+    }
+
+    fn within(&mut self, prices: &[Price], room: bool) -> Option<Found> {
+        let table = self.table;
+        self.nodes.clear();
+        let peers = table.peers.iter().zip(prices).zip(&self.least);
+        self.nodes.extend(peers.map(|((peer, price), least)| Node {
+            layer_ns: price.layer_ns,
+            half_ns: peer.half_ns,
+            send_ns: peer.send_ns,
+            enter_ns: price.enter_ns,
+            least_ns: *least,
+            room: if room { peer.room } else { usize::MAX },
+            roomy: !room || peer.room as u64 >= peer.n_live,
+        }));
+        self.open.iter_mut().for_each(Vec::clear);
+        self.before.clear();
+        let mut next: Vec<(u32, Cost)> = Vec::new();
+        for (layer, holders) in (0u16..).zip(&table.holders) {
+            next.clear();
+            for at in holders {
+                let cost = self.compute(layer, *at);
+                if cost != Cost::NONE {
+                    next.push((at.peer, cost));
+                }
+            }
+            self.before.clear();
+            for (peer, cost) in &next {
+                self.before.add(*peer, *cost, &self.nodes[*peer as usize]);
+            }
+        }
+        let exit = |p: u32| table.peers[p as usize].exit_ns;
+        let ends = next.iter().map(|(p, cost)| (cost.plus(exit(*p)), *p));
+        let (total, last) = ends.min()?;
+        let mut hops: Vec<_> = self.ways.hops(last as usize, self.n_layer).collect();
+        hops.reverse();
+        Some(Found { hops, ns: total.ns })
+    }
+
+    /// The cheapest way to have `layer` computed by a holder of it.
+    fn compute(&mut self, layer: u16, at: Holder) -> Cost {
+        let q = at.peer as usize;
+        let taker = &self.nodes[q];
+        let open = &mut self.open[q];
+        let rest = |from: u16| taker.layer_ns * u64::from(self.n_layer - from);
+        let end = |room: usize| {
+            let end = usize::from(layer).saturating_add(room);
+            at.until.min(u16::try_from(end).unwrap_or(u16::MAX))
+        };
+        // A hop does not reach over a layer that its peer does not hold.
+        if self.before.cost[q] == Cost::NONE {
+            open.clear();
+        } else {
+            open.retain(|hop| hop.end > layer);
+        }
+        let bound = match layer {
+            0 => 0,
+            _ => self.before.bound(taker).saturating_add(rest(layer)),
+        };
+        let furthest = end(taker.room);
+        let no_better = |old: &Open| old.whole.ns < bound && old.end >= furthest;
+        if !open.iter().any(no_better) {
             let entry = if layer == 0 {
                 let ns = taker.half_ns + taker.enter_ns;
                 Some((Cost { ns, hops: 1 }, From::Client))
             } else {
-                skip[q] = q;
-                hand_over(table, &cost, &givers, q, &mut skip)
+                self.before.hand_over(q, self.table.known(q), &self.nodes)
             };
             if let Some((cost, giver)) = entry {
-                let mut room = room(taker);
-                if room < usize::from(n_layer) {
-                    room = room.saturating_sub(ways.taken(q, giver, layer));
-                }
+                let taken = match taker.roomy {
+                    true => 0,
+                    false => self.ways.taken(q, giver, layer),
+                };
+                let room = taker.room.saturating_sub(taken);
                 if room > 0 {
-                    let end = usize::from(layer).saturating_add(room);
                     let hop = Open {
                         start: layer,
-                        end: u16::try_from(end).unwrap_or(u16::MAX),
+                        end: end(room),
                         whole: cost.plus(rest(layer)),
                     };
-                    begin(&mut open[q], hop);
-                    let at = ways.at(layer, q);
-                    ways.from[at] = giver;
+                    begin(open, hop);
+                    self.ways.get(layer, q).1 = giver;
                 }
             }
-            if let Some(hop) = open[q].iter().min_by_key(|hop| hop.whole) {
-                let at = ways.at(layer, q);
-                ways.begun[at] = hop.start;
-                next[q] = hop.whole.minus(rest(layer + 1));
-            }
         }
-        cost = next;
+        let Some(hop) = open.iter().min_by_key(|hop| hop.whole) else {
+            return Cost::NONE;
+        };
+        self.ways.get(layer, q).0 = hop.start;
+        hop.whole.minus(rest(layer + 1))
     }
-    let ends = table.holders.last()?.iter();
-    let ends = ends.filter(|p| cost[**p] != Cost::NONE);
-    let ends = ends.map(|&p| (cost[p].plus(table.peers[p].exit_ns), p));
-    let (total, last) = ends.min()?;
-    let mut hops: Vec<_> = ways.hops(last, n_layer).collect();
-    hops.reverse();
-    Some(Found { hops, ns: total.ns })
-}
-
-/// Who computed the layer before, the cheapest for any taker first.
-fn list_givers(
-    table: &Table,
-    cost: &[Cost],
-    layer: u16,
-    longest: usize,
-    givers: &mut Vec<(Cost, usize)>,
-) {
-    givers.clear();
-    let Some(before) = layer.checked_sub(1) else {
-        return;
-    };
-    let able = table.holders[usize::from(before)].iter();
-    let able = able.filter(|p| cost[**p] != Cost::NONE);
-    givers.extend(able.map(|&p| {
-        let peer = &table.peers[p];
-        (cost[p].plus(peer.send_ns + peer.half_ns), p)
-    }));
-    if givers.len() > longest {
-        givers.select_nth_unstable(longest);
-        givers.truncate(longest);
-    }
-    givers.sort_unstable();
-}
-
-/// The cheapest way to hand rows over to `q`, from those that computed the layer before.
-fn hand_over(
-    table: &Table,
-    cost: &[Cost],
-    givers: &[(Cost, usize)],
-    q: usize,
-    skip: &mut [usize],
-) -> Option<(Cost, From)> {
-    let taker = &table.peers[q];
-    let mut best: Option<(Cost, usize)> = None;
-    let mut offer = |cost: Cost, p: usize| {
-        if best.is_none_or(|(least, _)| cost < least) {
-            best = Some((cost, p));
-        }
-    };
-    for &(p, delay) in &taker.known {
-        skip[p] = q;
-        if cost[p] != Cost::NONE {
-            let giver = table.peers[p].send_ns;
-            offer(cost[p].hop(giver + delay + taker.enter_ns), p);
-        }
-    }
-    if let Some(&(giver, p)) = givers.iter().find(|(_, p)| skip[*p] != q) {
-        offer(giver.hop(taker.half_ns + taker.enter_ns), p);
-    }
-    best.map(|(cost, p)| (cost, From::Peer(p)))
 }
 
 /// A cost, then the hops it takes: of two equal ones the shorter wins.
@@ -232,5 +375,123 @@ impl Cost {
             ns: self.ns.saturating_add(ns),
             hops: self.hops.saturating_add(1),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use swarm_proto::{Advert, Hash, Measured, ModelAdvert, ModelId, Peer};
+
+    use super::*;
+    use crate::{
+        adverts::Snapshot,
+        route::{HOLDERS_MAX, Query, table::scramble},
+    };
+
+    const MODEL: ModelId = ModelId(Hash([7; 32]));
+    const N_LAYER: u16 = 32;
+
+    /// How far apart two machines are, as their places say.
+    type Distance = fn((u64, u64), (u64, u64)) -> u64;
+
+    /// Machines on a map with speeds, uplinks, queues and spans of all kinds. Each has measured its way to
+    /// 24 others.
+    fn swarm(seed: u64, n_peers: u16, far: Distance) -> (Snapshot, Vec<(Peer, u32)>) {
+        let mut word = seed;
+        let mut below = |n: u64| {
+            word = scramble(word);
+            (word >> 20) % n
+        };
+        let peer = |n: u16| {
+            let mut key = [0; 32];
+            key[..2].copy_from_slice(&n.wrapping_mul(40_503).to_be_bytes());
+            Peer(key)
+        };
+        let places: Vec<_> = (0..n_peers).map(|_| (below(1000), below(1000))).collect();
+        let rtt = |a: u16, b: u16| {
+            let us = far(places[usize::from(a)], places[usize::from(b)]);
+            (peer(b), us as u32)
+        };
+        let figure = |value: u64| {
+            let value = value as f32;
+            Some(Measured { value, age_s: 1 })
+        };
+        let adverts = (0..n_peers).map(|n| {
+            let len = 2 + below(14) as u16;
+            let start = below(u64::from(N_LAYER - len) + 1) as u16;
+            let near = (0..24).map(|_| below(u64::from(n_peers)) as u16);
+            let near: Vec<u16> = near.filter(|other| *other != n).collect();
+            Arc::new(Advert {
+                peer: peer(n),
+                seq: 1,
+                ttl_ms: 30_000,
+                addrs: vec![],
+                models: vec![ModelAdvert {
+                    model: MODEL,
+                    name: String::new(),
+                    n_layer: N_LAYER,
+                    live: vec![LayerRange {
+                        start,
+                        end: start + len,
+                    }],
+                    intended: vec![],
+                    layer_tokens_s: figure(200 + below(8000)),
+                    n_ctx_max: 4096,
+                    free_cells: 4096 * 32,
+                    n_embd: 4096,
+                    numerics: 0,
+                    stored: vec![],
+                }],
+                uplink_bytes_s: figure(1_000_000 + below(60_000_000)),
+                queue: below(3) as u16,
+                rtts: near.into_iter().map(|other| rtt(n, other)).collect(),
+                leaving: false,
+                agent: String::new(),
+            })
+        });
+        let adverts = adverts.collect();
+        (
+            Snapshot::new(adverts),
+            (0..n_peers).map(|n| rtt(0, n)).collect(),
+        )
+    }
+
+    fn cost(table: &Table) -> u64 {
+        Search::new(table, N_LAYER)
+            .run(&table.prices)
+            .expect("a route")
+            .ns
+    }
+
+    /// How much dearer the route among the best `n` holders of each layer is than the cheapest of all, at
+    /// worst: in one building, and where the lines of both ends make the way.
+    fn worst(n: usize) -> f64 {
+        let lan: Distance = |_, _| 300;
+        let lines: Distance = |a, b| 200 + 20 * (a.0 + b.0);
+        let mut worst: f64 = 0.0;
+        for seed in 0..32 {
+            for far in [lan, lines] {
+                let (swarm, rtts) = swarm(seed, 400, far);
+                let query = Query {
+                    rtts: &rtts,
+                    n_ctx: 4096,
+                    ..Query::new(MODEL, N_LAYER)
+                };
+                let found = cost(&Table::of_best(&swarm, &query, n));
+                let least = cost(&Table::whole(&swarm, &query));
+                worst = worst.max(found as f64 / least as f64 - 1.0);
+            }
+        }
+        worst
+    }
+
+    #[test]
+    fn within_a_hundredth_of_the_cheapest_route_over_everybody() {
+        let found = worst(HOLDERS_MAX);
+        assert!(found <= 0.01, "{found}");
+        let few = worst(2);
+        assert!(few > 0.01, "too few would be seen to be too few: {few}");
     }
 }
