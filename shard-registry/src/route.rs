@@ -47,7 +47,7 @@ const HOP_SHARE: f64 = 0.03;
 const DRAWS_MAX: u64 = 8;
 /// Holders of a layer that are looked at: the best by themselves. Where a layer has no more than that
 /// the route is the cheapest there is.
-const HOLDERS_MAX: usize = 24;
+const HOLDERS_MAX: usize = 32;
 /// What is asked of the planner.
 #[derive(Debug, Clone)]
 pub struct Query<'a> {

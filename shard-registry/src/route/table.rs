@@ -320,8 +320,6 @@ fn shortlist<'a>(peers: Vec<Usable<'a>>, query: &Query, n: usize) -> Vec<Usable<
     };
     let mut best: Vec<(u64, usize)> = peers.iter().map(score).zip(0..).collect();
     best.sort_unstable();
-    // In halves: who has room for little of what it holds counts half, and more are kept.
-    let full = 2 * n;
     let mut found = vec![0; query.n_layer.into()];
     // Layers for which more are looked for.
     let mut open = found.len();
@@ -333,14 +331,12 @@ fn shortlist<'a>(peers: Vec<Usable<'a>>, query: &Query, n: usize) -> Vec<Usable<
         }
         let mut keep = false;
         let Some(peer) = &peers[at] else { continue };
-        let short = (peer.room as u64).saturating_mul(4) < peer.n_live;
-        let worth = if short { 1 } else { 2 };
         for layer in peer.live.iter().flat_map(LayerRange::layers) {
             let found = found.get_mut(usize::from(layer));
-            if let Some(found) = found.filter(|found| **found < full) {
+            if let Some(found) = found.filter(|found| **found < n) {
                 keep = true;
-                *found += worth;
-                open -= usize::from(*found >= full);
+                *found += 1;
+                open -= usize::from(*found == n);
             }
         }
         if keep {
