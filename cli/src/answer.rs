@@ -15,7 +15,7 @@ pub fn sampler(generation: &Generation, seed: u32, n_vocab: u32) -> anyhow::Resu
         top_p: generation.top_p,
         min_p: generation.min_p,
         seed,
-        penalties: None,
+        ..SamplerOptions::default()
     };
     Ok(Sampler::new(&options, n_vocab)?)
 }
@@ -58,6 +58,7 @@ pub async fn generate(
         stops: generation.stop.clone(),
         form: Form::Top(answer::top(generation.temp, generation.top_k)),
         said: said.unwrap_or_default(),
+        first: None,
         cancel,
     };
     let mut answering = Answering::new(source, sampler, question);

@@ -2,6 +2,8 @@
 //!
 //! Nothing here is asserted; errors come back with what the processes said.
 
+pub mod http;
+
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;

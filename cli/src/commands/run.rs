@@ -14,7 +14,8 @@ use crate::interrupt::Interrupt;
 use crate::journal::{self, Asked, Journal};
 use crate::opening::{Opening, Ready, Room};
 use crate::run_report::{
-    FellBack, Hop, Line, Privacy, Recovery, Resumed, RunReport, Timings, recoveries_line, route_line,
+    FellBack, Hop, Line, Privacy, Recovery, Resumed, RunReport, Timings, recoveries_line,
+    route_line,
 };
 use crate::session_args::SessionArgs;
 use crate::swarm::Swarm;

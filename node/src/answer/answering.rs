@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use engine::{Candidates, Sampler, Vocab};
+use engine::{Candidates, SampleError, Sampler, Vocab};
 use swarm_proto::Form;
 
 use super::cancel::Cancel;
@@ -49,6 +49,8 @@ pub struct Answer {
     pub said: usize,
     /// Why it ended.
     pub stop: Stop,
+    /// The stop text that ended it.
+    pub stop_text: Option<String>,
     /// From sending the prompt to the first token.
     pub to_first: Duration,
     /// From the first token to the last.
@@ -127,6 +129,8 @@ pub struct Question<'a> {
     pub form: Form,
     /// Tokens of the answer that another process had chosen.
     pub said: Vec<u32>,
+    /// What follows the prompt, where the source holds all of it already: of another answer to it.
+    pub first: Option<Row>,
     /// Ends the answer with what there is.
     pub cancel: &'a Cancel,
 }
@@ -189,8 +193,7 @@ impl<'a> Answering<'a> {
         }
         if let Some(&token) = self.question.said.get(self.tokens.len()) {
             // As it was chosen, so that the dice are where they were.
-            self.sampler
-                .sample(&Candidates::new(vec![(token, 0.0)])?)?;
+            self.sampler.sample(&Candidates::new(vec![(token, 0.0)])?)?;
             return Ok(Some(self.take(token, None)));
         }
         match self.choose().await {
@@ -210,6 +213,7 @@ impl<'a> Answering<'a> {
     pub fn end(self) -> Answer {
         let first = self.first.unwrap_or(self.last);
         Answer {
+            stop_text: self.out.stop_text().map(str::to_owned),
             text: self.out.into_text(),
             tokens: self.tokens,
             said: self.question.said.len(),
@@ -226,6 +230,39 @@ impl<'a> Answering<'a> {
         if self.tokens.len() >= self.question.max_tokens as usize {
             return Err(Ended::By(Stop::Length));
         }
+        let row = match self.question.first.take() {
+            Some(row) => {
+                self.source.truncate(self.question.prompt.len())?;
+                row
+            }
+            None => self.step().await?,
+        };
+        let (token, row) = match self.sampler.sample(&row.candidates) {
+            Err(SampleError::NotAllowed) if self.question.form != Form::Full => {
+                let row = self.last_in_full().await?;
+                let token = self.sampler.sample(&row.candidates);
+                (token.map_err(SourceError::from)?, row)
+            }
+            token => (token.map_err(SourceError::from)?, row),
+        };
+        self.last = Instant::now();
+        self.first.get_or_insert(self.last);
+        Ok((token, row))
+    }
+
+    /// The last row again, whole: a grammar may allow only what is not among the likeliest.
+    async fn last_in_full(&mut self) -> Result<Row, Ended> {
+        let held = self.source.held();
+        let Some(&last) = held.last() else {
+            return Err(SourceError::from(SampleError::NotAllowed).into());
+        };
+        let before = held.len() - 1;
+        self.source.truncate(before)?;
+        let cancel = self.question.cancel;
+        Ok(self.source.step(&[last], Form::Full, cancel).await?)
+    }
+
+    async fn step(&mut self) -> Result<Row, Ended> {
         if self.next.is_empty() {
             self.next = self.begin().await?;
         }
@@ -233,11 +270,7 @@ impl<'a> Answering<'a> {
             return Err(Ended::By(Stop::ContextFull));
         }
         let (form, cancel) = (self.question.form, self.question.cancel);
-        let row = self.source.step(&self.next, form, cancel).await?;
-        let token = self.sampler.sample(&row.candidates).map_err(SourceError::from)?;
-        self.last = Instant::now();
-        self.first.get_or_insert(self.last);
-        Ok((token, row))
+        Ok(self.source.step(&self.next, form, cancel).await?)
     }
 
     /// Feeds what must be there before the first candidates; gives what is to be fed with them.

@@ -303,11 +303,7 @@ impl Kind {
     }
 }
 
-async fn over_swarm(
-    session: &mut Session,
-    tokens: &[u32],
-    form: Form,
-) -> Result<Row, SourceError> {
+async fn over_swarm(session: &mut Session, tokens: &[u32], form: Form) -> Result<Row, SourceError> {
     let rows = WantRows::Last;
     session.feed(tokens, Want { rows, form }).await?;
     let logits = session.next_logits().await?;
