@@ -22,6 +22,7 @@ use crate::error::ApiError;
 use crate::extra::Extra;
 use crate::models::Found;
 use crate::state::State;
+use crate::tools::{Call, Spoken};
 
 /// Events that may wait for a slow reader; then the answer waits.
 const EVENTS_MAX: usize = 64;
@@ -73,6 +74,8 @@ pub struct Ended {
     pub stop: Stop,
     /// The stop text that came.
     pub stop_text: Option<String>,
+    /// What the model calls.
+    pub calls: Vec<Call>,
     /// What else there is to say.
     pub extra: Extra,
 }
@@ -81,6 +84,7 @@ impl Ended {
     /// As OpenAI's API says it.
     pub fn reason(&self) -> &'static str {
         match self.stop {
+            _ if !self.calls.is_empty() => "tool_calls",
             Stop::Length | Stop::ContextFull | Stop::Interrupted => "length",
             Stop::EndOfText | Stop::Text => "stop",
         }
@@ -163,9 +167,7 @@ impl Answers {
     /// # Errors
     /// As many requests as this server takes are running.
     pub fn begin(state: &Arc<State>, ask: Ask) -> Result<Self, ApiError> {
-        let place = Arc::clone(&state.places)
-            .try_acquire_owned()
-            .map_err(|_| ApiError::too_many(state.places_max))?;
+        let place = place(state)?;
         let (events, receive) = mpsc::channel(EVENTS_MAX);
         let cancel = Cancel::new();
         let run = Run {
@@ -325,7 +327,7 @@ impl Run {
         for at in 0..self.ask.n {
             let seed = seed.wrapping_add(at);
             let index = first_index.saturating_add(at);
-            let (answer, row) = self
+            let (answer, calls, row) = self
                 .answer(model, source, prompt, after_prompt.take(), seed, index)
                 .await?;
             after_prompt = row;
@@ -336,6 +338,7 @@ impl Run {
             let ended = Ended {
                 stop: answer.stop,
                 stop_text: answer.stop_text,
+                calls,
                 extra,
             };
             self.send(Event::Ended { index, ended }).await?;
@@ -343,7 +346,7 @@ impl Run {
         Ok(tokens)
     }
 
-    /// One answer, and the row that follows the prompt, for the next one.
+    /// One answer, what it calls, and the row that follows the prompt, for the next one.
     async fn answer(
         &self,
         model: &Found,
@@ -352,7 +355,7 @@ impl Run {
         first: Option<Row>,
         seed: u32,
         index: u32,
-    ) -> Result<(Answer, Option<Row>), Ends> {
+    ) -> Result<(Answer, Vec<Call>, Option<Row>), Ends> {
         let options = SamplerOptions {
             seed,
             ..self.ask.sampling.options.clone()
@@ -370,27 +373,37 @@ impl Run {
             cancel: &self.cancel,
         };
         let mut answering = Answering::new(source, &mut sampler, question);
-        let mut after_prompt = None;
+        let (mut after_prompt, mut spoken) = (None, Spoken::default());
         while let Some(piece) = answering.next().await? {
             let chance = self.chance(vocab, &piece);
-            let Piece { text, row, .. } = piece;
+            let Piece { mut text, row, .. } = piece;
+            if !self.ask.tools.is_empty() {
+                text = spoken.push(&text).to_owned();
+            }
             if after_prompt.is_none() && self.ask.n > 1 {
                 after_prompt = row;
             }
-            if !text.is_empty() || chance.is_some() {
-                let event = Event::Piece {
-                    index,
-                    text,
-                    chance,
-                };
-                self.send(event).await?;
-            }
+            self.say(index, text, chance).await?;
         }
         let answer = answering.end();
         if answer.stop == Stop::Interrupted {
             return Err(self.hung_up());
         }
-        Ok((answer, after_prompt))
+        let (text, calls) = spoken.finish(&self.ask.tools);
+        self.say(index, text, None).await?;
+        Ok((answer, calls, after_prompt))
+    }
+
+    async fn say(&self, index: u32, text: String, chance: Option<Chance>) -> Result<(), Ends> {
+        if text.is_empty() && chance.is_none() {
+            return Ok(());
+        }
+        let event = Event::Piece {
+            index,
+            text,
+            chance,
+        };
+        self.send(event).await
     }
 
     fn sampler(
@@ -444,11 +457,18 @@ impl Run {
     }
 }
 
+fn place(state: &State) -> Result<OwnedSemaphorePermit, ApiError> {
+    let places = Arc::clone(&state.places);
+    let place = places.try_acquire_owned();
+    place.map_err(|_| ApiError::too_many(state.places_max))
+}
+
 /// How many tokens the prompts of a request have.
 ///
 /// # Errors
-/// There is no such model, or it does not take them.
+/// There is no such model, or it does not take them; or too many requests are running.
 pub async fn prompt_tokens(state: &State, ask: Ask) -> Result<usize, ApiError> {
+    let _place = place(state)?;
     let model = state.models.find(ask.model.as_deref()).await?;
     let prompts = tokenize(&ask, &model).await?;
     Ok(prompts.iter().map(Vec::len).sum())
@@ -486,7 +506,11 @@ fn ids(ask: &Ask, model: &Found, prompt: &Prompt) -> Result<Vec<u32>, ApiError> 
                 let why = "this model has no chat template: use /v1/completions";
                 return Err(ApiError::field(ask.param, why));
             };
-            of_chat(vocab, template, messages)
+            if !ask.tools.is_empty() && !template.contains("tools") {
+                let why = "this model's chat template has no place for tools";
+                return Err(ApiError::field("tools", why));
+            }
+            of_chat(vocab, template, messages, &ask.tools.list)
         }
     };
     let ids = ids.map_err(at_fault)?;

@@ -5,7 +5,9 @@ use serde_json::Value;
 
 use crate::error::ApiError;
 use crate::fields::{Fields, wrong};
+use crate::messages_in::{anthropics_messages, content_text, messages};
 use crate::sampling::Sampling;
+use crate::tools::Tools;
 
 /// What is asked.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +28,8 @@ pub struct Ask {
     pub sampling: Sampling,
     /// What the answer keeps to.
     pub grammar: Option<Grammar>,
+    /// What the model may call.
+    pub tools: Tools,
     /// Whether it comes as it is made.
     pub stream: bool,
     /// Whether the stream ends with the usage.
@@ -45,8 +49,6 @@ pub enum Prompt {
 
 /// Answers of one request at most, over all its prompts: each holds a place in the swarm for a while.
 const ANSWERS_MAX: usize = 16;
-/// Messages of a chat at most: a template walks through all of them.
-const MESSAGES_MAX: usize = 4096;
 /// Stop texts, and the longest: each is looked for after every token.
 const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 1024;
@@ -63,13 +65,14 @@ impl Ask {
         let messages = messages(fields.need("messages")?)?;
         for (name, why) in [
             ("audio", "text is all that models here make"),
-            ("functions", "use a prompt that says what to write"),
-            ("tools", "use a prompt that says what to write"),
+            ("functions", "it is called `tools` now"),
             ("prediction", "answers are not predicted here"),
         ] {
             fields.refuse(name, why)?;
         }
-        let mut ask = Self::read(&mut fields, vec![Prompt::Chat(messages)], "messages")?;
+        let tools = Tools::read(&mut fields)?;
+        let ask = Self::read(&mut fields, vec![Prompt::Chat(messages)], "messages")?;
+        let mut ask = ask.with_tools(tools)?;
         // The newer name comes first, as in OpenAI's own.
         if let Some(tokens) = fields.count("max_completion_tokens", 1)? {
             ask.max_tokens = Some(tokens);
@@ -117,15 +120,28 @@ impl Ask {
             let text = content_text(system, "system")?;
             all.push(Message::new("system", text));
         }
-        all.extend(messages(fields.need("messages")?)?);
-        fields.refuse("tools", "use a prompt that says what to write")?;
+        all.extend(anthropics_messages(fields.need("messages")?)?);
+        let tools = Tools::read_anthropics(&mut fields)?;
         let stops = stops(fields.take("stop_sequences"), "stop_sequences")?;
         // Other dialects' words for the same mean nothing in this one.
         for name in ["n", "stop", "response_format", "stream_options"] {
             fields.take(name);
         }
         let ask = Self::read(&mut fields, vec![Prompt::Chat(all)], "messages")?;
-        Ok(Self { stops, ..ask })
+        Self { stops, ..ask }.with_tools(tools)
+    }
+
+    fn with_tools(self, tools: Tools) -> Result<Self, ApiError> {
+        let demanded = tools.grammar()?;
+        if demanded.is_some() && self.grammar.is_some() {
+            let why = "`response_format` says what to write, and `tool_choice` that it is a call";
+            return Err(ApiError::field("response_format", why));
+        }
+        Ok(Self {
+            grammar: demanded.or(self.grammar),
+            tools,
+            ..self
+        })
     }
 
     fn read(
@@ -159,6 +175,7 @@ impl Ask {
             stops: stops(fields.take("stop"), "stop")?,
             sampling: Sampling::read(fields)?,
             grammar: grammar(fields.take("response_format"))?,
+            tools: Tools::default(),
             stream,
             include_usage,
         })
@@ -220,65 +237,6 @@ fn stops(value: Option<Value>, at: &str) -> Result<Vec<String>, ApiError> {
         other => Err(wrong(&format!("{at}[{n}]"), &other, "a string")),
     };
     list.into_iter().enumerate().map(stop).collect()
-}
-
-fn messages(value: Value) -> Result<Vec<Message>, ApiError> {
-    let list = match value {
-        Value::Array(list) if list.is_empty() => {
-            return Err(ApiError::field("messages", "`messages` is empty"));
-        }
-        Value::Array(list) if list.len() > MESSAGES_MAX => {
-            let many = format!("{} messages, at most {MESSAGES_MAX} are taken", list.len());
-            return Err(ApiError::field("messages", many));
-        }
-        Value::Array(list) => list,
-        other => return Err(wrong("messages", &other, "a list of messages")),
-    };
-    let message = |(n, value)| message(value, &format!("messages[{n}]"));
-    list.into_iter().enumerate().map(message).collect()
-}
-
-fn message(value: Value, at: &str) -> Result<Message, ApiError> {
-    let mut fields = Fields::of(value, at)?;
-    let role = match fields.need("role")? {
-        Value::String(role) => role,
-        other => return Err(wrong(&fields.at("role"), &other, "a string")),
-    };
-    let role = match role.as_str() {
-        "system" | "user" | "assistant" => role,
-        // The newer word for the same.
-        "developer" => "system".into(),
-        _ => {
-            let at = fields.at("role");
-            let why = format!("`{at}` must be system, developer, user or assistant");
-            return Err(ApiError::field(at, why));
-        }
-    };
-    let content = fields.need("content")?;
-    let content = content_text(content, &fields.at("content"))?;
-    Ok(Message::new(role, content))
-}
-
-/// A text, or parts of one.
-pub fn content_text(value: Value, at: &str) -> Result<String, ApiError> {
-    let parts = match value {
-        Value::String(text) => return Ok(text),
-        Value::Array(parts) => parts,
-        other => return Err(wrong(at, &other, "a string or a list of parts")),
-    };
-    let mut whole = String::new();
-    for (n, part) in parts.into_iter().enumerate() {
-        let at = format!("{at}[{n}]");
-        let mut fields = Fields::of(part, &at)?;
-        match fields.text("type")?.as_deref() {
-            Some("text") => whole += &fields.text("text")?.unwrap_or_default(),
-            _ => {
-                let why = format!("`{at}` is not of type text, and models here read nothing else");
-                return Err(ApiError::field(at, why));
-            }
-        }
-    }
-    Ok(whole)
 }
 
 /// A text, a list of texts, token ids, or a list of such lists.
@@ -402,7 +360,10 @@ mod tests {
                 json!({"messages": hello(), "stream_options": {}}),
             ),
             ("model", json!({"messages": hello(), "model": 3})),
-            ("tools", json!({"messages": hello(), "tools": [{}]})),
+            (
+                "tools[0].function",
+                json!({"messages": hello(), "tools": [{}]}),
+            ),
             (
                 "response_format.type",
                 json!({"messages": hello(), "response_format": {"type": "nonsense"}}),
@@ -438,6 +399,45 @@ mod tests {
         assert_eq!(param(message(json!({"messages": hello()}))), "max_tokens");
         let zero = json!({"messages": hello(), "max_tokens": 0});
         assert_eq!(param(message(zero)), "max_tokens");
+    }
+
+    /// Bytes of good requests, changed at random: each is read or refused, and nothing else happens.
+    #[test]
+    fn requests_that_were_tampered_with_are_read_or_refused() {
+        let tool = json!({"name": "f", "parameters": {"type": "object", "properties": {"a": {"enum": [1, "x"]}}}});
+        let schema = json!({"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}], "$defs": {"a": {"type": "array"}}});
+        let good = [
+            json!({"messages": hello(), "n": 2, "stop": ["a"], "logit_bias": {"1": 2}, "seed": -1,
+                "tools": [{"type": "function", "function": tool}], "tool_choice": "required"}),
+            json!({"prompt": [[1, 2], "x"], "logprobs": 3, "stream": true, "stream_options": {},
+                "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}),
+            json!({"max_tokens": 3, "system": [{"type": "text", "text": "s"}], "messages": [
+                {"role": "user", "content": [{"type": "tool_result", "content": "x"}]}]}),
+        ];
+        let mut state = 1u64;
+        let mut below = |limit: usize| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 33) as usize % limit.max(1)
+        };
+        let mut read = 0;
+        for _ in 0..30_000 {
+            let mut bytes = good[below(3)].to_string().into_bytes();
+            for _ in 0..=below(3) {
+                let (at, to) = (below(bytes.len()), below(bytes.len()));
+                match below(4) {
+                    0 => bytes[at] = below(256) as u8,
+                    1 => bytes.truncate(at.max(1)),
+                    2 => bytes.swap(at, to),
+                    _ => bytes[at] = b"{}[],:\"019-\\"[below(12)],
+                }
+            }
+            read += usize::from(Ask::chat(&bytes).is_ok());
+            read += usize::from(Ask::completion(&bytes).is_ok());
+            read += usize::from(Ask::message(&bytes, true).is_ok());
+        }
+        assert!(read > 100, "hardly any was still good: {read}");
     }
 
     #[test]

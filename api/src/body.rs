@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use crate::answers::{Answers, Event};
 use crate::error::ApiError;
+use crate::state::State;
 
 /// A body may take this long to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -28,7 +29,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// It says that it is something else, is too large, or takes too long.
-pub async fn read(request: Request, bytes_max: usize) -> Result<Vec<u8>, ApiError> {
+pub async fn read(request: Request, state: &State) -> Result<Vec<u8>, ApiError> {
+    let bytes_max = state.body_bytes_max;
     // A browser asks the server's leave before a foreign page may send this type, but not before plain text.
     let kind = request.headers().get(CONTENT_TYPE);
     let kind = kind.and_then(|kind| kind.to_str().ok()).unwrap_or("");
@@ -47,6 +49,8 @@ pub async fn read(request: Request, bytes_max: usize) -> Result<Vec<u8>, ApiErro
     }
     let mut bytes = Vec::new();
     let whole = timeout(BODY_TIMEOUT, async {
+        // Never closed.
+        let _one_of_few = state.bodies.acquire().await;
         while let Some(chunk) = body.next().await {
             let chunk = chunk.map_err(|_| ApiError::malformed("the request broke off"))?;
             if bytes.len() + chunk.len() > bytes_max {

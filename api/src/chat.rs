@@ -12,6 +12,7 @@ use crate::ask::Ask;
 use crate::body::{self, Shape};
 use crate::error::ApiError;
 use crate::state::State as Shared;
+use crate::tools::Call;
 
 /// What is the same in all parts of a response.
 pub struct Frame {
@@ -62,7 +63,7 @@ pub async fn chat(
     State(state): State<Arc<Shared>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let ask = Ask::chat(&body::read(request, state.body_bytes_max).await?)?;
+    let ask = Ask::chat(&body::read(request, &state).await?)?;
     let (stream, include_usage) = (ask.stream, ask.include_usage);
     let mut answers = Answers::begin(&state, ask)?;
     if !stream {
@@ -82,7 +83,7 @@ fn whole_json(whole: &Whole) -> Value {
     let choice = |(index, choice): (usize, &Choice)| {
         json!({
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": null},
+            "message": message_json(choice),
             "logprobs": logprobs_json(&choice.chances),
             "finish_reason": choice.ended.reason(),
         })
@@ -92,6 +93,23 @@ fn whole_json(whole: &Whole) -> Value {
     json["usage"] = usage_json(whole.usage);
     json["x_shoal"] = json!(whole.choices.last().map(|choice| &choice.ended.extra));
     json
+}
+
+fn message_json(choice: &Choice) -> Value {
+    let mut message = json!({"role": "assistant", "content": choice.text, "refusal": null});
+    if !choice.ended.calls.is_empty() {
+        if choice.text.is_empty() {
+            message["content"] = Value::Null;
+        }
+        message["tool_calls"] = choice.ended.calls.iter().map(call_json).collect();
+    }
+    message
+}
+
+fn call_json(call: &Call) -> Value {
+    let arguments = call.arguments.to_string();
+    let function = json!({"name": call.name, "arguments": arguments});
+    json!({"id": call.id, "type": "function", "function": function})
 }
 
 fn logprobs_json(chances: &[Chance]) -> Value {
@@ -141,6 +159,12 @@ impl Shape for ChatStream {
             }
             Event::Ended { index, ended } => {
                 let mut parts = self.first(index);
+                for (n, call) in ended.calls.iter().enumerate() {
+                    let mut call = call_json(call);
+                    call["index"] = json!(n);
+                    let delta = json!({"tool_calls": [call]});
+                    parts.push(self.part(index, &delta, None, None));
+                }
                 parts.push(self.part(index, &json!({}), None, Some(&ended)));
                 parts
             }

@@ -19,7 +19,7 @@ pub async fn complete(
     State(state): State<Arc<Shared>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let ask = Ask::completion(&body::read(request, state.body_bytes_max).await?)?;
+    let ask = Ask::completion(&body::read(request, &state).await?)?;
     let (stream, include_usage) = (ask.stream, ask.include_usage);
     let mut answers = Answers::begin(&state, ask)?;
     if !stream {

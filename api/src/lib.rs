@@ -8,9 +8,9 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `server` | sockets, TLS, the end |
+//! | `server`, `impatient` | sockets, TLS, the end |
 //! | `guard`, `body` | who may ask, and how much at once |
-//! | `fields`, `ask`, `sampling` | from JSON to what is asked, each mistake by name |
+//! | `fields`, `ask`, `messages_in`, `sampling`, `tools` | from JSON to what is asked, each mistake by name |
 //! | `answers` | what is asked, as a task that gives events |
 //! | `chat`, `completions`, `messages`, `listing` | the shapes of the answers |
 //!
@@ -25,12 +25,15 @@ mod error;
 mod extra;
 mod fields;
 mod guard;
+mod impatient;
 mod listing;
 mod messages;
+mod messages_in;
 mod models;
 mod sampling;
 mod server;
 mod state;
+mod tools;
 
 pub use error::ApiError;
 pub use guard::{Guard, Keys};

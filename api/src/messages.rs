@@ -13,13 +13,14 @@ use crate::ask::Ask;
 use crate::body::{self, Shape};
 use crate::error::ApiError;
 use crate::state::State as Shared;
+use crate::tools::Call;
 
 /// Answers a conversation.
 pub async fn message(
     State(state): State<Arc<Shared>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let ask = Ask::message(&body::read(request, state.body_bytes_max).await?, true)?;
+    let ask = Ask::message(&body::read(request, &state).await?, true)?;
     let stream = ask.stream;
     let mut answers = Answers::begin(&state, ask)?;
     if stream {
@@ -32,7 +33,14 @@ pub async fn message(
         return Err(ApiError::internal("there is no answer"));
     };
     let mut json = message_json(&whole.begun, whole.usage);
-    json["content"] = json!([{"type": "text", "text": choice.text}]);
+    let text = json!({"type": "text", "text": choice.text});
+    let said = !choice.text.is_empty() || choice.ended.calls.is_empty();
+    let calls = choice
+        .ended
+        .calls
+        .iter()
+        .map(|call| call_json(call, &call.arguments));
+    json["content"] = said.then_some(text).into_iter().chain(calls).collect();
     json["stop_reason"] = json!(reason(&choice.ended));
     json["stop_sequence"] = json!(choice.ended.stop_text);
     json["x_shoal"] = json!(choice.ended.extra);
@@ -44,7 +52,7 @@ pub async fn count_tokens(
     State(state): State<Arc<Shared>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let ask = Ask::message(&body::read(request, state.body_bytes_max).await?, false)?;
+    let ask = Ask::message(&body::read(request, &state).await?, false)?;
     let tokens = prompt_tokens(&state, ask).await?;
     Ok(axum::Json(json!({"input_tokens": tokens})).into_response())
 }
@@ -65,12 +73,28 @@ fn message_json(begun: &Begun, usage: Usage) -> Value {
     })
 }
 
+fn call_json(call: &Call, input: &Value) -> Value {
+    json!({"type": "tool_use", "id": call.id, "name": call.name, "input": input})
+}
+
 fn reason(ended: &Ended) -> &'static str {
     match ended.stop {
+        _ if !ended.calls.is_empty() => "tool_use",
         Stop::Length | Stop::ContextFull | Stop::Interrupted => "max_tokens",
         Stop::EndOfText => "end_turn",
         Stop::Text => "stop_sequence",
     }
+}
+
+/// A call as a block of its own, in one piece.
+fn call_parts(at: u32, call: &Call) -> [Value; 3] {
+    let block = call_json(call, &json!({}));
+    let delta = json!({"type": "input_json_delta", "partial_json": call.arguments.to_string()});
+    [
+        json!({"type": "content_block_start", "index": at, "content_block": block}),
+        json!({"type": "content_block_delta", "index": at, "delta": delta}),
+        json!({"type": "content_block_stop", "index": at}),
+    ]
 }
 
 struct MessageStream {
@@ -101,8 +125,14 @@ impl Shape for MessageStream {
             }
             Event::Over(usage) => {
                 let ended = self.ended.as_ref();
-                vec![
-                    json!({"type": "content_block_stop", "index": 0}),
+                let calls = ended.map_or(&[][..], |it| &it.calls);
+                let mut parts = vec![json!({"type": "content_block_stop", "index": 0})];
+                parts.extend(
+                    (1u32..)
+                        .zip(calls)
+                        .flat_map(|(at, call)| call_parts(at, call)),
+                );
+                parts.extend([
                     json!({
                         "type": "message_delta",
                         "delta": {
@@ -113,7 +143,8 @@ impl Shape for MessageStream {
                         "x_shoal": ended.map(|it| &it.extra),
                     }),
                     json!({"type": "message_stop"}),
-                ]
+                ]);
+                parts
             }
         }
     }

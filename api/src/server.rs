@@ -26,6 +26,7 @@ use tokio_rustls::TlsAcceptor;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use crate::guard::{Guard, Keys, guard};
+use crate::impatient::Impatient;
 use crate::models::Models;
 use crate::state::State;
 use crate::{chat, completions, listing, messages};
@@ -38,6 +39,8 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 const HEAD_BYTES_MAX: usize = 64 << 10;
 /// A TLS handshake may take this long.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Who reads nothing for so long is gone.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 /// After a failure to accept: the system is out of files, and will have some again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What is cut off at the end has this long to say so.
@@ -128,6 +131,7 @@ impl Server {
             places: Arc::new(Semaphore::new(config.requests_max)),
             places_max: config.requests_max,
             body_bytes_max: config.body_bytes_max,
+            bodies: Semaphore::new(config.requests_max),
             max_tokens: config.max_tokens,
             ending: ending.clone(),
         });
@@ -219,7 +223,10 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, clos
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD_BYTES_MAX)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        .serve_connection(
+            TokioIo::new(Impatient::new(stream, WRITE_TIMEOUT)),
+            TowerToHyperService::new(router),
+        );
     tokio::pin!(connection);
     let served = tokio::select! {
         served = connection.as_mut() => served,

@@ -17,6 +17,8 @@ pub struct State {
     pub places_max: usize,
     /// Longest body.
     pub body_bytes_max: usize,
+    /// One permit for each body that is read: what waits for slow ones is memory, too.
+    pub bodies: Semaphore,
     /// Tokens of an answer where the request does not say.
     pub max_tokens: u32,
     /// Set when running answers must end now.

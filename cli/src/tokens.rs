@@ -28,7 +28,7 @@ pub fn of_text(vocab: &Vocab, text: &str) -> anyhow::Result<Vec<u32>> {
 
 /// A conversation through the model's own template, ready for its next answer.
 pub fn of_chat(vocab: &Vocab, template: &str, messages: &[Message]) -> anyhow::Result<Vec<u32>> {
-    prompt::of_chat(vocab, template, messages).map_err(explained)
+    prompt::of_chat(vocab, template, messages, &[]).map_err(explained)
 }
 
 /// Nothing follows nothing.

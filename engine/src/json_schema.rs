@@ -4,7 +4,7 @@
 //! accepts is valid by the schema. The reverse does not hold: properties come in the schema's order, properties that
 //! the schema does not name do not come, and there is little white space.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 
 use serde_json::{Map, Value};
@@ -27,12 +27,18 @@ pub struct SchemaError {
 
 /// Depth of a schema, by nesting.
 const DEPTH_MAX: usize = 32;
-/// Rules of a grammar: the sampler walks through some of them after every token.
+/// Rules of a grammar, those that counting makes included: the sampler walks through some of them after every token.
 const RULES_MAX: usize = 4096;
 /// Bytes of a grammar.
 const BYTES_MAX: usize = 256 << 10;
 /// Of what is counted: characters of a string, items of a list. llama.cpp makes a rule of each.
 const COUNT_MAX: u64 = 256;
+
+/// Ways in which a text may have been read, by alternatives that begin alike inside such alternatives.
+const WAYS_MAX: u64 = 64;
+/// Values of an `enum`, and bytes of one of them or of a property's name.
+const VALUES_MAX: usize = 512;
+const WORD_BYTES_MAX: usize = 1024;
 
 /// What says nothing about which values are valid.
 const ANNOTATIONS: [&str; 12] = [
@@ -80,15 +86,41 @@ impl Grammar {
     /// The schema is none, is too large, or says something that a grammar cannot hold an answer to.
     pub fn of_schema(schema: &Value) -> Result<Self, SchemaError> {
         let mut rules = Rules {
-            root: schema,
             text: String::new(),
             n: 0,
-            by_ref: HashMap::new(),
-            depth: 0,
+            ..Rules::new(schema)
         };
         let root = rules.of(schema, "#")?;
         Ok(Self {
             text: format!("root ::= ws {root} ws\n{}{JSON}", rules.text),
+        })
+    }
+
+    /// A call of one of these functions, each with the schema of its arguments:
+    /// `{"name": "…", "arguments": {…}}`.
+    ///
+    /// # Errors
+    /// As [`Grammar::of_schema`].
+    pub fn of_calls(functions: &[(String, Value)]) -> Result<Self, SchemaError> {
+        let (mut text, mut n, mut calls) = (String::new(), 0, Vec::new());
+        for (name, schema) in functions {
+            let mut rules = Rules {
+                text,
+                n,
+                ..Rules::new(schema)
+            };
+            let arguments = rules.of(schema, "#")?;
+            let name = literal(&Value::String(name.clone()).to_string());
+            let (key, other) = (literal("\"name\""), literal("\"arguments\""));
+            let call = format!(
+                r#""{{" ws {key} ws ":" ws {name} ws "," ws {other} ws ":" ws {arguments} ws "}}""#
+            );
+            calls.push(rules.new_rule(&call, "#")?);
+            (text, n) = (rules.text, rules.n);
+        }
+        let calls = calls.join(" | ");
+        Ok(Self {
+            text: format!("root ::= ws ({calls}) ws\n{text}{JSON}"),
         })
     }
 
@@ -103,8 +135,20 @@ struct Rules<'a> {
     text: String,
     n: usize,
     /// The rules of what was referred to: a schema may contain itself.
-    by_ref: HashMap<String, String>,
+    by_ref: HashMap<String, Referred>,
     depth: usize,
+    /// In how many ways a text may have been read on the way here: the sampler follows each of them.
+    ways: u64,
+    /// The most of them since this was set.
+    ways_most: u64,
+}
+
+struct Referred {
+    rule: String,
+    /// Ways on the way to it the first time.
+    ways: u64,
+    /// By how much they grew inside; not known before it is read to its end.
+    grew: Option<u64>,
 }
 
 fn wrong(at: &str, why: impl Into<String>) -> SchemaError {
@@ -116,6 +160,29 @@ fn wrong(at: &str, why: impl Into<String>) -> SchemaError {
 }
 
 impl<'a> Rules<'a> {
+    fn new(root: &'a Value) -> Self {
+        Self {
+            root,
+            text: String::new(),
+            n: 0,
+            by_ref: HashMap::new(),
+            depth: 0,
+            ways: 1,
+            ways_most: 1,
+        }
+    }
+
+    /// From here on a text may have been read in `times` as many ways.
+    fn branch(&mut self, times: u64, at: &str) -> Result<(), SchemaError> {
+        self.ways = self.ways.saturating_mul(times);
+        self.ways_most = self.ways_most.max(self.ways);
+        if self.ways > WAYS_MAX {
+            let why = "alternatives inside alternatives begin alike, too many to follow";
+            return Err(wrong(at, why));
+        }
+        Ok(())
+    }
+
     /// An expression for the values that are valid by `schema`: the name of a rule, or a literal.
     fn of(&mut self, schema: &'a Value, at: &str) -> Result<String, SchemaError> {
         self.depth += 1;
@@ -210,11 +277,17 @@ impl<'a> Rules<'a> {
         let fits = |value: &&Value| {
             kinds.is_none_or(|kinds| kinds.iter().any(|kind| is_of_type(value, kind)))
         };
-        let literals: Vec<String> = values
-            .iter()
-            .filter(fits)
-            .map(|value| literal(&value.to_string()))
-            .collect();
+        if values.len() > VALUES_MAX {
+            return Err(wrong(at, format!("more than {VALUES_MAX} values")));
+        }
+        let values: Vec<String> = values.iter().filter(fits).map(Value::to_string).collect();
+        if values.iter().any(|value| value.len() > WORD_BYTES_MAX) {
+            return Err(wrong(
+                at,
+                format!("a value of more than {WORD_BYTES_MAX} bytes"),
+            ));
+        }
+        let literals: Vec<String> = values.iter().map(|value| literal(value)).collect();
         if literals.is_empty() {
             return Err(wrong(at, "none of the values is of the type"));
         }
@@ -239,27 +312,104 @@ impl<'a> Rules<'a> {
     fn of_ref(&mut self, target: &'a Value, at: &str) -> Result<String, SchemaError> {
         let path = target.as_str().and_then(|target| target.strip_prefix('#'));
         let path = path.ok_or_else(|| wrong(at, "`$ref` does not point into this schema"))?;
-        if let Some(rule) = self.by_ref.get(path) {
-            return Ok(rule.clone());
+        if let Some(known) = self.by_ref.get(path) {
+            let (rule, before, grew) = (known.rule.clone(), known.ways, known.grew);
+            let ways = self.ways;
+            match grew {
+                // Inside itself: each round would branch again.
+                None if ways > before => self.branch(WAYS_MAX + 1, at)?,
+                None => {}
+                Some(times) => {
+                    self.branch(times, at)?;
+                    self.ways = ways;
+                }
+            }
+            return Ok(rule);
         }
         let target = self.root.pointer(path);
         let target = target.ok_or_else(|| wrong(at, format!("there is no `#{path}`")))?;
         let rule = self.name(at)?;
-        self.by_ref.insert(path.to_owned(), rule.clone());
+        let referred = Referred {
+            rule: rule.clone(),
+            ways: self.ways,
+            grew: None,
+        };
+        self.by_ref.insert(path.to_owned(), referred);
+        let most = std::mem::replace(&mut self.ways_most, self.ways);
         let expression = self.of(target, &format!("#{path}"))?;
         if expression == rule {
             return Err(wrong(at, "`$ref` refers to itself"));
         }
+        if let Some(referred) = self.by_ref.get_mut(path) {
+            referred.grew = Some(self.ways_most / self.ways.max(1));
+        }
+        self.ways_most = self.ways_most.max(most);
         self.rule(&rule, &expression, at)?;
         Ok(rule)
+    }
+
+    /// How many of these alternatives may begin alike.
+    fn alike(&self, schemas: &[Value]) -> u64 {
+        let kinds: Vec<u8> = schemas.iter().map(|schema| self.kinds(schema, 8)).collect();
+        let of_bit = |bit: u8| kinds.iter().filter(|kinds| *kinds & bit != 0).count();
+        let most = (0..6).map(|bit| of_bit(1 << bit)).max().unwrap_or(1);
+        most.max(1) as u64
+    }
+
+    /// What a value may be, a bit for each of six types; all where that is not plain.
+    fn kinds(&self, schema: &Value, depth: u8) -> u8 {
+        const ALL: u8 = 0b11_1111;
+        let bit = |kind: &str| match kind {
+            "object" => 1,
+            "array" => 2,
+            "string" => 4,
+            "integer" | "number" => 8,
+            "boolean" => 16,
+            "null" => 32,
+            _ => ALL,
+        };
+        let of_value = |value: &Value| match value {
+            Value::Object(_) => 1,
+            Value::Array(_) => 2,
+            Value::String(_) => 4,
+            Value::Number(_) => 8,
+            Value::Bool(_) => 16,
+            Value::Null => 32,
+        };
+        let Some(map) = schema.as_object().filter(|_| depth > 0) else {
+            return ALL;
+        };
+        if let Some(Value::String(target)) = map.get("$ref") {
+            let target = target
+                .strip_prefix('#')
+                .and_then(|at| self.root.pointer(at));
+            return target.map_or(ALL, |target| self.kinds(target, depth - 1));
+        }
+        if let Some(value) = map.get("const") {
+            return of_value(value);
+        }
+        if let Some(Value::Array(values)) = map.get("enum") {
+            return values.iter().map(of_value).fold(0, |a, b| a | b);
+        }
+        match map.get("type") {
+            Some(Value::String(kind)) => bit(kind),
+            Some(Value::Array(kinds)) => {
+                let kinds = kinds.iter().filter_map(Value::as_str);
+                kinds.map(bit).fold(0, |a, b| a | b)
+            }
+            _ => ALL,
+        }
     }
 
     fn any_of(&mut self, schemas: &'a Value, at: &str) -> Result<String, SchemaError> {
         let schemas = schemas.as_array().filter(|schemas| !schemas.is_empty());
         let schemas = schemas.ok_or_else(|| wrong(at, "not a list of schemas"))?;
+        let ways = self.ways;
+        self.branch(self.alike(schemas), at)?;
         let each = schemas.iter().enumerate();
         let each = each.map(|(n, schema)| self.of(schema, &format!("{at}/{n}")));
         let each = each.collect::<Result<Vec<_>, _>>()?;
+        self.ways = ways;
         self.one_of(each, at)
     }
 
@@ -299,6 +449,12 @@ impl<'a> Rules<'a> {
         // From the last to the first: what may follow when nothing was written yet, and when something was.
         let (mut none_yet, mut some) = (String::new(), String::new());
         for (name, schema) in properties.iter().rev() {
+            if name.len() > WORD_BYTES_MAX {
+                return Err(wrong(
+                    at,
+                    format!("a name of more than {WORD_BYTES_MAX} bytes"),
+                ));
+            }
             let value = self.of(schema, &format!("{at}/properties/{name}"))?;
             let name_literal = literal(&Value::String(name.clone()).to_string());
             let member = self.new_rule(&format!(r#"{name_literal} ws ":" ws {value} ws"#), at)?;
@@ -306,7 +462,7 @@ impl<'a> Rules<'a> {
                 format!("{member} {some}"),
                 format!(r#""," ws {member} {some}"#),
             );
-            if required.contains(&name.as_str()) {
+            if required.contains(name.as_str()) {
                 none_yet = self.new_rule(&first, at)?;
                 some = self.new_rule(&later, at)?;
             } else {
@@ -319,6 +475,7 @@ impl<'a> Rules<'a> {
 
     fn array(&mut self, map: &'a Map<String, Value>, at: &str) -> Result<String, SchemaError> {
         let (min, max) = (count(map, "minItems", at)?, count(map, "maxItems", at)?);
+        self.n += max.or(min).unwrap_or(0) as usize;
         let item = match map.get("items") {
             None => "value".to_owned(),
             Some(schema) => self.of(schema, &format!("{at}/items"))?,
@@ -343,6 +500,7 @@ impl<'a> Rules<'a> {
 
     fn string(&mut self, map: &'a Map<String, Value>, at: &str) -> Result<String, SchemaError> {
         let (min, max) = (count(map, "minLength", at)?, count(map, "maxLength", at)?);
+        self.n += max.or(min).unwrap_or(0) as usize;
         if let Some(format) = map.get("format") {
             if min.is_some() || max.is_some() {
                 return Err(wrong(
@@ -421,9 +579,9 @@ fn formatted(format: &Value, at: &str) -> Result<&'static str, SchemaError> {
     }
 }
 
-fn names<'a>(value: Option<&'a Value>, at: &str) -> Result<Vec<&'a str>, SchemaError> {
+fn names<'a>(value: Option<&'a Value>, at: &str) -> Result<HashSet<&'a str>, SchemaError> {
     let Some(value) = value else {
-        return Ok(Vec::new());
+        return Ok(HashSet::new());
     };
     let names = value
         .as_array()
@@ -461,84 +619,4 @@ fn literal(text: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn refused(schema: &Value) -> String {
-        Grammar::of_schema(schema).unwrap_err().to_string()
-    }
-
-    #[test]
-    fn what_is_not_supported_is_refused_where_it_stands() {
-        for (schema, words) in [
-            (json!(false), "#: not a schema"),
-            (json!(7), "#: not a schema"),
-            (json!({"type": "strin"}), "no type `strin`"),
-            (
-                json!({"type": "string", "pattern": "a+"}),
-                "`pattern` is not supported",
-            ),
-            (
-                json!({"type": "string", "format": "email"}),
-                "\"email\" is not supported",
-            ),
-            (
-                json!({"type": "integer", "minimum": 3}),
-                "`minimum` is not supported",
-            ),
-            (
-                json!({"type": "string", "maxLength": 1_000_000}),
-                "0 to 256",
-            ),
-            (json!({"type": "array", "minItems": -1}), "0 to 256"),
-            (
-                json!({"type": "array", "minItems": 3, "maxItems": 2}),
-                "below",
-            ),
-            (json!({"oneOf": [{}]}), "`oneOf` is not supported"),
-            (json!({"enum": []}), "not a list of values"),
-            (
-                json!({"enum": ["a"], "type": "integer"}),
-                "none of the values",
-            ),
-            (json!({"$ref": "http://elsewhere"}), "does not point into"),
-            (
-                json!({"$ref": "#/$defs/gone"}),
-                "there is no `#/$defs/gone`",
-            ),
-            (json!({"$ref": "#"}), "refers to itself"),
-            (json!({"type": "object", "required": ["a"]}), "names `a`"),
-            (
-                json!({"type": "object", "properties": {"a": {"type": "array", "items": {"not": {}}}}}),
-                "#/properties/a/items: `not` is not supported",
-            ),
-        ] {
-            let why = refused(&schema);
-            assert!(why.contains(words), "{schema}: {why}");
-        }
-    }
-
-    #[test]
-    fn a_schema_has_its_limits() {
-        let mut deep = json!({"type": "string"});
-        for _ in 0..40 {
-            deep = json!({"type": "array", "items": deep});
-        }
-        assert!(refused(&deep).contains("levels"));
-        let many: Map<String, Value> = (0..2000).map(|n| (format!("p{n}"), json!({}))).collect();
-        assert!(refused(&json!({"type": "object", "properties": many})).contains("too large"));
-    }
-
-    #[test]
-    fn words_of_a_schema_are_letters_and_no_grammar() {
-        let text = "\" ] | root \u{1f41f}\n\\";
-        let grammar = Grammar::of_schema(&json!({"const": text})).unwrap();
-        let line = grammar.text().lines().find(|line| line.starts_with("r1"));
-        let literal = line.unwrap().strip_prefix("r1 ::= ").unwrap();
-        let inside = literal.trim_matches('"');
-        let plain = |c: char| c.is_ascii_alphanumeric() || " _-.:,{}[]\\".contains(c);
-        assert!(inside.chars().all(plain), "{literal}");
-    }
-}
+mod tests;

@@ -498,3 +498,43 @@ async fn without_a_swarm_requests_are_told_to_come_back() -> Result<()> {
     assert_eq!(answer.status, 503, "{}", answer.body);
     Ok(())
 }
+
+/// The answers stream on while one machine goes and another has taken over.
+#[tokio::test]
+async fn a_hop_that_dies_changes_no_word() -> Result<()> {
+    let (mut swarm, client, api) = start(&["0..4", "4..8"], &[], &[]).await?;
+    let said = run(&client, &["--raw", "--temp", "0", "-n", "300", STORY]).await?;
+    let ask =
+        json!({"prompt": STORY, "max_tokens": 300, "n": 16, "temperature": 0, "stream": true});
+    let api = std::sync::Arc::new(api);
+    let asking = std::sync::Arc::clone(&api);
+    let answers = tokio::spawn(async move { asking.post("/v1/completions", &ask).await });
+    let begun = async || {
+        let health = api.get("/health").await.ok()?.json(200).ok()?;
+        (health["answering"] == 1).then_some(())
+    };
+    until("the answers begin", PATIENCE, begun).await?;
+    tests::join(&mut swarm, "demo", &["4..8"], &[]).await?;
+    let second = async || {
+        let layers = client.layers(PATIENCE).await.ok()?;
+        (layers.get(4)?.holders.len() == 2).then_some(())
+    };
+    until("a second machine holds the layers", PATIENCE, second).await?;
+    ensure!(!answers.is_finished(), "the answers were over too soon");
+    swarm.nodes_mut()[1]
+        .process
+        .signal(rustix::process::Signal::KILL)?;
+    let events = answers.await??.events()?;
+    for index in 0..16 {
+        assert_eq!(joined(&events, index).0, said.text, "answer {index}");
+    }
+    let mut extras = events
+        .iter()
+        .filter_map(|event| event["x_shoal"]["recoveries"].as_array());
+    ensure!(
+        extras.next_back().is_some_and(|list| list.len() == 1),
+        "nothing was lost"
+    );
+    swarm.stop().await;
+    Ok(())
+}

@@ -24,7 +24,7 @@ pub fn of_text(vocab: &Vocab, text: &str) -> Result<Vec<u32>, PromptError> {
     not_empty(vocab.tokenize(text, true, false)?)
 }
 
-/// A conversation through the model's own template, ready for its next answer.
+/// A conversation through the model's own template, ready for its next answer; `tools` are what the model may call.
 ///
 /// # Errors
 /// See [`PromptError`].
@@ -32,6 +32,7 @@ pub fn of_chat(
     vocab: &Vocab,
     template: &str,
     messages: &[Message],
+    tools: &[serde_json::Value],
 ) -> Result<Vec<u32>, PromptError> {
     let special = |token: Option<u32>| {
         token
@@ -39,7 +40,7 @@ pub fn of_chat(
             .unwrap_or_default()
     };
     let (bos, eos) = (special(vocab.bos()), special(vocab.eos()));
-    let text = render_chat(template, messages, true, &bos, &eos)?;
+    let text = render_chat(template, messages, tools, true, &bos, &eos)?;
     // Many templates write the first token out, and the tokenizer would add it again.
     let written = vocab.adds_bos() && !bos.is_empty() && text.starts_with(&bos);
     let text = if written { &text[bos.len()..] } else { &text };
