@@ -31,6 +31,8 @@ pub struct Serving {
     /// How long a request waits for a place.
     pub queue: Duration,
     described: Mutex<HashMap<ModelId, Described>>,
+    /// Held while a description is fetched: a crowd that comes first fetches it once.
+    fetching: tokio::sync::Mutex<()>,
 }
 
 #[derive(Clone)]
@@ -53,6 +55,7 @@ impl Serving {
             model,
             queue,
             described: Mutex::new(HashMap::new()),
+            fetching: tokio::sync::Mutex::new(()),
         }
     }
 
@@ -62,9 +65,17 @@ impl Serving {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn known(&self, id: ModelId) -> Option<Described> {
+        self.lock().get(&id).cloned()
+    }
+
     async fn described(&self, id: ModelId) -> Result<Described, ApiError> {
-        if let Some(known) = self.lock().get(&id) {
-            return Ok(known.clone());
+        if let Some(known) = self.known(id) {
+            return Ok(known);
+        }
+        let _fetching = self.fetching.lock().await;
+        if let Some(known) = self.known(id) {
+            return Ok(known);
         }
         let found = self.member.described(&id).await;
         let (manifest, vocab) =

@@ -41,6 +41,9 @@ impl Api {
             let output = child.wait_with_output().await?;
             anyhow::bail!("it ended: {}", String::from_utf8_lossy(&output.stderr));
         }
+        // What it logs is read to the end: a full pipe would stop it.
+        let mut log = child.stderr.take().context("no stderr")?;
+        tokio::spawn(async move { tokio::io::copy(&mut log, &mut tokio::io::sink()).await });
         let ready: Value = serde_json::from_str(&line)?;
         let url = ready["url"].as_str().context("no url")?.to_owned();
         let addr = url.split("://").nth(1).context("no address")?.parse()?;
