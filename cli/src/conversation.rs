@@ -56,13 +56,6 @@ impl Conversation {
     }
 }
 
-/// How many tokens of `held` the session may keep for `wanted`: their common beginning, but never all
-/// of `wanted`, because the logits of its last token are needed.
-pub fn keep(held: &[u32], wanted: &[u32]) -> usize {
-    let common = held.iter().zip(wanted).take_while(|(a, b)| a == b).count();
-    common.min(wanted.len().saturating_sub(1))
-}
-
 /// A line the user typed.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Line<'a> {
@@ -111,15 +104,6 @@ impl<'a> Line<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_common_beginning_is_kept_but_never_everything() {
-        assert_eq!(keep(&[], &[1, 2]), 0);
-        assert_eq!(keep(&[1, 2, 3], &[1, 2, 4, 5]), 2);
-        assert_eq!(keep(&[1, 2, 3, 9], &[1, 2, 3]), 2);
-        assert_eq!(keep(&[1, 2], &[1, 2, 3]), 2);
-        assert_eq!(keep(&[1], &[]), 0);
-    }
 
     #[test]
     fn slash_commands() {

@@ -4,12 +4,13 @@
 use std::path::Path;
 
 use engine::WholeModel;
+use node::answer::{Cancel, Spare};
 use swarm_proto::ModelId;
 
 use crate::failure::Failure;
 use crate::figures;
-use crate::interrupt::Interrupt;
 use crate::local_models::{self, WholeFile};
+use crate::terminal;
 
 /// A file of this machine that can stand in for the swarm.
 pub struct Fallback {
@@ -71,14 +72,20 @@ impl Fallback {
         let known = |asked| local_models::find(home, asked).is_ok_and(|id| id == self.id);
         asked.is_none_or(known)
     }
+}
 
-    /// Loads it for a context of `n_ctx` positions.
-    ///
-    /// # Errors
-    /// The file has changed, or llama.cpp does not take it.
-    pub fn load(&self, n_ctx: u32, interrupt: &Interrupt) -> anyhow::Result<WholeModel> {
+/// Of a reason in words; a peer may have put some of them there.
+pub const WHY_CHARS_MAX: usize = 300;
+
+impl Spare for Fallback {
+    fn load(&self, n_ctx: u32, why: &str, cancel: &Cancel) -> anyhow::Result<WholeModel> {
+        terminal::warn(format!(
+            "{}; the answer goes on in this process with `{}`",
+            figures::printable(why, WHY_CHARS_MAX),
+            self.name
+        ));
         if self.verify {
-            self.file.verify(interrupt)?;
+            self.file.verify(cancel)?;
         }
         self.file.load(&self.name, n_ctx, self.threads)
     }

@@ -1,5 +1,6 @@
 //! Flags that `run` and `chat` share: how tokens are chosen and when to stop.
 
+use node::answer;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
@@ -78,11 +79,7 @@ impl Generation {
                 .try_this(format!("--ctx {limit}")));
             }
             Some(asked) => asked,
-            None => prompt
-                .saturating_add(self.max_tokens)
-                .checked_next_multiple_of(CTX_STEP)
-                .unwrap_or(limit)
-                .min(limit),
+            None => answer::n_ctx(prompt as usize, self.max_tokens, limit),
         };
         if prompt >= n_ctx {
             let failure = Failure::new(format!(
@@ -102,9 +99,6 @@ impl Generation {
         self.seed.unwrap_or_else(rand::random)
     }
 }
-
-/// Contexts are opened in steps of this many tokens: llama.cpp pads its KV to 256 cells anyway.
-const CTX_STEP: u32 = 256;
 
 #[cfg(test)]
 mod tests {

@@ -1,11 +1,10 @@
 //! Ctrl-C (and SIGTERM): the first asks, so that the session's KV is freed on every hop; the second
 //! ends the process at once.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::ops::Deref;
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use node::answer::Cancel;
 
 use crate::failure::{Failure, INTERRUPTED};
 
@@ -15,52 +14,34 @@ pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Listens for the rest of the process; clones share what was heard.
 #[derive(Clone)]
 pub struct Interrupt {
-    heard: Arc<Heard>,
+    heard: Cancel,
 }
 
-struct Heard {
-    flag: AtomicBool,
-    notify: Notify,
+impl Deref for Interrupt {
+    type Target = Cancel;
+
+    fn deref(&self) -> &Cancel {
+        &self.heard
+    }
 }
 
 impl Interrupt {
     /// Starts listening. Needs a tokio runtime.
     pub fn listen() -> Self {
-        let heard = Arc::new(Heard {
-            flag: AtomicBool::new(false),
-            notify: Notify::new(),
-        });
-        let theirs = Arc::clone(&heard);
+        let heard = Cancel::new();
+        let theirs = heard.clone();
         tokio::spawn(async move {
             // A system that gives no signals leaves Ctrl-C to end the process, as without this.
             let Ok(mut signals) = Signals::new() else {
                 return;
             };
             while signals.next().await {
-                if theirs.flag.swap(true, Ordering::SeqCst) {
+                if theirs.set() {
                     std::process::exit(i32::from(INTERRUPTED));
                 }
-                theirs.notify.notify_waiters();
             }
         });
         Self { heard }
-    }
-
-    /// Whether it came.
-    pub fn is_set(&self) -> bool {
-        self.heard.flag.load(Ordering::SeqCst)
-    }
-
-    /// Ends the process if it came: for long work that holds nothing anywhere else.
-    pub fn end_if_set(&self) {
-        if self.is_set() {
-            std::process::exit(i32::from(INTERRUPTED));
-        }
-    }
-
-    /// Takes it back, when it meant only what was going on (an answer in a chat).
-    pub fn clear(&self) {
-        self.heard.flag.store(false, Ordering::SeqCst);
     }
 
     /// What `work` gives, unless it comes first.
@@ -77,21 +58,12 @@ impl Interrupt {
             done = work => done,
         }
     }
+}
 
-    /// Waits for it.
-    ///
-    /// # Cancel safety
-    /// May be dropped and awaited again; one that came meanwhile is not lost.
-    pub async fn wait(&self) {
-        loop {
-            let notified = self.heard.notify.notified();
-            tokio::pin!(notified);
-            notified.as_mut().enable();
-            if self.is_set() {
-                return;
-            }
-            notified.await;
-        }
+/// Ends the process if it came: for long work that holds nothing anywhere else.
+pub fn end_if_set(heard: &Cancel) {
+    if heard.is_set() {
+        std::process::exit(i32::from(INTERRUPTED));
     }
 }
 

@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use engine::{Vocab, WholeModel};
 use gguf::Header;
+use node::answer::Cancel;
 use shard_registry::{
     AliasName, GgufFiles, ImportError, Imported, Progress, Resolved, Store, UnknownModel,
 };
 use swarm_proto::ModelId;
 
 use crate::failure::Failure;
-use crate::interrupt::Interrupt;
+use crate::interrupt::end_if_set;
 use crate::{figures, terminal, tokens};
 
 /// The name of the model that comes with the program.
@@ -151,13 +152,13 @@ impl WholeFile {
     }
 
     /// Reads and hashes all of it, with a bar: it is what was imported, or an error.
-    pub fn verify(&self, interrupt: &Interrupt) -> anyhow::Result<()> {
+    pub fn verify(&self, cancel: &Cancel) -> anyhow::Result<()> {
         let Some(id) = self.id else {
             return Ok(());
         };
         let found = with_bar("checking", &self.path, |progress| {
             shard_registry::identify(&self.path, &mut |at| {
-                interrupt.end_if_set();
+                end_if_set(cancel);
                 progress(at);
             })
         })?;

@@ -7,7 +7,6 @@ mod commands;
 mod conversation;
 mod failure;
 mod fallback;
-mod fed;
 mod figures;
 mod generation;
 mod home;
@@ -20,12 +19,11 @@ mod obtain;
 mod opening;
 mod prompt;
 mod run_report;
+mod serving;
 mod session_args;
-mod source;
 mod swarm;
 mod swarm_report;
 mod terminal;
-mod text_out;
 mod tokens;
 
 use std::process::ExitCode;
@@ -34,7 +32,7 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use commands::{
     bench, chat, completions, doctor, gc, import, inspect, invite, join, models, node, pin, pull,
-    rm, route, run, sign, status, verify,
+    rm, route, run, serve, sign, status, verify,
 };
 
 /// Run a language model that is too big for any one of your machines, on several of them.
@@ -54,6 +52,7 @@ Start here:
   shoal node --model NAME                       serve the layers that fit this machine
   shoal invite                                  a ticket for the next machine
   shoal run \"Why is the sea salt?\"              ask the swarm
+  shoal serve                                   answer programs that speak to OpenAI
 
 Settings come from flags, then SHOAL_* variables, then config.toml, then defaults.
 `shoal COMMAND --help` has examples.";
@@ -62,6 +61,7 @@ Settings come from flags, then SHOAL_* variables, then config.toml, then default
 enum Command {
     Run(run::Args),
     Chat(chat::Args),
+    Serve(serve::Args),
     Status(status::Args),
     Route(route::Args),
     Models(models::Args),
@@ -101,6 +101,7 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Run(args) => run::main(args),
         Command::Chat(args) => chat::main(args),
+        Command::Serve(args) => serve::main(args),
         Command::Status(args) => status::main(args),
         Command::Route(args) => route::main(args),
         Command::Models(args) => models::main(args),

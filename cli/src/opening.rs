@@ -4,17 +4,15 @@
 use std::time::{Duration, Instant};
 
 use engine::Vocab;
+use node::answer::{Source, Spare};
 use node::exact_batch;
 
-use crate::answer;
-use crate::fallback::Fallback;
+use crate::fallback::{Fallback, WHY_CHARS_MAX};
 use crate::figures;
-use crate::generation::Generation;
 use crate::interrupt::Interrupt;
 use crate::local_models::WholeFile;
 use crate::run_report::Privacy;
 use crate::session_args::SessionArgs;
-use crate::source::{Source, WHY_CHARS_MAX};
 use crate::swarm::{Member, Swarm, SwarmModel};
 use crate::terminal;
 
@@ -46,8 +44,6 @@ pub struct Opening<'a> {
     pub model: Option<&'a str>,
     /// How.
     pub session: &'a SessionArgs,
-    /// What is done with it.
-    pub generation: &'a Generation,
     /// Compute threads of this process, if it was said.
     pub threads: Option<u32>,
     /// Whether files are hashed before they are loaded.
@@ -93,9 +89,9 @@ impl Opening<'_> {
             (Err(error), None) => return Err(error),
         };
         let batch = exact_batch(model.manifest.tensors.iter().map(|tensor| tensor.ty));
-        let top = answer::top(self.generation);
+        let spare = fallback.map(|fallback| Box::new(fallback) as Box<dyn Spare>);
         Ok(Ready {
-            source: Source::swarm(session, top, batch, fallback),
+            source: Source::swarm(session, batch, spare),
             vocab: model.vocab,
             model: model.name,
             model_id: Some(model.id.to_string()),
@@ -116,9 +112,8 @@ impl Opening<'_> {
             file.verify(self.interrupt)?;
         }
         let whole = file.load(name, n_ctx, self.threads.or(settings.file.threads))?;
-        let top = answer::top(self.generation);
         Ok(Ready {
-            source: Source::local(whole, top, description.batch),
+            source: Source::local(whole, description.batch),
             vocab: description.vocab,
             model: name.to_owned(),
             model_id: file.id.map(|id| id.to_string()),

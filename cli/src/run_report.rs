@@ -1,9 +1,10 @@
 //! What is said about a run: one dim line on stderr for people, a JSON object for programs.
 
+use node::answer::Left;
 use serde::{Deserialize, Serialize};
 
+use crate::fallback::WHY_CHARS_MAX;
 use crate::figures;
-use crate::source::Left;
 
 /// Who can read the prompt; each level is stricter than the one before it.
 #[derive(
@@ -66,6 +67,13 @@ impl From<&swarm_proto::Hop> for Hop {
     }
 }
 
+impl Hop {
+    /// A route, or those who stand by for it.
+    pub fn all(hops: &[swarm_proto::Hop]) -> Vec<Self> {
+        hops.iter().map(Self::from).collect()
+    }
+}
+
 /// A route that broke while the answer ran, and was replaced.
 #[derive(Clone, Debug, Serialize)]
 pub struct Recovery {
@@ -109,7 +117,7 @@ impl FellBack {
         let chosen = (left.pos + 1).saturating_sub(prompt.max(1));
         Self {
             at_token: chosen.max(said),
-            why: left.why.clone(),
+            why: figures::printable(&left.why, WHY_CHARS_MAX),
         }
     }
 }

@@ -64,18 +64,31 @@ impl Swarm {
     /// Sets logging up for this process, connects and waits, a bounded time, for the first adverts.
     pub async fn join(&self, trusted: bool) -> anyhow::Result<Member> {
         let settings = self.settings(trusted)?;
-        let telemetry = telemetry::init(&TelemetryConfig {
-            filter: Some(settings.log.clone().unwrap_or_else(|| LOG_DEFAULT.into())),
-            json: settings.log_json,
-            otlp: settings.otlp.clone(),
-            service: "shoal",
-        })?;
+        let telemetry = Self::telemetry(&settings, LOG_DEFAULT)?;
+        let member = Self::connect(settings, telemetry).await?;
+        member.or_alone().await
+    }
+
+    /// The same where nobody may be there yet, for who waits for them.
+    pub async fn join_early(&self, trusted: bool, log: &str) -> anyhow::Result<Member> {
+        let settings = self.settings(trusted)?;
+        let telemetry = Self::telemetry(&settings, log)?;
         Self::connect(settings, telemetry).await
     }
 
     /// Connects without logging: a measurement joins several swarms of its own making.
     pub async fn join_quietly(&self) -> anyhow::Result<Member> {
-        Self::connect(self.settings(false)?, Telemetry::default()).await
+        let member = Self::connect(self.settings(false)?, Telemetry::default()).await?;
+        member.or_alone().await
+    }
+
+    fn telemetry(settings: &Settings, log: &str) -> anyhow::Result<Telemetry> {
+        Ok(telemetry::init(&TelemetryConfig {
+            filter: Some(settings.log.clone().unwrap_or_else(|| log.into())),
+            json: settings.log_json,
+            otlp: settings.otlp.clone(),
+            service: "shoal",
+        })?)
     }
 
     async fn connect(settings: Settings, telemetry: Telemetry) -> anyhow::Result<Member> {
@@ -105,22 +118,14 @@ impl Swarm {
         let client = Client::connect(config, privacy, Some(&known)).await?;
         let client = client.with_book(PeerBook::of_home(&settings.home, &settings.swarm));
         drop(wheel);
-        let member = Member {
+        Ok(Member {
             client,
             known,
             settings,
             trace: tracing::info_span!("client"),
             telemetry,
             _lock: lock,
-        };
-        if member.client.net().peers().borrow().is_empty()
-            && member.client.adverts().adverts.is_empty()
-        {
-            let nobody = member.nobody();
-            member.leave().await;
-            return Err(nobody.into());
-        }
-        Ok(member)
+        })
     }
 }
 
@@ -179,6 +184,16 @@ pub struct Ask {
 }
 
 impl Ask {
+    /// The session to open.
+    pub fn spec(&self, id: ModelId, manifest: &Manifest) -> SessionSpec {
+        SessionSpec {
+            dtype: self.dtype,
+            standby: self.standby,
+            patience: self.patience,
+            ..SessionSpec::new(id, manifest, self.n_ctx)
+        }
+    }
+
     /// Exact rows, nobody stands by, no waiting: for measurements.
     pub fn plain(n_ctx: u32) -> Self {
         Self {
@@ -215,6 +230,17 @@ fn announce(event: Event<'_>) {
 }
 
 impl Member {
+    /// The same, unless nobody is there.
+    async fn or_alone(self) -> anyhow::Result<Self> {
+        if self.client.net().peers().borrow().is_empty() && self.client.adverts().adverts.is_empty()
+        {
+            let nobody = self.nobody();
+            self.leave().await;
+            return Err(nobody.into());
+        }
+        Ok(self)
+    }
+
     /// The privacy level this client keeps.
     pub fn privacy(&self) -> crate::run_report::Privacy {
         match self.client.privacy() {
@@ -251,24 +277,11 @@ impl Member {
     /// not here already.
     pub async fn model(&self, asked: Option<&str>) -> anyhow::Result<SwarmModel> {
         let served = self.report().models;
-        let asked = asked.or(self.settings.file.first_model());
-        let alias = asked.and_then(|name| self.alias(name, &served));
-        let id = choose(asked, alias, &served)?;
-        let report = served.iter().find(|model| model.id == id);
-        let name = match (report, asked) {
-            (Some(report), _) if !report.name.is_empty() => report.name.clone(),
-            (_, Some(asked)) => figures::printable(asked, 80),
-            _ => id.short(),
-        };
+        let (id, name) = self.meant(asked, &served)?;
         let wheel = terminal::wheel(format!("fetching what describes {name}"));
-        let (manifest, metadata) = self.description(&id).await?;
+        let (manifest, vocab) = self.described(&id).await?;
         drop(wheel);
-        let vocab = if metadata.is_empty() {
-            None
-        } else {
-            tokens::vocab(&manifest.vocab_header(&metadata)?)?
-        };
-        let n_ctx_max = longest(&manifest, report);
+        let n_ctx_max = longest(&manifest, served.iter().find(|model| model.id == id));
         Ok(SwarmModel {
             id,
             name,
@@ -278,15 +291,39 @@ impl Member {
         })
     }
 
+    /// Which of the served models is meant, and what it is called.
+    pub fn meant(
+        &self,
+        asked: Option<&str>,
+        served: &[ModelReport],
+    ) -> Result<(ModelId, String), Failure> {
+        let asked = asked.or(self.settings.file.first_model());
+        let alias = asked.and_then(|name| self.alias(name, served));
+        let id = choose(asked, alias, served)?;
+        let report = served.iter().find(|model| model.id == id);
+        let name = match (report, asked) {
+            (Some(report), _) if !report.name.is_empty() => report.name.clone(),
+            (_, Some(asked)) => figures::printable(asked, 80),
+            _ => id.short(),
+        };
+        Ok((id, name))
+    }
+
+    /// A model's manifest and tokenizer, fetched by hash where they are not here already.
+    pub async fn described(&self, id: &ModelId) -> anyhow::Result<(Manifest, Option<Vocab>)> {
+        let (manifest, metadata) = self.description(id).await?;
+        let vocab = if metadata.is_empty() {
+            None
+        } else {
+            tokens::vocab(&manifest.vocab_header(&metadata)?)?
+        };
+        Ok((manifest, vocab))
+    }
+
     /// Opens a session with it; where everybody is busy, waits for a place.
     pub async fn open(&self, model: &SwarmModel, ask: Ask) -> anyhow::Result<Session> {
         let patience = ask.patience;
-        let spec = SessionSpec {
-            dtype: ask.dtype,
-            standby: ask.standby,
-            patience,
-            ..SessionSpec::new(model.id, &model.manifest, ask.n_ctx)
-        };
+        let spec = ask.spec(model.id, &model.manifest);
         let wheel = terminal::wheel(format!("opening a route for {}", model.name));
         let busy = |layers: &[LayerRange]| {
             wheel.note(format!(
@@ -366,7 +403,7 @@ impl Member {
 }
 
 /// A layer is as long as the longest context of its holders; the model as its shortest layer.
-fn longest(manifest: &Manifest, report: Option<&ModelReport>) -> u32 {
+pub fn longest(manifest: &Manifest, report: Option<&ModelReport>) -> u32 {
     let trained = if manifest.n_ctx_train == 0 {
         CTX_UNKNOWN
     } else {

@@ -1,7 +1,8 @@
 //! From what the user typed to token ids: by the chat template, as it is, or as ids.
 
-use engine::{Message, Vocab, VocabError, render_chat};
+use engine::{Message, Vocab, VocabError};
 use gguf::Header;
+use node::answer::{self as prompt, PromptError};
 
 use crate::failure::Failure;
 
@@ -22,32 +23,26 @@ pub fn no_tokenizer() -> Failure {
 
 /// Text as it is, with the special tokens the model wants around it.
 pub fn of_text(vocab: &Vocab, text: &str) -> anyhow::Result<Vec<u32>> {
-    not_empty(vocab.tokenize(text, true, false)?)
+    prompt::of_text(vocab, text).map_err(explained)
 }
 
 /// A conversation through the model's own template, ready for its next answer.
 pub fn of_chat(vocab: &Vocab, template: &str, messages: &[Message]) -> anyhow::Result<Vec<u32>> {
-    let special = |token: Option<u32>| {
-        token
-            .map(|token| vocab.token_text(token))
-            .unwrap_or_default()
-    };
-    let (bos, eos) = (special(vocab.bos()), special(vocab.eos()));
-    let text = render_chat(template, messages, true, &bos, &eos)?;
-    // Many templates write the first token out, and the tokenizer would add it again.
-    let written = vocab.adds_bos() && !bos.is_empty() && text.starts_with(&bos);
-    let tokens = vocab.tokenize(if written { &text[bos.len()..] } else { &text }, true, true)?;
-    not_empty(tokens)
+    prompt::of_chat(vocab, template, messages, &[]).map_err(explained)
 }
 
 /// Nothing follows nothing.
 pub fn not_empty(tokens: Vec<u32>) -> anyhow::Result<Vec<u32>> {
-    if tokens.is_empty() {
-        return Err(nothing_asked()
+    prompt::not_empty(tokens).map_err(explained)
+}
+
+fn explained(error: PromptError) -> anyhow::Error {
+    match error {
+        PromptError::Empty => nothing_asked()
             .try_this("`shoal run \"Once upon a time\"`")
-            .into());
+            .into(),
+        other => other.into(),
     }
-    Ok(tokens)
 }
 
 /// What is said of an empty prompt.

@@ -4,9 +4,12 @@
 use std::io::{self, Write};
 
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde::{Deserialize, Serialize};
+use serde_json::Map;
+use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
 /// Instructions that a template may take: a thousandfold of a long chat's.
 const FUEL: u64 = 10_000_000;
@@ -16,10 +19,13 @@ const OUTPUT_BYTES_MAX: usize = 4 << 20;
 /// One message of a chat.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// `system`, `user` or `assistant`.
+    /// `system`, `user`, `assistant` or `tool`.
     pub role: String,
     /// What was said.
     pub content: String,
+    /// What templates may know besides: `tool_calls`, `tool_call_id`, `name`.
+    #[serde(flatten)]
+    pub more: Map<String, serde_json::Value>,
 }
 
 impl Message {
@@ -28,7 +34,15 @@ impl Message {
         Message {
             role: role.into(),
             content: content.into(),
+            more: Map::new(),
         }
+    }
+
+    /// The same with something a template may know besides.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: serde_json::Value) -> Message {
+        self.more.insert(name.to_owned(), value);
+        self
     }
 }
 
@@ -44,13 +58,15 @@ pub enum ChatError {
     Length,
 }
 
-/// Renders `template` as the transformers library would.
+/// Renders `template` as the transformers library would; `tools` are functions that the model is told of, as JSON
+/// schemas of OpenAI's kind.
 ///
 /// # Errors
 /// See [`ChatError`].
 pub fn render_chat(
     template: &str,
     messages: &[Message],
+    tools: &[serde_json::Value],
     add_generation_prompt: bool,
     bos_token: &str,
     eos_token: &str,
@@ -69,11 +85,13 @@ pub fn render_chat(
             Err(Error::new(ErrorKind::InvalidOperation, message))
         },
     );
+    env.add_filter("tojson", to_json);
     env.add_template("chat", template).map_err(template_error)?;
     let template = env.get_template("chat").map_err(template_error)?;
-    let message = |m: &Message| context! { role => m.role.as_str(), content => m.content.as_str() };
+    let tools = (!tools.is_empty()).then_some(tools);
     let context = context! {
-        messages => messages.iter().map(message).collect::<Vec<Value>>(),
+        messages => Value::from(Serde(messages)),
+        tools => Value::from(Serde(tools)),
         add_generation_prompt => add_generation_prompt,
         bos_token => bos_token,
         eos_token => eos_token,
@@ -83,6 +101,46 @@ pub fn render_chat(
         Err(error) if error.kind() == ErrorKind::WriteFailure => Err(ChatError::Length),
         Err(error) => Err(template_error(error)),
         Ok(_) => String::from_utf8(out.0).map_err(|e| ChatError::Template(e.to_string())),
+    }
+}
+
+/// As Python writes JSON, which is what models were trained on: a space after commas and colons, and no letter
+/// escaped that need not be.
+fn to_json(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = kwargs.get("indent")?;
+    // What else Python's takes changes nothing of this.
+    for name in ["ensure_ascii", "separators", "sort_keys"] {
+        let _: Option<Value> = kwargs.get(name)?;
+    }
+    kwargs.assert_all_used()?;
+    let mut out = Vec::new();
+    let written = match indent {
+        None => value.serialize(&mut Serializer::with_formatter(&mut out, Spaced)),
+        Some(indent) => {
+            let spaces = vec![b' '; indent.min(16)];
+            let pretty = PrettyFormatter::with_indent(&spaces);
+            value.serialize(&mut Serializer::with_formatter(&mut out, pretty))
+        }
+    };
+    let wrong = |why: String| Error::new(ErrorKind::BadSerialization, why);
+    written.map_err(|error| wrong(error.to_string()))?;
+    let text = String::from_utf8(out).map_err(|error| wrong(error.to_string()))?;
+    Ok(Value::from_safe_string(text))
+}
+
+struct Spaced;
+
+impl Formatter for Spaced {
+    fn begin_array_value<W: ?Sized + Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
+        out.write_all(if first { b"" } else { b", " })
+    }
+
+    fn begin_object_key<W: ?Sized + Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
+        out.write_all(if first { b"" } else { b", " })
+    }
+
+    fn begin_object_value<W: ?Sized + Write>(&mut self, out: &mut W) -> io::Result<()> {
+        out.write_all(b": ")
     }
 }
 
@@ -129,7 +187,7 @@ mod tests {
 
     #[test]
     fn chatml() {
-        let text = render_chat(CHATML, &chat(), true, "<s>", "</s>").unwrap();
+        let text = render_chat(CHATML, &chat(), &[], true, "<s>", "</s>").unwrap();
         assert_eq!(
             text,
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy {{ so }}?<|im_end|>\n\
@@ -149,14 +207,38 @@ mod tests {
         {{- '[' ~ m['content'].split(' ')[-1] ~ ']' }}
     {%- endif %}
 {%- endfor %}{{ ns.n }}";
-        let text = render_chat(template, &chat(), false, "<s>", "</s>").unwrap();
+        let text = render_chat(template, &chat(), &[], false, "<s>", "</s>").unwrap();
         assert_eq!(text, "<s>BE BRIEF.</s>[}}?]1");
+    }
+
+    #[test]
+    fn tools_and_calls_as_templates_read_them() {
+        let template =
+            "{%- if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{% endif %}
+{%- for m in messages %}{% if m.tool_calls %}{% for call in m.tool_calls %}<{{ call.function.name }}
+{{- call.function.arguments | tojson(indent=1) }}>{% endfor %}
+{%- elif m.role == 'tool' %}[{{ m.tool_call_id }}: {{ m.content }}]{% endif %}{% endfor %}";
+        let tool = serde_json::json!({"type": "function", "function": {"name": "f", "n": [1, 2]}});
+        let calls =
+            serde_json::json!([{"function": {"name": "f", "arguments": {"a": "<\u{1f41f}"}}}]);
+        let chat = [
+            Message::new("assistant", "").with("tool_calls", calls),
+            Message::new("tool", "ok").with("tool_call_id", "c1".into()),
+        ];
+        let text = render_chat(template, &chat, &[tool], true, "", "").unwrap();
+        assert_eq!(
+            text,
+            "{\"type\": \"function\", \"function\": {\"name\": \"f\", \"n\": [1, 2]}}\n\
+             <f{\n \"a\": \"<\u{1f41f}\"\n}>[c1: ok]"
+        );
+        let none = "{{ tools is none }}";
+        assert_eq!(render_chat(none, &[], &[], true, "", "").unwrap(), "True");
     }
 
     #[test]
     fn exceptions_and_nonsense_are_errors() {
         let render = |t: &str| {
-            render_chat(t, &chat(), true, "", "")
+            render_chat(t, &chat(), &[], true, "", "")
                 .unwrap_err()
                 .to_string()
         };
@@ -170,13 +252,13 @@ mod tests {
         let text =
             "{% for a in range(9999) %}{% for b in range(9999) %}{{ '' }}{% endfor %}{% endfor %}";
         assert!(matches!(
-            render_chat(text, &[], true, "", ""),
+            render_chat(text, &[], &[], true, "", ""),
             Err(ChatError::Template(_))
         ));
         let text = "{% set ns = namespace(s='xxxxxxxxxxxxxxxx') %}\
             {% for a in range(24) %}{% set ns.s = ns.s ~ ns.s %}{{ ns.s }}{% endfor %}";
         assert!(matches!(
-            render_chat(text, &[], true, "", ""),
+            render_chat(text, &[], &[], true, "", ""),
             Err(ChatError::Length)
         ));
     }

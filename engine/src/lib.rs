@@ -11,6 +11,7 @@ mod blueprint;
 mod chain;
 mod chat;
 mod embedding;
+mod json_schema;
 #[allow(unsafe_code)]
 mod llama;
 mod llama_stage;
@@ -28,6 +29,7 @@ mod worker;
 pub use blueprint::{Blueprint, UnsupportedModel};
 pub use chain::ChainStage;
 pub use chat::{ChatError, Message, render_chat};
+pub use json_schema::{Grammar, SchemaError};
 pub use llama_stage::{LlamaStage, LoadOptions};
 pub use load::{LoadError, Loaded};
 pub use random_model::{

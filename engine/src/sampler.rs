@@ -1,7 +1,11 @@
 //! Choosing the next token with llama.cpp's samplers, from candidates alone: a
 //! tail may send the best of a row instead of all of it.
 
-use crate::llama::{Chain, Link};
+use std::borrow::Cow;
+
+use crate::json_schema::Grammar;
+use crate::llama::{Chain, GrammarState, Link};
+use crate::vocab::Vocab;
 
 /// How to choose.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +22,8 @@ pub struct SamplerOptions {
     pub seed: u32,
     /// Penalties for what was said lately.
     pub penalties: Option<Penalties>,
+    /// Added to the logits of these tokens, before anything else.
+    pub bias: Vec<(u32, f32)>,
 }
 
 impl Default for SamplerOptions {
@@ -30,6 +36,7 @@ impl Default for SamplerOptions {
             min_p: 0.05,
             seed: 0,
             penalties: None,
+            bias: Vec::new(),
         }
     }
 }
@@ -66,6 +73,12 @@ pub enum SampleError {
     /// No candidates.
     #[error("no candidates to choose from")]
     Empty,
+    /// The grammar allows none of the candidates; one that was not among them it may.
+    #[error("the grammar allows none of the candidates")]
+    NotAllowed,
+    /// llama.cpp did not take the grammar.
+    #[error("llama.cpp does not take the grammar")]
+    Grammar,
     /// llama.cpp had no memory, or chose nothing.
     #[error("llama.cpp's samplers chose nothing")]
     Backend,
@@ -127,6 +140,8 @@ fn best_first(a: &(u32, f32), b: &(u32, f32)) -> std::cmp::Ordering {
 pub struct Sampler {
     chain: Chain,
     sorted: bool,
+    bias: Vec<(u32, f32)>,
+    grammar: Option<GrammarState>,
 }
 
 impl Sampler {
@@ -138,6 +153,9 @@ impl Sampler {
         check("temp", options.temp, 0.0..=100.0, "0 to 100")?;
         check("top_p", options.top_p, 0.0..=1.0, "0 to 1")?;
         check("min_p", options.min_p, 0.0..=1.0, "0 to 1")?;
+        for (_, bias) in &options.bias {
+            check("logit bias", *bias, -100.0..=100.0, "-100 to 100")?;
+        }
         let mut links = Vec::new();
         if let Some(Penalties {
             last,
@@ -176,26 +194,54 @@ impl Sampler {
         let chain = Chain::new(&links).ok_or(SampleError::Backend)?;
         Ok(Sampler {
             chain,
-            sorted: options.penalties.is_none(),
+            sorted: options.penalties.is_none() && options.bias.is_empty(),
+            bias: options.bias.clone(),
+            grammar: None,
         })
+    }
+
+    /// The same, which chooses only what `grammar` allows, from here on.
+    ///
+    /// # Errors
+    /// llama.cpp does not take it.
+    pub fn within(mut self, grammar: &Grammar, vocab: &Vocab) -> Result<Sampler, SampleError> {
+        self.grammar = Some(vocab.begin(grammar).ok_or(SampleError::Grammar)?);
+        Ok(self)
     }
 
     /// Chooses among `candidates` and remembers the choice. Every choice costs one draw, also that of the
     /// only candidate: choosing each token of an answer from itself alone rebuilds the state it left.
     ///
     /// # Errors
-    /// No candidates.
+    /// No candidates, or none that is allowed: nothing has changed then.
     pub fn sample(&mut self, candidates: &Candidates) -> Result<u32, SampleError> {
-        let pairs = candidates.pairs();
+        let mut pairs = Cow::Borrowed(candidates.pairs());
         if pairs.is_empty() {
             return Err(SampleError::Empty);
         }
-        let chosen = self
-            .chain
-            .choose(pairs, self.sorted)
-            .ok_or(SampleError::Backend)?;
+        if let Some(grammar) = &mut self.grammar {
+            pairs = Cow::Owned(grammar.allowed(&pairs));
+            if pairs.is_empty() {
+                return Err(SampleError::NotAllowed);
+            }
+        }
+        if !self.bias.is_empty() {
+            pairs = Cow::Owned(self.biased(&pairs));
+        }
+        let chosen = self.chain.choose(&pairs, self.sorted);
+        let chosen = chosen.ok_or(SampleError::Backend)?;
         self.chain.accept(chosen);
+        if let Some(grammar) = &mut self.grammar {
+            grammar.accept(chosen);
+        }
         Ok(chosen)
+    }
+
+    fn biased(&self, pairs: &[(u32, f32)]) -> Vec<(u32, f32)> {
+        let of = |id| self.bias.iter().filter(move |(token, _)| *token == id);
+        let biased =
+            |&(id, logit): &(u32, f32)| (id, logit + of(id).map(|(_, by)| by).sum::<f32>());
+        pairs.iter().map(biased).collect()
     }
 
     /// Takes note of a token that was not sampled here: of the prompt.
@@ -203,7 +249,7 @@ impl Sampler {
         self.chain.accept(token);
     }
 
-    /// Forgets everything, draws included.
+    /// Forgets everything, draws included, but not how far a grammar has come.
     pub fn reset(&mut self) {
         self.chain.reset();
     }
@@ -349,6 +395,27 @@ mod tests {
         assert_eq!(chosen, [2, 3]);
         sampler.reset();
         assert_eq!(sampler.sample(&candidates), Ok(1));
+    }
+
+    #[test]
+    fn a_bias_moves_the_choice() {
+        let candidates = Candidates::new(vec![(1, 4.0), (2, 3.0), (3, 2.0)]).unwrap();
+        let chosen = |bias: &[(u32, f32)]| {
+            let mut greedy = sampler(SamplerOptions {
+                temp: 0.0,
+                bias: bias.to_vec(),
+                ..Default::default()
+            });
+            greedy.sample(&candidates)
+        };
+        assert_eq!(chosen(&[(9, 100.0)]), Ok(1));
+        assert_eq!(chosen(&[(3, 2.5)]), Ok(3));
+        assert_eq!(chosen(&[(1, -100.0), (2, -100.0)]), Ok(3));
+        let nan = SamplerOptions {
+            bias: vec![(1, f32::NAN)],
+            ..Default::default()
+        };
+        assert!(Sampler::new(&nan, 10).is_err());
     }
 
     #[test]

@@ -9,7 +9,8 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 
 use gguf::{Array, GgufError, Header, Text, Value};
 
-use crate::llama::VocabModel;
+use crate::json_schema::Grammar;
+use crate::llama::{GrammarState, VocabModel};
 
 /// Longest text tokenized at once: hundreds of thousands of tokens.
 pub const TEXT_BYTES_MAX: usize = 1 << 20;
@@ -105,6 +106,11 @@ impl Vocab {
             special: bos && eos,
             template,
         })
+    }
+
+    /// The beginning of a text that `grammar` allows; `None` where llama.cpp does not take it.
+    pub(crate) fn begin(&self, grammar: &Grammar) -> Option<GrammarState> {
+        GrammarState::new(&self.model, grammar.text())
     }
 
     /// Number of tokens.

@@ -1,6 +1,7 @@
 //! A peer of the swarm: the network, the sessions, the worker that computes. The only crate that
 //! names libp2p. It never touches a pointer of the compute library and never prints.
 
+pub mod answer;
 mod client;
 pub mod config;
 pub mod control;

@@ -2,6 +2,7 @@
 //!
 //! Nothing here is asserted; errors come back with what the processes said.
 
+pub mod http;
 pub mod room;
 
 use std::path::{Path, PathBuf};

@@ -108,7 +108,14 @@ async fn a_disk_that_fills_up_is_named_and_it_goes_on_when_there_is_room() -> Re
 
     // A node that grows: it serves what it has meanwhile.
     let seed = swarm.nodes()[0].ready.clone().context("it serves")?;
-    let more = ["--model", seed.model(), "--layers", "0..8", "--memory", "1G"];
+    let more = [
+        "--model",
+        seed.model(),
+        "--layers",
+        "0..8",
+        "--memory",
+        "1G",
+    ];
     let (mut node, ready) = room.node(&swarm, "growing", &more)?;
     let ready = timeout(PATIENCE, ready).await?;
     ready.with_context(|| node.log_tail())?;

@@ -69,7 +69,12 @@ async fn the_only_giver_is_killed_and_comes_back_and_the_same_pull_ends_well() -
 #[tokio::test]
 async fn a_node_killed_while_it_fetches_goes_on_and_serves_the_same() -> Result<()> {
     let mut swarm = serve("demo", &["0..8"], &["--upload-limit", "3M"]).await?;
-    let model = swarm.nodes()[0].ready.clone().context("it serves")?.model().to_owned();
+    let model = swarm.nodes()[0]
+        .ready
+        .clone()
+        .context("it serves")?
+        .model()
+        .to_owned();
     let ask = Ask::text("demo", "Once upon a time", 24);
     let whole = swarm.client("client").ask_local(&ask, PATIENCE).await?;
     join(&mut swarm, &model, &["0..8"], &[]).await?;

@@ -3,17 +3,17 @@
 use std::io::{BufRead, Write};
 
 use engine::{Sampler, Vocab};
+use node::answer::{Answer, Source, Stop, Words};
 use tokio::sync::mpsc;
 
-use crate::answer::{self, Answer, Question, Stop, Words};
+use crate::answer::{self, Question};
 use crate::conversation::{Conversation, Line};
 use crate::failure::Failure;
 use crate::generation::Generation;
 use crate::interrupt::Interrupt;
 use crate::opening::Opening;
-use crate::run_report::{Privacy, route_line};
+use crate::run_report::{Hop, Privacy, route_line};
 use crate::session_args::SessionArgs;
-use crate::source::Source;
 use crate::swarm::Swarm;
 use crate::terminal::{self, BOLD, HINT, paint};
 use crate::{figures, tokens};
@@ -74,7 +74,6 @@ async fn talk(args: Args) -> anyhow::Result<()> {
         swarm: &args.swarm,
         model: args.model.as_deref(),
         session: &args.session,
-        generation: &args.generation,
         threads: None,
         verify: true,
         interrupt: &interrupt,
@@ -83,8 +82,8 @@ async fn talk(args: Args) -> anyhow::Result<()> {
     let ready = interrupt.or_end(opened).await?;
     let source = ready.source;
     terminal::note(route_line(
-        &source.route(),
-        &source.standbys(),
+        &Hop::all(&source.route()),
+        &Hop::all(&source.standbys()),
         ready.privacy,
         &args.session.wire.to_string(),
     ));
@@ -256,7 +255,7 @@ impl Chat<'_> {
             prompt,
             words: Words::Text(self.vocab),
             generation: &self.args.generation,
-            interrupt: self.interrupt,
+            cancel: self.interrupt,
             journal: None,
         };
         answer::generate(&mut self.source, &mut self.sampler, question, show).await

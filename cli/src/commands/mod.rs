@@ -16,6 +16,7 @@ pub mod pull;
 pub mod rm;
 pub mod route;
 pub mod run;
+pub mod serve;
 pub mod sign;
 pub mod status;
 pub mod verify;

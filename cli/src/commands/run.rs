@@ -5,15 +5,17 @@
 use std::time::{Duration, Instant};
 
 use engine::{Message, Vocab};
+use node::answer::{Answer, Stop, Words};
 
-use crate::answer::{self, Answer, Question, Stop, Words};
+use crate::answer::{self, Question};
 use crate::failure::Failure;
 use crate::generation::Generation;
 use crate::interrupt::Interrupt;
 use crate::journal::{self, Asked, Journal};
 use crate::opening::{Opening, Ready, Room};
 use crate::run_report::{
-    FellBack, Line, Privacy, Recovery, Resumed, RunReport, Timings, recoveries_line, route_line,
+    FellBack, Hop, Line, Privacy, Recovery, Resumed, RunReport, Timings, recoveries_line,
+    route_line,
 };
 use crate::session_args::SessionArgs;
 use crate::swarm::Swarm;
@@ -373,7 +375,8 @@ impl Args {
     }
 
     fn say_route(&self, ready: &Ready) {
-        let (route, standbys) = (ready.source.route(), ready.source.standbys());
+        let route = Hop::all(&ready.source.route());
+        let standbys = Hop::all(&ready.source.standbys());
         let wire = self.session.wire.to_string();
         terminal::note(route_line(&route, &standbys, ready.privacy, &wire));
         if self.resume.is_some() && ready.privacy == Privacy::Local {
@@ -407,8 +410,8 @@ impl Args {
             prompt_tokens,
             n_ctx: source.n_ctx(),
             hops: source.route().len(),
-            route: source.route(),
-            standbys: source.standbys(),
+            route: Hop::all(&source.route()),
+            standbys: Hop::all(&source.standbys()),
             recoveries: source.recoveries().iter().map(Into::into).collect(),
             fell_back,
             resumed,
@@ -471,7 +474,7 @@ impl Args {
         let source = &mut ready.source;
         let mut sampler = answer::sampler(&self.generation, seed, source.n_vocab())?;
         if self.json_lines {
-            let route = source.route();
+            let route = Hop::all(&source.route());
             terminal::say_json_line(&Line::Route { route: &route })?;
         }
         let begun = Instant::now();
@@ -488,7 +491,7 @@ impl Args {
             prompt,
             words,
             generation: &self.generation,
-            interrupt,
+            cancel: interrupt,
             journal,
         };
         answer::generate(source, &mut sampler, question, show).await
@@ -504,7 +507,6 @@ impl Args {
             swarm: &self.swarm,
             model: self.model.as_deref(),
             session: &self.session,
-            generation: &self.generation,
             threads: self.threads,
             verify: !self.no_verify,
             interrupt,

@@ -16,7 +16,7 @@ mod vocab;
 pub(crate) use context::{Context, ContextOptions, Output, Rows, ThreadPool};
 pub(crate) use model::{FileModel, Model};
 pub(crate) use quant::{dequantize_row, quantize_file, quantize_rows};
-pub(crate) use sampler::{Chain, Link};
+pub(crate) use sampler::{Chain, GrammarState, Link};
 pub(crate) use tap::LAYERS_MAX;
 pub(crate) use vocab::VocabModel;
 

@@ -1,10 +1,11 @@
 //! A chain of llama.cpp's samplers.
 
+use std::ffi::CString;
 use std::ptr::NonNull;
 
 use llama_cpp_sys_2 as sys;
 
-use super::start;
+use super::{VocabModel, start};
 
 /// An owned sampler chain.
 pub(crate) struct Chain {
@@ -127,6 +128,77 @@ impl Chain {
 impl Drop for Chain {
     fn drop(&mut self) {
         // SAFETY: ours, with the samplers in it.
+        unsafe { sys::llama_sampler_free(self.ptr.as_ptr()) };
+    }
+}
+
+/// How far a grammar has come in a text.
+pub(crate) struct GrammarState {
+    ptr: NonNull<sys::llama_sampler>,
+    /// The grammar reads its tokens from here.
+    vocab: VocabModel,
+    data: Vec<sys::llama_token_data>,
+}
+
+// SAFETY: as a chain; the vocabulary is read-only.
+unsafe impl Send for GrammarState {}
+
+impl GrammarState {
+    /// At the beginning of `text`'s rule `root`; `None` where it is no grammar.
+    pub(crate) fn new(vocab: &VocabModel, text: &str) -> Option<GrammarState> {
+        let text = CString::new(text).ok()?;
+        // SAFETY: the vocabulary lives as long as this; both texts are C strings. The parser catches
+        // what it throws.
+        let sampler = unsafe {
+            sys::llama_sampler_init_grammar(vocab.ptr(), text.as_ptr(), c"root".as_ptr())
+        };
+        Some(GrammarState {
+            ptr: NonNull::new(sampler)?,
+            vocab: vocab.clone(),
+            data: Vec::new(),
+        })
+    }
+
+    /// Those of `candidates` that may come next, in their order.
+    pub(crate) fn allowed(&mut self, candidates: &[(u32, f32)]) -> Vec<(u32, f32)> {
+        let there = candidates.iter().filter(|(id, _)| *id < self.vocab.len());
+        self.data.clear();
+        self.data
+            .extend(there.map(|&(id, logit)| sys::llama_token_data {
+                id: id.cast_signed(),
+                logit,
+                p: 0.0,
+            }));
+        let mut array = sys::llama_token_data_array {
+            data: self.data.as_mut_ptr(),
+            size: self.data.len(),
+            selected: -1,
+            sorted: false,
+        };
+        // SAFETY: the array is ours; a grammar changes logits in place. Ids are in the vocabulary.
+        unsafe { sys::llama_sampler_apply(self.ptr.as_ptr(), &raw mut array) };
+        let finite = self.data.iter().filter(|it| it.logit.is_finite());
+        let pairs = finite.map(|it| (it.id.cast_unsigned(), it.logit));
+        pairs.filter(|(id, _)| self.is_said(*id)).collect()
+    }
+
+    /// The grammar takes a control token for its name, which nobody would see in the text.
+    fn is_said(&self, id: u32) -> bool {
+        let mut piece = Vec::new();
+        self.vocab.piece(id, false, &mut piece);
+        !piece.is_empty() || self.vocab.is_eog(id)
+    }
+
+    /// Goes on with `id`, which must be among the allowed ones: llama.cpp throws at any other.
+    pub(crate) fn accept(&mut self, id: u32) {
+        // SAFETY: the sampler lives; the caller's promise.
+        unsafe { sys::llama_sampler_accept(self.ptr.as_ptr(), id.cast_signed()) };
+    }
+}
+
+impl Drop for GrammarState {
+    fn drop(&mut self) {
+        // SAFETY: ours.
         unsafe { sys::llama_sampler_free(self.ptr.as_ptr()) };
     }
 }

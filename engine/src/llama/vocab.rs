@@ -7,6 +7,7 @@ use llama_cpp_sys_2 as sys;
 use super::{FileModel, Model};
 
 /// A `llama_vocab` and the model that owns it.
+#[derive(Clone)]
 pub(crate) struct VocabModel {
     model: Model,
 }
@@ -19,7 +20,7 @@ impl VocabModel {
         })
     }
 
-    fn ptr(&self) -> *const sys::llama_vocab {
+    pub(super) fn ptr(&self) -> *const sys::llama_vocab {
         // SAFETY: the model lives.
         unsafe { sys::llama_model_get_vocab(self.model.as_ptr()) }
     }

@@ -44,6 +44,7 @@ pub use error::{ClientError, HopName};
 pub use hop::{Dialer, Holdings, Served, Sessions};
 pub use open::{Kind, Opener, Route};
 pub use row::{BadRow, LogitsRow};
+pub(crate) use topk::log_sum_exp;
 
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@
 const LANES: usize = 32;
 
 /// ln Σ exp(x), or `None` when a value is NaN or +∞ (−∞ is a token that cannot be).
-pub(super) fn log_sum_exp(row: &[f32]) -> Option<f32> {
+pub(crate) fn log_sum_exp(row: &[f32]) -> Option<f32> {
     let max = finite_max(row)?;
     let mut lanes = [0f32; LANES];
     let mut total = 0f64;

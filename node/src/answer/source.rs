@@ -2,28 +2,46 @@
 //! token ids in the same chunks and give the best candidates for the next one, so that everything
 //! above does not know the difference, also where the one takes over from the other.
 
-use engine::{Candidates, Want as Output, WholeModel};
-use node::{ClientError, Recovery, Session};
-use swarm_proto::{Form, Want, WantRows};
+use std::time::Duration;
 
-use crate::fallback::Fallback;
-use crate::fed::Fed;
-use crate::figures;
-use crate::interrupt::{CLOSE_TIMEOUT, Interrupt};
-use crate::run_report::Hop;
-use crate::terminal;
+use engine::{Candidates, Want as Output, WholeModel};
+use swarm_proto::{Form, Hop, Want, WantRows};
+
+use super::cancel::Cancel;
+use super::fed::Fed;
+use crate::recovery::{Recovery, Session};
+use crate::session::{ClientError, log_sum_exp};
+
+/// Saying goodbye to every hop may take this long; somebody may be waiting for it.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The model that goes on in this process when no route is left.
+pub trait Spare: Send {
+    /// Loads it for a context of `n_ctx` positions, and says `why`. It may block.
+    ///
+    /// # Errors
+    /// It cannot be loaded.
+    fn load(&self, n_ctx: u32, why: &str, cancel: &Cancel) -> anyhow::Result<WholeModel>;
+}
+
+/// The logits of a position, as far as they were asked for.
+#[derive(Clone, Debug, Default)]
+pub struct Row {
+    /// The likeliest tokens, best first.
+    pub candidates: Candidates,
+    /// ln Σ exp(logit) over the whole vocabulary.
+    pub log_sum_exp: f32,
+}
 
 /// A growing sequence of tokens with a KV behind it.
 pub struct Source {
     kind: Kind,
     /// Tokens whose KV is held.
     fed: Fed,
-    /// Candidates asked for.
-    top: u16,
     /// Decoded tokens that may be fed again as one step.
     batch: u16,
     /// What goes on when the swarm cannot.
-    fallback: Option<Fallback>,
+    spare: Option<Box<dyn Spare>>,
     left: Option<Left>,
 }
 
@@ -39,6 +57,7 @@ pub struct Left {
     pub pos: usize,
     /// Why it was left.
     pub why: String,
+    /// Who computed until then.
     route: Vec<Hop>,
     standbys: Vec<Hop>,
     recoveries: Vec<Recovery>,
@@ -47,7 +66,7 @@ pub struct Left {
 /// Why there are no candidates.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// Ctrl-C.
+    /// Whoever asked does not want more of it.
     #[error("interrupted")]
     Interrupted,
     /// The swarm.
@@ -70,17 +89,18 @@ pub enum SourceError {
 }
 
 impl Source {
-    /// Over the swarm; `fallback` goes on in this process when the swarm cannot.
-    pub fn swarm(session: Session, top: u16, batch: u16, fallback: Option<Fallback>) -> Self {
+    /// Over the swarm; `spare` goes on in this process when the swarm cannot. `batch`: decoded tokens that may be
+    /// fed again as one step ([`crate::exact_batch`]).
+    pub fn swarm(session: Session, batch: u16, spare: Option<Box<dyn Spare>>) -> Self {
         Self {
-            fallback,
-            ..Self::new(Kind::Swarm(Box::new(session)), top, batch)
+            spare,
+            ..Self::new(Kind::Swarm(Box::new(session)), batch)
         }
     }
 
     /// In this process.
-    pub fn local(model: WholeModel, top: u16, batch: u16) -> Self {
-        Self::new(Kind::Local(Box::new(model), Vec::new()), top, batch)
+    pub fn local(model: WholeModel, batch: u16) -> Self {
+        Self::new(Kind::Local(Box::new(model), Vec::new()), batch)
     }
 
     /// Says that this process is it because no session could be opened.
@@ -91,13 +111,12 @@ impl Source {
         });
     }
 
-    fn new(kind: Kind, top: u16, batch: u16) -> Self {
+    fn new(kind: Kind, batch: u16) -> Self {
         Self {
             kind,
             fed: Fed::default(),
-            top,
             batch,
-            fallback: None,
+            spare: None,
             left: None,
         }
     }
@@ -138,7 +157,7 @@ impl Source {
     /// this process.
     pub fn route(&self) -> Vec<Hop> {
         match &self.kind {
-            Kind::Swarm(session) => session.route().iter().map(Hop::from).collect(),
+            Kind::Swarm(session) => session.route().to_vec(),
             Kind::Local(..) => self.left.clone().unwrap_or_default().route,
         }
     }
@@ -146,7 +165,7 @@ impl Source {
     /// Who stands by for which layers.
     pub fn standbys(&self) -> Vec<Hop> {
         match &self.kind {
-            Kind::Swarm(session) => session.standbys().iter().map(Hop::from).collect(),
+            Kind::Swarm(session) => session.standbys(),
             Kind::Local(..) => self.left.clone().unwrap_or_default().standbys,
         }
     }
@@ -160,6 +179,9 @@ impl Source {
     }
 
     /// Forgets the tokens from `len` on.
+    ///
+    /// # Errors
+    /// There are fewer.
     pub fn truncate(&mut self, len: usize) -> Result<(), SourceError> {
         self.fed.truncate(len);
         if let Kind::Swarm(session) = &mut self.kind {
@@ -168,29 +190,36 @@ impl Source {
         Ok(())
     }
 
-    /// Appends `tokens` and gives the candidates for what follows the last one.
+    /// Appends `tokens` and gives the row for what follows the last one.
+    ///
+    /// # Errors
+    /// See [`SourceError`].
     pub async fn step(
         &mut self,
         tokens: &[u32],
-        interrupt: &Interrupt,
-    ) -> Result<Candidates, SourceError> {
-        let candidates = match self.candidates(tokens, interrupt).await {
+        form: Form,
+        cancel: &Cancel,
+    ) -> Result<Row, SourceError> {
+        let row = match self.row(tokens, form, cancel).await {
             Err(SourceError::Session(lost)) if self.can_go_on(&lost) => {
-                self.fall_back(&lost, interrupt).await?;
-                self.candidates(tokens, interrupt).await?
+                self.fall_back(&lost, cancel).await?;
+                self.row(tokens, form, cancel).await?
             }
-            candidates => candidates?,
+            row => row?,
         };
         self.fed.push(tokens);
-        Ok(candidates)
+        Ok(row)
     }
 
     /// Feeds what another process had fed, in the same frames; nothing is held yet.
-    pub async fn replay(&mut self, fed: Fed, interrupt: &Interrupt) -> Result<(), SourceError> {
-        match self.feed_again(&fed, interrupt).await {
+    ///
+    /// # Errors
+    /// See [`SourceError`].
+    pub async fn replay(&mut self, fed: Fed, cancel: &Cancel) -> Result<(), SourceError> {
+        match self.feed_again(&fed, cancel).await {
             Err(SourceError::Session(lost)) if self.can_go_on(&lost) => {
-                self.fall_back(&lost, interrupt).await?;
-                self.feed_again(&fed, interrupt).await?;
+                self.fall_back(&lost, cancel).await?;
+                self.feed_again(&fed, cancel).await?;
             }
             fed => fed?,
         }
@@ -203,60 +232,51 @@ impl Source {
         self.kind.close().await;
     }
 
-    async fn candidates(
+    async fn row(
         &mut self,
         tokens: &[u32],
-        interrupt: &Interrupt,
-    ) -> Result<Candidates, SourceError> {
+        form: Form,
+        cancel: &Cancel,
+    ) -> Result<Row, SourceError> {
         let pos = u32::try_from(self.held().len()).unwrap_or(u32::MAX);
         match &mut self.kind {
             Kind::Swarm(session) => tokio::select! {
                 biased;
-                () = interrupt.wait() => Err(SourceError::Interrupted),
-                candidates = over_swarm(session, tokens, self.top) => candidates,
+                () = cancel.wait() => Err(SourceError::Interrupted),
+                row = over_swarm(session, tokens, form) => row,
             },
             Kind::Local(model, row) => {
-                let top = usize::from(self.top);
-                tokio::task::block_in_place(|| here(model, row, pos, tokens, top, interrupt))
+                tokio::task::block_in_place(|| here(model, row, pos, tokens, form, cancel))
             }
         }
     }
 
-    async fn feed_again(&mut self, fed: &Fed, interrupt: &Interrupt) -> Result<(), SourceError> {
+    async fn feed_again(&mut self, fed: &Fed, cancel: &Cancel) -> Result<(), SourceError> {
         let frames = fed.frames(self.batch);
         match &mut self.kind {
             Kind::Swarm(session) => tokio::select! {
                 biased;
-                () = interrupt.wait() => Err(SourceError::Interrupted),
+                () = cancel.wait() => Err(SourceError::Interrupted),
                 fed = again_over_swarm(session, &frames) => Ok(fed?),
             },
             Kind::Local(model, row) => {
-                tokio::task::block_in_place(|| again_here(model, row, &frames, interrupt))
+                tokio::task::block_in_place(|| again_here(model, row, &frames, cancel))
             }
         }
     }
 
     /// Whether this ends the session but not the answer.
     fn can_go_on(&self, lost: &ClientError) -> bool {
-        self.fallback.is_some() && matches!(lost, ClientError::Exhausted { .. })
+        self.spare.is_some() && matches!(lost, ClientError::Exhausted { .. })
     }
 
     /// The whole model takes over, with everything fed so far.
-    async fn fall_back(
-        &mut self,
-        lost: &ClientError,
-        interrupt: &Interrupt,
-    ) -> Result<(), SourceError> {
-        let Some(fallback) = self.fallback.take() else {
+    async fn fall_back(&mut self, lost: &ClientError, cancel: &Cancel) -> Result<(), SourceError> {
+        let Some(spare) = self.spare.take() else {
             return Err(lost.clone().into());
         };
-        let why = figures::printable(&lost.to_string(), WHY_CHARS_MAX);
-        terminal::warn(format!(
-            "{why}; the answer goes on in this process with `{}`",
-            fallback.name
-        ));
-        let n_ctx = self.n_ctx();
-        let loaded = tokio::task::block_in_place(|| fallback.load(n_ctx, interrupt));
+        let (why, n_ctx) = (lost.to_string(), self.n_ctx());
+        let loaded = tokio::task::block_in_place(|| spare.load(n_ctx, &why, cancel));
         let whole = loaded.map_err(|source| SourceError::Fallback {
             lost: why.clone(),
             source,
@@ -271,12 +291,9 @@ impl Source {
         let session = std::mem::replace(&mut self.kind, Kind::Local(Box::new(whole), Vec::new()));
         session.close().await;
         let held = self.fed.clone();
-        self.feed_again(&held, interrupt).await
+        self.feed_again(&held, cancel).await
     }
 }
-
-/// Of a reason in words; a peer may have put some of them there.
-pub const WHY_CHARS_MAX: usize = 300;
 
 impl Kind {
     async fn close(self) {
@@ -286,24 +303,20 @@ impl Kind {
     }
 }
 
-async fn over_swarm(
-    session: &mut Session,
-    tokens: &[u32],
-    top: u16,
-) -> Result<Candidates, SourceError> {
-    session
-        .feed(
-            tokens,
-            Want {
-                rows: WantRows::Last,
-                form: Form::Top(top),
-            },
-        )
-        .await?;
-    let row = session.next_logits().await?;
-    let candidates = Candidates::new(row.top.clone())?;
-    session.recycle(row);
-    Ok(candidates)
+async fn over_swarm(session: &mut Session, tokens: &[u32], form: Form) -> Result<Row, SourceError> {
+    let rows = WantRows::Last;
+    session.feed(tokens, Want { rows, form }).await?;
+    let logits = session.next_logits().await?;
+    let candidates = match form {
+        Form::Top(_) => Candidates::new(logits.top.clone())?,
+        Form::Full => Candidates::top_of_row(&logits.full, 0)?,
+    };
+    let row = Row {
+        candidates,
+        log_sum_exp: logits.log_sum_exp,
+    };
+    session.recycle(logits);
+    Ok(row)
 }
 
 async fn again_over_swarm(
@@ -321,27 +334,35 @@ fn here(
     row: &mut Vec<f32>,
     mut pos: u32,
     tokens: &[u32],
-    top: usize,
-    interrupt: &Interrupt,
-) -> Result<Candidates, SourceError> {
+    form: Form,
+    cancel: &Cancel,
+) -> Result<Row, SourceError> {
     for chunk in tokens.chunks(engine::PREFILL_CHUNK as usize) {
-        if interrupt.is_set() {
+        if cancel.is_set() {
             return Err(SourceError::Interrupted);
         }
         model.feed(pos, chunk, row)?;
         pos = pos.saturating_add(chunk.len() as u32);
     }
-    Ok(Candidates::top_of_row(row, top)?)
+    let k = match form {
+        Form::Top(k) => usize::from(k),
+        Form::Full => 0,
+    };
+    Ok(Row {
+        candidates: Candidates::top_of_row(row, k)?,
+        // Every value is finite, or there would be no candidates.
+        log_sum_exp: log_sum_exp(row).unwrap_or(f32::NAN),
+    })
 }
 
 fn again_here(
     model: &mut WholeModel,
     row: &mut Vec<f32>,
     frames: &[(usize, &[u32])],
-    interrupt: &Interrupt,
+    cancel: &Cancel,
 ) -> Result<(), SourceError> {
     for (pos, frame) in frames {
-        if interrupt.is_set() {
+        if cancel.is_set() {
             return Err(SourceError::Interrupted);
         }
         let pos = u32::try_from(*pos).unwrap_or(u32::MAX);

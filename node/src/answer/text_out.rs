@@ -11,7 +11,8 @@ pub struct TextOut {
     text: String,
     /// Bytes of `text` that were handed out.
     shown: usize,
-    stopped: bool,
+    /// Which of `stops` came.
+    stopped: Option<usize>,
 }
 
 impl TextOut {
@@ -25,13 +26,13 @@ impl TextOut {
 
     /// Takes a token's bytes and gives what can be shown now.
     pub fn push(&mut self, piece: &[u8]) -> &str {
-        if self.stopped {
+        if self.stopped() {
             return "";
         }
         let before = self.text.len();
         self.detokenizer.push_bytes(piece, &mut self.text);
         self.look_for_stops(before);
-        let end = if self.stopped {
+        let end = if self.stopped() {
             self.text.len()
         } else {
             self.text.len() - self.held_back()
@@ -41,12 +42,17 @@ impl TextOut {
 
     /// Whether a stop text came.
     pub fn stopped(&self) -> bool {
-        self.stopped
+        self.stopped.is_some()
+    }
+
+    /// The one that came.
+    pub fn stop_text(&self) -> Option<&str> {
+        self.stops.get(self.stopped?).map(String::as_str)
     }
 
     /// No more tokens come: gives what was held back.
     pub fn finish(&mut self) -> &str {
-        if !self.stopped {
+        if !self.stopped() {
             let before = self.text.len();
             self.detokenizer.finish(&mut self.text);
             self.look_for_stops(before);
@@ -70,14 +76,13 @@ impl TextOut {
     fn look_for_stops(&mut self, before: usize) {
         let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
         let from = floor_char_boundary(&self.text, before.saturating_sub(longest));
-        let found = self
-            .stops
-            .iter()
-            .filter_map(|stop| self.text[from..].find(stop.as_str()))
+        let stops = self.stops.iter().enumerate();
+        let found = stops
+            .filter_map(|(which, stop)| Some((self.text[from..].find(stop.as_str())?, which)))
             .min();
-        if let Some(at) = found {
+        if let Some((at, which)) = found {
             self.text.truncate(from + at);
-            self.stopped = true;
+            self.stopped = Some(which);
         }
     }
 
@@ -148,6 +153,7 @@ mod tests {
         assert_eq!(out.push(b"\nUser: hi"), "");
         assert!(out.stopped());
         assert_eq!(out.push(b"more"), "");
+        assert_eq!(out.stop_text(), Some("\nUser:"));
         assert_eq!(out.into_text(), "Hello\nUses it");
     }
 

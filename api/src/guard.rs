@@ -1,0 +1,184 @@
+//! Who may ask: keys, and where there are none, only programs of this machine, no web pages.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::http::header::{AUTHORIZATION, HOST};
+use axum::http::{HeaderMap, Method};
+use axum::middleware::Next;
+use axum::response::Response;
+
+use crate::error::ApiError;
+
+/// Keys, as their hashes: comparing those tells nothing of how much of a guess was right.
+#[derive(Clone, Default)]
+pub struct Keys(HashSet<blake3::Hash>);
+
+impl Keys {
+    /// These keys; empty ones are none.
+    pub fn new<K: AsRef<str>>(keys: impl IntoIterator<Item = K>) -> Self {
+        let keys = keys.into_iter();
+        let hash = |key: K| {
+            let key = key.as_ref().trim();
+            (!key.is_empty()).then(|| blake3::hash(key.as_bytes()))
+        };
+        Self(keys.filter_map(hash).collect())
+    }
+
+    /// Keys from the text of a file: one a line, `#` begins a remark.
+    pub fn of_file(text: &str) -> Self {
+        Self::new(
+            text.lines()
+                .filter(|line| !line.trim_start().starts_with('#')),
+        )
+    }
+
+    /// Adds those of another list.
+    pub fn add(&mut self, other: Keys) {
+        self.0.extend(other.0);
+    }
+
+    /// Whether anybody may ask.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.0.contains(&blake3::hash(key.trim().as_bytes()))
+    }
+}
+
+/// Who may ask.
+#[derive(Clone)]
+pub struct Guard {
+    /// Where there are any, every request but `/health` needs one.
+    pub keys: Keys,
+    /// Only requests to this machine's own address are answered: a web page that had its name resolved to it asks
+    /// by that name.
+    pub own_names_only: bool,
+}
+
+impl Guard {
+    fn check(&self, request: &Request) -> Result<(), ApiError> {
+        if self.own_names_only {
+            let host = request.headers().get(HOST);
+            let host = host.and_then(|host| host.to_str().ok()).unwrap_or("");
+            if !is_own_name(host) {
+                return Err(ApiError::foreign_host(host));
+            }
+        }
+        let open = self.keys.is_empty()
+            || request.uri().path() == "/health"
+            || request.method() == Method::OPTIONS;
+        if open || key(request.headers()).is_some_and(|key| self.keys.has(key)) {
+            return Ok(());
+        }
+        Err(ApiError::unauthorized())
+    }
+}
+
+/// Lets a request pass or answers it.
+///
+/// # Errors
+/// It may not be asked.
+pub async fn guard(
+    State(guard): State<Arc<Guard>>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    guard.check(&request)?;
+    Ok(next.run(request).await)
+}
+
+/// As OpenAI's clients send it, or Anthropic's.
+fn key(headers: &HeaderMap) -> Option<&str> {
+    let bearer = headers.get(AUTHORIZATION).and_then(|value| {
+        let (scheme, key) = value.to_str().ok()?.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(key)
+    });
+    let plain = || headers.get("x-api-key").and_then(|key| key.to_str().ok());
+    bearer.or_else(plain)
+}
+
+/// `localhost` or an address of the loopback, with or without a port.
+fn is_own_name(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or(""),
+        None => host.split(':').next().unwrap_or(""),
+    };
+    name.eq_ignore_ascii_case("localhost")
+        || name.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::body::Body;
+
+    fn asked(guard: &Guard, path: &str, headers: &[(&str, &str)]) -> u16 {
+        let mut request = Request::builder().uri(path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(Body::empty()).unwrap();
+        guard
+            .check(&request)
+            .map_or_else(|e| e.status().as_u16(), |()| 200)
+    }
+
+    #[test]
+    fn a_key_opens_and_nothing_else_does() {
+        let mut keys = Keys::of_file("# ours\nfirst\n\n  second  \n");
+        keys.add(Keys::new(["third", ""]));
+        let guard = Guard {
+            keys,
+            own_names_only: false,
+        };
+        let ask = |headers: &[(&str, &str)]| asked(&guard, "/v1/models", headers);
+        for key in ["first", "second", "third"] {
+            assert_eq!(ask(&[("authorization", &format!("Bearer {key}"))]), 200);
+            assert_eq!(ask(&[("x-api-key", key)]), 200);
+        }
+        for wrong in ["", "firs", "first2", "# ours"] {
+            assert_eq!(ask(&[("authorization", &format!("Bearer {wrong}"))]), 401);
+            assert_eq!(ask(&[("x-api-key", wrong)]), 401);
+        }
+        assert_eq!(ask(&[("authorization", "Basic first")]), 401);
+        assert_eq!(ask(&[]), 401);
+        assert_eq!(asked(&guard, "/health", &[]), 200);
+    }
+
+    #[test]
+    fn a_web_page_does_not_reach_a_server_without_keys() {
+        let guard = Guard {
+            keys: Keys::default(),
+            own_names_only: true,
+        };
+        for own in [
+            "localhost:8080",
+            "127.0.0.1",
+            "127.9.9.9:1",
+            "[::1]:80",
+            "LOCALHOST",
+        ] {
+            assert_eq!(asked(&guard, "/v1/models", &[("host", own)]), 200, "{own}");
+        }
+        for foreign in [
+            "evil.example",
+            "evil.example:8080",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "10.0.0.1",
+            "",
+        ] {
+            assert_eq!(
+                asked(&guard, "/v1/models", &[("host", foreign)]),
+                403,
+                "{foreign}"
+            );
+        }
+        assert_eq!(asked(&guard, "/v1/models", &[]), 403);
+    }
+}

@@ -1,0 +1,57 @@
+//! Where models come from, as far as the server needs to know.
+
+use std::sync::Arc;
+
+use engine::Vocab;
+use futures::future::BoxFuture;
+use node::answer::Source;
+
+use crate::error::ApiError;
+
+/// A model that can be asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Its id, in hex.
+    pub id: String,
+    /// What its holders call it; may be empty.
+    pub name: String,
+    /// Layers of the whole model.
+    pub n_layer: u16,
+    /// The longest context that the peers allow.
+    pub n_ctx: u32,
+}
+
+/// A model that was asked for.
+pub struct Found {
+    /// Its id, in hex.
+    pub id: String,
+    /// What it is called.
+    pub name: String,
+    /// Its tokenizer, where it has one.
+    pub vocab: Option<Arc<Vocab>>,
+    /// The longest context that the model and the peers allow.
+    pub n_ctx_max: u32,
+}
+
+/// Finds models and opens sessions with them. Everything in it may be called at the same time.
+pub trait Models: Send + Sync + 'static {
+    /// The models of which every layer has a holder now.
+    fn listed(&self) -> Vec<Listed>;
+
+    /// Peers that this process is connected to.
+    fn peers(&self) -> usize;
+
+    /// A model by alias, name, or the beginning of its id; without a name the one that is meant then.
+    fn find<'a>(&'a self, asked: Option<&'a str>) -> BoxFuture<'a, Result<Arc<Found>, ApiError>>;
+
+    /// Opens a session of `n_ctx` positions. Where every holder is busy it may wait for a place, a bounded time.
+    ///
+    /// Dropping the future, or the source, frees what it holds at every peer.
+    fn open<'a>(&'a self, model: &'a Found, n_ctx: u32) -> BoxFuture<'a, Result<Source, ApiError>>;
+
+    /// Who can read what is asked: `open`, `trusted` or `local`.
+    fn privacy(&self) -> &'static str;
+
+    /// The type of the activations between hops.
+    fn wire(&self) -> String;
+}

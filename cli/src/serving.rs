@@ -1,0 +1,164 @@
+//! The models of a swarm, as the HTTP server asks for them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use api::{ApiError, Found, Listed, Models};
+use engine::Vocab;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use node::answer::Source;
+use node::exact_batch;
+use shard_registry::Manifest;
+use swarm_proto::ModelId;
+
+use crate::run_report::Privacy;
+use crate::session_args::SessionArgs;
+use crate::swarm::{Member, longest};
+
+/// Descriptions kept: each has a tokenizer of some megabytes.
+const DESCRIBED_MAX: usize = 16;
+
+/// A member of the swarm that others ask through.
+pub struct Serving {
+    /// The member.
+    pub member: Member,
+    /// How sessions are opened.
+    pub session: SessionArgs,
+    /// The model that is meant where a request names none.
+    pub model: Option<String>,
+    /// How long a request waits for a place.
+    pub queue: Duration,
+    described: Mutex<HashMap<ModelId, Described>>,
+    /// Held while a description is fetched: a crowd that comes first fetches it once.
+    fetching: tokio::sync::Mutex<()>,
+}
+
+#[derive(Clone)]
+struct Described {
+    manifest: Arc<Manifest>,
+    vocab: Option<Arc<Vocab>>,
+}
+
+impl Serving {
+    /// Nothing is fetched yet.
+    pub fn new(
+        member: Member,
+        session: SessionArgs,
+        model: Option<String>,
+        queue: Duration,
+    ) -> Self {
+        Self {
+            member,
+            session,
+            model,
+            queue,
+            described: Mutex::new(HashMap::new()),
+            fetching: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<ModelId, Described>> {
+        self.described
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known(&self, id: ModelId) -> Option<Described> {
+        self.lock().get(&id).cloned()
+    }
+
+    async fn described(&self, id: ModelId) -> Result<Described, ApiError> {
+        if let Some(known) = self.known(id) {
+            return Ok(known);
+        }
+        let _fetching = self.fetching.lock().await;
+        if let Some(known) = self.known(id) {
+            return Ok(known);
+        }
+        let found = self.member.described(&id).await;
+        let (manifest, vocab) =
+            found.map_err(|error| ApiError::unavailable(format!("{error:#}")))?;
+        let described = Described {
+            manifest: Arc::new(manifest),
+            vocab: vocab.map(Arc::new),
+        };
+        let mut all = self.lock();
+        if all.len() >= DESCRIBED_MAX {
+            all.clear();
+        }
+        all.insert(id, described.clone());
+        Ok(described)
+    }
+
+    async fn found(&self, asked: Option<&str>) -> Result<Arc<Found>, ApiError> {
+        let served = self.member.report().models;
+        let meant = self.member.meant(asked.or(self.model.as_deref()), &served);
+        let (id, name) = match meant {
+            Ok(meant) => meant,
+            Err(why) if served.is_empty() => return Err(ApiError::unavailable(why.to_string())),
+            Err(why) => return Err(ApiError::unknown_model(why.to_string())),
+        };
+        let described = self.described(id).await?;
+        let report = served.iter().find(|model| model.id == id);
+        Ok(Arc::new(Found {
+            id: id.to_string(),
+            name,
+            n_ctx_max: longest(&described.manifest, report),
+            vocab: described.vocab,
+        }))
+    }
+
+    async fn opened(&self, model: &Found, n_ctx: u32) -> Result<Source, ApiError> {
+        let id: ModelId = model
+            .id
+            .parse()
+            .map_err(|_| ApiError::internal("a model without an id"))?;
+        let manifest = self.described(id).await?.manifest;
+        let spec = self.session.ask(n_ctx).spec(id, &manifest);
+        let busy = |_: &[swarm_proto::LayerRange]| {};
+        let client = &self.member.client;
+        let session = client.open_waiting(&spec, self.queue, busy).await?;
+        let batch = exact_batch(manifest.tensors.iter().map(|tensor| tensor.ty));
+        Ok(Source::swarm(session, batch, None))
+    }
+}
+
+impl Models for Serving {
+    fn listed(&self) -> Vec<Listed> {
+        let served = self.member.report().models;
+        let whole = served.into_iter().filter(|model| model.complete);
+        let listed = |model: crate::swarm_report::ModelReport| Listed {
+            n_ctx: model.n_ctx_max(),
+            id: model.id.to_string(),
+            name: model.name,
+            n_layer: model.n_layer,
+        };
+        whole.map(listed).collect()
+    }
+
+    fn peers(&self) -> usize {
+        self.member.client.net().peers().borrow().len()
+    }
+
+    fn find<'a>(&'a self, asked: Option<&'a str>) -> BoxFuture<'a, Result<Arc<Found>, ApiError>> {
+        self.found(asked).boxed()
+    }
+
+    fn open<'a>(&'a self, model: &'a Found, n_ctx: u32) -> BoxFuture<'a, Result<Source, ApiError>> {
+        self.opened(model, n_ctx).boxed()
+    }
+
+    fn privacy(&self) -> &'static str {
+        match self.member.privacy() {
+            Privacy::Open => "open",
+            Privacy::Trusted => "trusted",
+            Privacy::Local => "local",
+        }
+    }
+
+    fn wire(&self) -> String {
+        self.session.wire.to_string()
+    }
+}
