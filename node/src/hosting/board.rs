@@ -3,13 +3,13 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use engine::Worker;
 use shard_registry::Store;
 use swarm_proto::{LayerRange, ModelAdvert, ModelId, advert::ADVERT_SPANS_MAX};
-
-use super::Sessions;
+use tokio::time::timeout;
 
 use super::span;
 use crate::{
@@ -17,8 +17,12 @@ use crate::{
     measure::Speed,
     net::{Announcement, Net},
     pause::Pause,
+    session::Sessions,
     swarm_node::blocking,
 };
+
+/// How long an advert may take to be said: the pause between two is half a second.
+const SAID: Duration = Duration::from_secs(2);
 
 /// Clones share it.
 #[derive(Clone)]
@@ -98,12 +102,28 @@ impl Board {
         self.publish().await;
     }
 
-    /// Its first layers are served.
+    /// Its first layers are served. Returns when that was said: adverts follow each other with a pause, and whoever is
+    /// told that this node is ready shall find it so.
     pub(super) async fn serves(&self, model: &ModelId, serving: Serving) {
         if let Some(claim) = self.lock().get_mut(model) {
             claim.serving = Some(serving);
         }
+        let mut changes = self.net.adverts().changes();
         self.publish().await;
+        let me = self.net.me();
+        let live = |of: &ModelAdvert| of.model == *model && !of.live.is_empty();
+        let said = async {
+            while self.pause.now().is_none() {
+                let snapshot = self.net.adverts().snapshot();
+                let mut own = snapshot.adverts.iter().filter(|advert| advert.peer == me);
+                if own.any(|advert| advert.models.iter().any(live))
+                    || changes.changed().await.is_err()
+                {
+                    return;
+                }
+            }
+        };
+        let _ = timeout(SAID, said).await;
     }
 
     /// Layers that are said to be served no more, although they still are.
