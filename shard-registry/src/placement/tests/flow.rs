@@ -101,7 +101,8 @@ proptest! {
     #[test]
     fn it_agrees_with_a_linear_programme(peers in swarms(12, 14)) {
         let (flow, lp) = (throughput(12, &supplies(&peers)), by_lp(12, &peers));
-        prop_assert!((flow.tokens_s - lp).abs() <= 1e-6 * lp.max(1e-6), "{} and {lp}", flow.tokens_s);
+        // What flows at all is a twelfth or more: below that the solver's zero is as good as any.
+        prop_assert!((flow.tokens_s - lp).abs() <= 1e-6 * lp.max(1.0 / 12.0), "{} and {lp}", flow.tokens_s);
     }
 
     #[test]
