@@ -4,59 +4,16 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde_json::{Value, json};
 
-use crate::answers::{Answers, Chance, Choice, Ended, Event, Usage, Whole};
+use crate::answers::{Begun, Chance, Choice, Ended, Event, Whole};
 use crate::ask::Ask;
 use crate::body::{self, Shape};
 use crate::error::ApiError;
+use crate::frame::{self, Frame};
 use crate::state::State as Shared;
 use crate::tools::Call;
-
-/// What is the same in all parts of a response.
-pub struct Frame {
-    id: String,
-    object: &'static str,
-    created: u64,
-    model: String,
-    fingerprint: String,
-}
-
-impl Frame {
-    /// For a response of this kind; `prefix` begins its id.
-    pub fn new(prefix: &str, object: &'static str, begun: &crate::answers::Begun) -> Self {
-        let short: String = begun.model_id.chars().take(12).collect();
-        Self {
-            id: format!("{prefix}{:032x}", rand::random::<u128>()),
-            object,
-            created: body::now_s(),
-            model: begun.model.clone(),
-            fingerprint: format!("shoal-{short}"),
-        }
-    }
-
-    /// The response, or a part of it.
-    pub fn with(&self, choices: Value) -> Value {
-        json!({
-            "id": self.id,
-            "object": self.object,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-            "choices": choices,
-        })
-    }
-}
-
-/// As OpenAI's API counts.
-pub fn usage_json(usage: Usage) -> Value {
-    json!({
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    })
-}
 
 /// Answers a chat.
 pub async fn chat(
@@ -64,35 +21,24 @@ pub async fn chat(
     request: Request,
 ) -> Result<Response, ApiError> {
     let ask = Ask::chat(&body::read(request, &state).await?)?;
-    let (stream, include_usage) = (ask.stream, ask.include_usage);
-    let mut answers = Answers::begin(&state, ask)?;
-    if !stream {
-        return Ok(axum::Json(whole_json(&answers.whole().await?)).into_response());
-    }
-    let begun = answers.begun().await?;
-    let frame = Frame::new("chatcmpl-", "chat.completion.chunk", &begun);
-    let shape = ChatStream {
-        frame,
+    let whole = |whole: &Whole| {
+        Frame::new("chatcmpl-", "chat.completion", &whole.begun).whole(whole, choice_json)
+    };
+    let stream = |begun: &Begun, include_usage| ChatStream {
+        frame: Frame::new("chatcmpl-", "chat.completion.chunk", begun),
         include_usage,
         begun: HashSet::new(),
     };
-    Ok(body::events(answers, shape))
+    frame::respond(&state, ask, whole, stream).await
 }
 
-fn whole_json(whole: &Whole) -> Value {
-    let choice = |(index, choice): (usize, &Choice)| {
-        json!({
-            "index": index,
-            "message": message_json(choice),
-            "logprobs": logprobs_json(&choice.chances),
-            "finish_reason": choice.ended.reason(),
-        })
-    };
-    let choices = whole.choices.iter().enumerate().map(choice).collect();
-    let mut json = Frame::new("chatcmpl-", "chat.completion", &whole.begun).with(choices);
-    json["usage"] = usage_json(whole.usage);
-    json["x_shoal"] = json!(whole.choices.last().map(|choice| &choice.ended.extra));
-    json
+fn choice_json(index: usize, choice: &Choice) -> Value {
+    json!({
+        "index": index,
+        "message": message_json(choice),
+        "logprobs": logprobs_json(&choice.chances),
+        "finish_reason": choice.ended.reason(),
+    })
 }
 
 fn message_json(choice: &Choice) -> Value {
@@ -168,11 +114,7 @@ impl Shape for ChatStream {
                 parts.push(self.part(index, &json!({}), None, Some(&ended)));
                 parts
             }
-            Event::Over(usage) if self.include_usage => {
-                let mut part = self.frame.with(json!([]));
-                part["usage"] = usage_json(usage);
-                vec![part]
-            }
+            Event::Over(usage) if self.include_usage => vec![self.frame.usage(usage)],
             Event::Over(_) => Vec::new(),
         }
     }

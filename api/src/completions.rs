@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde_json::{Map, Value, json};
 
-use crate::answers::{Answers, Chance, Choice, Ended, Event, Whole};
+use crate::answers::{Begun, Chance, Choice, Ended, Event, Whole};
 use crate::ask::Ask;
 use crate::body::{self, Shape};
-use crate::chat::{Frame, usage_json};
 use crate::error::ApiError;
+use crate::frame::{self, Frame};
 use crate::state::State as Shared;
 
 /// Goes on with a text.
@@ -20,34 +20,23 @@ pub async fn complete(
     request: Request,
 ) -> Result<Response, ApiError> {
     let ask = Ask::completion(&body::read(request, &state).await?)?;
-    let (stream, include_usage) = (ask.stream, ask.include_usage);
-    let mut answers = Answers::begin(&state, ask)?;
-    if !stream {
-        return Ok(axum::Json(whole_json(&answers.whole().await?)).into_response());
-    }
-    let begun = answers.begun().await?;
-    let shape = TextStream {
-        frame: Frame::new("cmpl-", "text_completion", &begun),
+    let frame = |begun: &Begun| Frame::new("cmpl-", "text_completion", begun);
+    let whole = |whole: &Whole| frame(&whole.begun).whole(whole, choice_json);
+    let stream = |begun: &Begun, include_usage| TextStream {
+        frame: frame(begun),
         include_usage,
         offsets: HashMap::new(),
     };
-    Ok(body::events(answers, shape))
+    frame::respond(&state, ask, whole, stream).await
 }
 
-fn whole_json(whole: &Whole) -> Value {
-    let choice = |(index, choice): (usize, &Choice)| {
-        json!({
-            "index": index,
-            "text": choice.text,
-            "logprobs": logprobs_json(&choice.chances, &mut 0),
-            "finish_reason": choice.ended.reason(),
-        })
-    };
-    let choices = whole.choices.iter().enumerate().map(choice).collect();
-    let mut json = Frame::new("cmpl-", "text_completion", &whole.begun).with(choices);
-    json["usage"] = usage_json(whole.usage);
-    json["x_shoal"] = json!(whole.choices.last().map(|choice| &choice.ended.extra));
-    json
+fn choice_json(index: usize, choice: &Choice) -> Value {
+    json!({
+        "index": index,
+        "text": choice.text,
+        "logprobs": logprobs_json(&choice.chances, &mut 0),
+        "finish_reason": choice.ended.reason(),
+    })
 }
 
 /// `offset`: characters of the text before these.
@@ -96,11 +85,7 @@ impl Shape for TextStream {
                 vec![self.part(index, &text, logprobs, None)]
             }
             Event::Ended { index, ended } => vec![self.part(index, "", None, Some(&ended))],
-            Event::Over(usage) if self.include_usage => {
-                let mut part = self.frame.with(json!([]));
-                part["usage"] = usage_json(usage);
-                vec![part]
-            }
+            Event::Over(usage) if self.include_usage => vec![self.frame.usage(usage)],
             Event::Over(_) => Vec::new(),
         }
     }

@@ -24,6 +24,7 @@ mod completions;
 mod error;
 mod extra;
 mod fields;
+mod frame;
 mod guard;
 mod impatient;
 mod listing;

@@ -282,9 +282,7 @@ impl Session {
     fn note_classes(&mut self, hops: &[Hop]) {
         let snapshot = self.routes.view().adverts();
         for hop in hops {
-            let advert = snapshot.adverts.iter().find(|a| a.peer == hop.peer);
-            let models = advert.into_iter().flat_map(|a| &a.models);
-            if let Some(model) = models.into_iter().find(|m| m.model == self.spec.model) {
+            if let Some(model) = snapshot.of_model(&hop.peer, &self.spec.model) {
                 self.classes.insert(hop.peer, model.numerics);
             }
         }
@@ -339,8 +337,10 @@ impl Session {
                 return Err(none);
             };
             let holds = |peer: &Peer| {
-                let advert = snapshot.adverts.iter().find(|advert| advert.peer == *peer);
-                let models = advert.into_iter().flat_map(|advert| &advert.models);
+                let models = snapshot
+                    .get(peer)
+                    .into_iter()
+                    .flat_map(|advert| &advert.models);
                 models
                     .flat_map(|model| &model.live)
                     .any(|live| no_route.excluded.iter().any(|range| live.meets(*range)))

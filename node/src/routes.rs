@@ -426,7 +426,7 @@ impl Routes {
             let of_model = a.models.iter().filter(|m| m.model == query.model);
             of_model.flat_map(|m| m.live.iter().copied()).collect()
         };
-        let meets = |a: &LayerRange| missing.iter().any(|b| a.start < b.end && b.start < a.end);
+        let meets = |a: &LayerRange| missing.iter().any(|b| a.meets(*b));
         let others = snapshot
             .adverts
             .iter()

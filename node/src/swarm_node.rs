@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use engine::{EngineError, Worker};
+use engine::EngineError;
 use futures::future::try_join_all;
 use shard_registry::{Store, StoreError, UnknownModel};
 use swarm_proto::{ModelId, Peer, ShardId};
@@ -195,26 +195,19 @@ impl SwarmNode {
         let sessions = place.sessions.clone();
         tasks.extend(take_sessions(&sessions, &net));
         tasks.push(control.serves(&sessions, &transfer, &place.board));
-        let (mut hosted, mut workers) = (Vec::new(), Vec::new());
+        let mut hosted = Vec::new();
         let memory = config.memory.unwrap_or_else(load::default_memory);
         let blueprints: Vec<_> = found.iter().map(|found| &found.blueprint).collect();
         let shares = load::shares(memory, &blueprints);
         let hosts = found.into_iter().zip(shares);
         let hosts = hosts
             .map(|(found, memory)| hosting::host(&place, found, memory, config.layers.clone()));
-        for (model, worker, keeper) in try_join_all(hosts).await? {
-            workers.push((model.model, worker));
+        for (model, keeper) in try_join_all(hosts).await? {
             hosted.push(model);
             tasks.push(tokio::spawn(keeper.run()));
         }
         let died = CancellationToken::new();
-        let watched = watch(
-            net.clone(),
-            place.board,
-            sessions.clone(),
-            workers,
-            died.clone(),
-        );
+        let watched = watch(net.clone(), place.board, sessions.clone(), died.clone());
         tasks.push(tokio::spawn(watched));
         tasks.push(tokio::spawn(known.keep(net.clone())));
         Ok(Self {
@@ -340,23 +333,18 @@ fn each_once(mut found: Vec<Found>) -> Vec<Found> {
 }
 
 /// Keeps the advert fresh until a stage worker dies, and says so then.
-async fn watch(
-    net: Net,
-    board: Board,
-    sessions: Sessions,
-    workers: Vec<(ModelId, Worker)>,
-    died: CancellationToken,
-) {
+async fn watch(net: Net, board: Board, sessions: Sessions, died: CancellationToken) {
+    let models = board.models();
     let mut refresh = tokio::time::interval(REFRESH);
     let mut watch = tokio::time::interval(WATCH);
-    while workers.iter().all(|(_, worker)| worker.is_alive()) {
+    while models.iter().all(|model| model.serving.worker.is_alive()) {
         tokio::select! {
             _ = watch.tick() => {}
             _ = refresh.tick() => board.refresh().await,
         }
     }
-    for (model, _) in &workers {
-        sessions.withdraw(model);
+    for model in &models {
+        sessions.withdraw(&model.id);
     }
     net.withdraw().await;
     tracing::error!(

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use testnet::binaries::Binaries;
-use testnet::client::poll_pause;
+use testnet::client::{Client, poll_pause};
 use testnet::swarm::{NodeSpec, StartPlan, Swarm};
 use tokio::process::{Child, Command};
 use tokio::time::Instant;
@@ -74,6 +74,19 @@ pub async fn join(swarm: &mut Swarm, model: &str, spans: &[&str], more: &[&str])
     let (first, others) = specs.split_at(specs.len().min(1));
     swarm.start_all(first, &plan, &mut |_| ()).await?;
     swarm.start_all(others, &plan, &mut |_| ()).await
+}
+
+/// Waits until every layer has two holders or more: any one may go then.
+///
+/// # Errors
+/// As [`until`].
+pub async fn until_held_twice(client: &Client) -> Result<()> {
+    until("every layer has two holders", PATIENCE, async || {
+        let layers = client.layers(PATIENCE).await.ok()?;
+        let twice = layers.iter().all(|layer| layer.holders.len() > 1);
+        twice.then_some(())
+    })
+    .await
 }
 
 /// Looks until `seen` gives something.

@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use testnet::client::Ask;
-use tests::{PATIENCE, join, serve, until};
+use tests::{PATIENCE, join, serve, until, until_held_twice};
 
 #[tokio::test]
 async fn a_node_that_has_nothing_fetches_its_layers_and_serves_them() -> Result<()> {
@@ -41,14 +41,7 @@ async fn a_node_that_has_nothing_fetches_its_layers_and_serves_them() -> Result<
     })
     .await?;
     let client = swarm.client("another");
-    until("every layer has two holders", PATIENCE, async || {
-        let layers = client.layers(PATIENCE).await.ok()?;
-        layers
-            .iter()
-            .all(|layer| layer.holders.len() > 1)
-            .then_some(())
-    })
-    .await?;
+    until_held_twice(&client).await?;
     swarm.nodes_mut()[0].process.signal(Signal::KILL)?;
     let staged = client.ask(&ask, PATIENCE).await?;
     ensure!(staged.same(&whole), "staged: {staged:?}\nwhole: {whole:?}");

@@ -12,7 +12,7 @@ use testnet::binaries::Binaries;
 use testnet::client::Ask;
 use testnet::relay::Relay;
 use testnet::swarm::Swarm;
-use tests::{PATIENCE, join, serve, until};
+use tests::{PATIENCE, join, serve, until, until_held_twice};
 use tokio::time::{sleep, timeout};
 
 /// Longer than a few quick tries, shorter than what a fetch waits for its last holder.
@@ -101,14 +101,7 @@ async fn a_node_killed_while_it_fetches_goes_on_and_serves_the_same() -> Result<
         ensure!(after.get(shard) == Some(at), "{shard} was fetched again");
     }
     let client = swarm.client("another");
-    until("every layer has two holders", PATIENCE, async || {
-        let layers = client.layers(PATIENCE).await.ok()?;
-        layers
-            .iter()
-            .all(|layer| layer.holders.len() > 1)
-            .then_some(())
-    })
-    .await?;
+    until_held_twice(&client).await?;
     swarm.nodes_mut()[0].process.signal(Signal::KILL)?;
     let alone = client.ask(&ask, PATIENCE).await?;
     ensure!(alone.same(&whole), "alone: {alone:?}\nwhole: {whole:?}");

@@ -2,10 +2,11 @@
 //! one that runs.
 
 use std::process::ExitCode;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use clap::Subcommand;
 use node::control::{self, AskError, ModelStatus, NodeStatus, Request, State, TransferStatus};
+use node::net::now_ms;
 use node::pause::{Paused, Why, parse_duration};
 
 use crate::failure::Failure;
@@ -52,7 +53,7 @@ struct Status {
 }
 
 /// Let the node that runs in this home do nothing for others: it takes no new sessions and gives no shards; sessions
-/// that run go on to their end, and its layers stay loaded.
+/// that run go on at others that hold their layers, or else here to their end. Its layers stay loaded.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -168,12 +169,10 @@ fn until(paused: &Paused) -> String {
         Why::Owner => "",
         Why::QuietHours => ": quiet hours,",
     };
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let now_s = now_ms() / 1000;
     match paused.until {
         Some(until) => {
-            let left = Duration::from_secs(until.saturating_sub(now.as_secs()));
+            let left = Duration::from_secs(until.saturating_sub(now_s));
             format!("{why} for another {}", figures::duration(left))
         }
         None => format!("{why} until `shoal node resume`"),

@@ -128,10 +128,7 @@ async fn look(member: &Member, asked: Option<&str>, n_ctx: u32) -> anyhow::Resul
     let now_ms = crate::swarm::now_ms();
     let adverts = member.client.adverts();
     let age_s = |peer: Peer| {
-        let mut adverts = adverts.adverts.iter();
-        let made = adverts
-            .find(|advert| advert.peer == peer)
-            .map(|advert| advert.seq);
+        let made = adverts.get(&peer).map(|advert| advert.seq);
         let ms = now_ms.saturating_sub(made.unwrap_or(now_ms));
         (ms / 100) as f64 / 10.0
     };

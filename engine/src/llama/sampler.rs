@@ -88,19 +88,7 @@ impl Chain {
 
     /// The id chosen among `candidates`; `None` when nothing was.
     pub(crate) fn choose(&mut self, candidates: &[(u32, f32)], sorted: bool) -> Option<u32> {
-        self.data.clear();
-        self.data
-            .extend(candidates.iter().map(|&(id, logit)| sys::llama_token_data {
-                id: id.cast_signed(),
-                logit,
-                p: 0.0,
-            }));
-        let mut array = sys::llama_token_data_array {
-            data: self.data.as_mut_ptr(),
-            size: self.data.len(),
-            selected: -1,
-            sorted,
-        };
+        let mut array = array_of(&mut self.data, candidates.iter(), sorted);
         // SAFETY: the array is ours and not empty; samplers stay inside it.
         unsafe { sys::llama_sampler_apply(self.ptr.as_ptr(), &raw mut array) };
         let selected = usize::try_from(array.selected)
@@ -162,19 +150,7 @@ impl GrammarState {
     /// Those of `candidates` that may come next, in their order.
     pub(crate) fn allowed(&mut self, candidates: &[(u32, f32)]) -> Vec<(u32, f32)> {
         let there = candidates.iter().filter(|(id, _)| *id < self.vocab.len());
-        self.data.clear();
-        self.data
-            .extend(there.map(|&(id, logit)| sys::llama_token_data {
-                id: id.cast_signed(),
-                logit,
-                p: 0.0,
-            }));
-        let mut array = sys::llama_token_data_array {
-            data: self.data.as_mut_ptr(),
-            size: self.data.len(),
-            selected: -1,
-            sorted: false,
-        };
+        let mut array = array_of(&mut self.data, there, false);
         // SAFETY: the array is ours; a grammar changes logits in place. Ids are in the vocabulary.
         unsafe { sys::llama_sampler_apply(self.ptr.as_ptr(), &raw mut array) };
         let finite = self.data.iter().filter(|it| it.logit.is_finite());
@@ -200,5 +176,25 @@ impl Drop for GrammarState {
     fn drop(&mut self) {
         // SAFETY: ours.
         unsafe { sys::llama_sampler_free(self.ptr.as_ptr()) };
+    }
+}
+
+/// Candidates as llama.cpp's samplers take them, in `data`, which must stay as it is while they are at work.
+fn array_of<'c>(
+    data: &mut Vec<sys::llama_token_data>,
+    candidates: impl Iterator<Item = &'c (u32, f32)>,
+    sorted: bool,
+) -> sys::llama_token_data_array {
+    data.clear();
+    data.extend(candidates.map(|&(id, logit)| sys::llama_token_data {
+        id: id.cast_signed(),
+        logit,
+        p: 0.0,
+    }));
+    sys::llama_token_data_array {
+        data: data.as_mut_ptr(),
+        size: data.len(),
+        selected: -1,
+        sorted,
     }
 }

@@ -81,23 +81,24 @@ impl Board {
         window: LayerRange,
         layer_bytes_max: Option<u64>,
     ) {
-        let known = {
-            let mut claims = self.lock();
-            let claim = claims.get_mut(&found.id);
-            claim.map(|claim| claim.window = window).is_some()
+        let claim = Claim {
+            name: found.name.clone(),
+            n_layer: found.manifest.n_layer,
+            n_embd: found.manifest.n_embd,
+            window,
+            layer_bytes_max,
+            stored: self.stored(found.id).await,
+            serving: None,
+            leaving: None,
         };
-        if !known {
-            let claim = Claim {
-                name: found.name.clone(),
-                n_layer: found.manifest.n_layer,
-                n_embd: found.manifest.n_embd,
-                window,
-                layer_bytes_max,
-                stored: self.stored(found.id).await,
-                serving: None,
-                leaving: None,
-            };
-            self.lock().insert(found.id, claim);
+        self.lock().insert(found.id, claim);
+        self.publish().await;
+    }
+
+    /// Another window of it is.
+    pub(super) async fn moves(&self, model: &ModelId, window: LayerRange) {
+        if let Some(claim) = self.lock().get_mut(model) {
+            claim.window = window;
         }
         self.publish().await;
     }
@@ -111,14 +112,11 @@ impl Board {
         let mut changes = self.net.adverts().changes();
         self.publish().await;
         let me = self.net.me();
-        let live = |of: &ModelAdvert| of.model == *model && !of.live.is_empty();
         let said = async {
             while self.pause.now().is_none() {
                 let snapshot = self.net.adverts().snapshot();
-                let mut own = snapshot.adverts.iter().filter(|advert| advert.peer == me);
-                if own.any(|advert| advert.models.iter().any(live))
-                    || changes.changed().await.is_err()
-                {
+                let own = snapshot.of_model(&me, model);
+                if own.is_some_and(|own| !own.live.is_empty()) || changes.changed().await.is_err() {
                     return;
                 }
             }

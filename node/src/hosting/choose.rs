@@ -3,6 +3,7 @@
 use std::{ops::Range, time::Duration};
 
 use shard_registry::placement::{self, Count, Holdings, join};
+use swarm_proto::LayerRange;
 
 use super::{Place, span};
 use crate::{
@@ -36,12 +37,13 @@ pub(super) async fn layers(
         let layers = window.start.into()..window.end.into();
         load::plan(&found.blueprint, layers, memory)
     };
-    let intend = |window: &Range<u16>| {
-        let layers = span(&(window.start.into()..window.end.into()));
-        board.intends(found, layers, Some(load::layer_budget(memory)))
+    let layers = |window: &Range<u16>| LayerRange {
+        start: window.start,
+        end: window.end,
     };
+    let most = Some(load::layer_budget(memory));
     if let [only] = &windows[..] {
-        intend(only).await;
+        board.intends(found, layers(only), most).await;
         return Ok(plan(only));
     }
     if !place.alone && !net.synced(LISTEN_FIRST).await {
@@ -55,7 +57,7 @@ pub(super) async fn layers(
         join::choose(&windows, &coverage, net.me())
     };
     let mut window = pick().unwrap_or(0..1);
-    intend(&window).await;
+    board.intends(found, layers(&window), most).await;
     for _ in 0..if place.alone { 0 } else { ROUNDS } {
         // Not a wait for one event: others' choices may come or not.
         tokio::time::sleep(SETTLE).await;
@@ -63,7 +65,7 @@ pub(super) async fn layers(
             Some(better) if better != window => window = better,
             _ => break,
         }
-        intend(&window).await;
+        board.moves(&found.id, layers(&window)).await;
     }
     Ok(plan(&window))
 }

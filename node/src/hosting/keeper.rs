@@ -7,9 +7,9 @@
 //!       Done ─▶ each turn: a better window ─▶ next …      else, if idle: load together what came one by one
 //! ```
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use engine::{EngineError, Loaded, Worker};
+use engine::{Busy, EngineError, Loaded, Reply, Worker};
 use shard_registry::placement::{
     self, Count, Holdings,
     plan::{HOME_PEERS_MAX, local, movers, plan},
@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     load,
+    net::now_ms,
     swarm_node::{StartError, blocking},
     transfer::TransferError,
 };
@@ -205,12 +206,7 @@ impl Keeper {
     }
 
     async fn serve(&mut self, loaded: Loaded, spans: &[LayerRange]) -> Result<(), StartError> {
-        let (reply, added) = oneshot::channel();
-        let reply = Box::new(move |result| drop(reply.send(result)));
-        // Never with a queue that sessions cannot fill.
-        let queued = self.worker.add(loaded, reply);
-        queued.map_err(|busy| EngineError::Backend(busy.to_string()))?;
-        added.await.unwrap_or(Err(EngineError::Stopped))?;
+        done(|reply| self.worker.add(loaded, reply)).await?;
         self.plot.note(spans);
         self.plot.place.board.publish().await;
         Ok(())
@@ -277,11 +273,7 @@ impl Keeper {
     }
 
     async fn remove(&mut self, group: LayerRange) -> Result<(), StartError> {
-        let (reply, removed) = oneshot::channel();
-        let reply = Box::new(move |result| drop(reply.send(result)));
-        let queued = self.worker.remove(range(group), reply);
-        queued.map_err(|busy| EngineError::Backend(busy.to_string()))?;
-        removed.await.unwrap_or(Err(EngineError::Stopped))?;
+        done(|reply| self.worker.remove(range(group), reply)).await?;
         self.plot.groups.remove(group);
         Ok(())
     }
@@ -297,8 +289,7 @@ impl Keeper {
 
     /// The number of the running turn, the same on all nodes whose clocks are right.
     fn turn(&self) -> u64 {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        now.unwrap_or_default().as_millis() as u64 / self.turn_ms()
+        now_ms() / self.turn_ms()
     }
 
     fn turn_ms(&self) -> u64 {
@@ -307,9 +298,7 @@ impl Keeper {
 
     /// Waits until something may have changed. Once a turn it looks whether another window is better.
     async fn rest(&mut self, looked: &mut u64) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let into = now.unwrap_or_default().as_millis() as u64 % self.turn_ms();
-        let next_turn = Duration::from_millis(self.turn_ms() - into);
+        let next_turn = Duration::from_millis(self.turn_ms() - now_ms() % self.turn_ms());
         sleep(LOOK.min(next_turn)).await;
         let turn = self.turn();
         if turn == *looked {
@@ -367,8 +356,7 @@ impl Keeper {
         if let Err(busy) = self.worker.limit(kv) {
             tracing::debug!(%busy, "the room for sessions stays as it was");
         }
-        let most = Some(load::layer_budget(memory));
-        self.plot.place.board.intends(found, to, most).await;
+        self.plot.place.board.moves(&found.id, to).await;
         true
     }
 
@@ -394,4 +382,13 @@ impl Keeper {
         let loaded = self.plot.shards.load(&[group]).await?;
         self.serve(loaded, &[group]).await
     }
+}
+
+/// Has the stage worker do something between two steps, and waits for it.
+async fn done(queue: impl FnOnce(Reply<()>) -> Result<(), Busy>) -> Result<(), EngineError> {
+    let (reply, done) = oneshot::channel();
+    // Never with a queue that sessions cannot fill.
+    let queued = queue(Box::new(move |result| drop(reply.send(result))));
+    queued.map_err(|busy| EngineError::Backend(busy.to_string()))?;
+    done.await.unwrap_or(Err(EngineError::Stopped))
 }

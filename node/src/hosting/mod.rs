@@ -69,7 +69,7 @@ pub(crate) async fn host(
     found: Found,
     memory: u64,
     layers: Option<Range<u32>>,
-) -> Result<(Hosted, Worker, Keeper), StartError> {
+) -> Result<(Hosted, Keeper), StartError> {
     let layer_bytes = load::layer_bytes(&found.blueprint);
     let pinned = layers.is_some();
     let plan = choose::layers(place, &found, &layer_bytes, memory, layers).await?;
@@ -108,7 +108,7 @@ pub(crate) async fn host(
         model: found.id,
         layers: plan.layers,
     };
-    Ok((hosted, worker.clone(), Keeper { plot, worker }))
+    Ok((hosted, Keeper { plot, worker }))
 }
 
 /// As adverts and placement count; models have fewer layers than 65,536.
