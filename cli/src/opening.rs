@@ -79,7 +79,7 @@ impl Opening<'_> {
         }
         let n_ctx = room(model.vocab.as_ref(), model.n_ctx_max)?;
         let connected = Instant::now();
-        let opened = member.open(&model, self.session.ask(n_ctx)).await;
+        let opened = member.open(&model, self.session.travel.ask(n_ctx)).await;
         let session = match (opened, &fallback) {
             (Ok(session), _) => session,
             (Err(error), Some(fallback)) => {

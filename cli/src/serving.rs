@@ -14,7 +14,7 @@ use shard_registry::Manifest;
 use swarm_proto::ModelId;
 
 use crate::run_report::Privacy;
-use crate::session_args::SessionArgs;
+use crate::session_args::TravelArgs;
 use crate::swarm::{Member, longest};
 
 /// Descriptions kept: each has a tokenizer of some megabytes.
@@ -25,7 +25,7 @@ pub struct Serving {
     /// The member.
     pub member: Member,
     /// How sessions are opened.
-    pub session: SessionArgs,
+    pub travel: TravelArgs,
     /// The model that is meant where a request names none.
     pub model: Option<String>,
     /// How long a request waits for a place.
@@ -43,15 +43,10 @@ struct Described {
 
 impl Serving {
     /// Nothing is fetched yet.
-    pub fn new(
-        member: Member,
-        session: SessionArgs,
-        model: Option<String>,
-        queue: Duration,
-    ) -> Self {
+    pub fn new(member: Member, travel: TravelArgs, model: Option<String>, queue: Duration) -> Self {
         Self {
             member,
-            session,
+            travel,
             model,
             queue,
             described: Mutex::new(HashMap::new()),
@@ -116,7 +111,7 @@ impl Serving {
             .parse()
             .map_err(|_| ApiError::internal("a model without an id"))?;
         let manifest = self.described(id).await?.manifest;
-        let spec = self.session.ask(n_ctx).spec(id, &manifest);
+        let spec = self.travel.ask(n_ctx).spec(id, &manifest);
         let busy = |_: &[swarm_proto::LayerRange]| {};
         let client = &self.member.client;
         let session = client.open_waiting(&spec, self.queue, busy).await?;
@@ -159,6 +154,6 @@ impl Models for Serving {
     }
 
     fn wire(&self) -> String {
-        self.session.wire.to_string()
+        self.travel.wire.to_string()
     }
 }

@@ -1,4 +1,4 @@
-//! Flags that `run` and `chat` share: how a session over the swarm is opened.
+//! Flags that all share who open sessions over the swarm: how.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use swarm_proto::Dtype;
 use crate::run_report::Privacy;
 use crate::swarm::Ask;
 
-/// Whom the session may pass, how its rows travel, how long it waits for a place.
+/// Whom the session may pass, how its rows travel, who goes on where nobody else can.
 #[derive(clap::Args, Clone, Debug)]
 pub struct SessionArgs {
     /// Who may see the prompt: open (any peer), trusted (only listed peers are dialled), local (nobody).
@@ -20,6 +20,19 @@ pub struct SessionArgs {
     )]
     pub privacy: Option<Privacy>,
 
+    /// How its rows travel.
+    #[command(flatten)]
+    pub travel: TravelArgs,
+
+    /// The same model in a file here: when no route is left and the wait is over, the answer goes on with it in
+    /// this process.
+    #[arg(long, value_name = "NAME|FILE")]
+    pub local_fallback: Option<String>,
+}
+
+/// How the rows of a session travel, who stands by, how long it waits for a place.
+#[derive(clap::Args, Clone, Debug)]
+pub struct TravelArgs {
     /// How activations travel between hops: f32 (exact), bf16 or q8_0 (a quarter of the bytes).
     #[arg(long, env = "SHOAL_WIRE", value_name = "TYPE", default_value_t = Dtype::F32)]
     pub wire: Dtype,
@@ -40,11 +53,6 @@ pub struct SessionArgs {
     /// to come back; 0 fails at once.
     #[arg(long, env = "SHOAL_WAIT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(..=WAIT_S_MAX))]
     wait: u32,
-
-    /// The same model in a file here: when no route is left and the wait is over, the answer goes on with it in
-    /// this process.
-    #[arg(long, value_name = "NAME|FILE")]
-    pub local_fallback: Option<String>,
 }
 
 /// When other peers stand by.
@@ -64,7 +72,9 @@ impl SessionArgs {
     pub fn trusted(&self) -> bool {
         self.privacy == Some(Privacy::Trusted)
     }
+}
 
+impl TravelArgs {
     /// What these flags ask of a session of `n_ctx` positions.
     pub fn ask(&self, n_ctx: u32) -> Ask {
         Ask {

@@ -9,7 +9,7 @@ use node::config::{Settings, SwarmArgs};
 use node::telemetry::{self, Telemetry, TelemetryConfig};
 use node::{
     Access, Client, Event, Identity, KnownPeers, NetConfig, OpenError, PeerBook, Privacy, Session,
-    SessionSpec,
+    SessionSpec, SwarmNode,
 };
 use shard_registry::{Manifest, Resolved};
 use swarm_proto::{Dtype, LayerRange, ModelId};
@@ -108,12 +108,7 @@ impl Swarm {
             mdns: settings.mdns,
             ..NetConfig::client(identity.clone(), settings.swarm.clone())
         };
-        let privacy = match &settings.access {
-            Access::Open => Privacy::Open,
-            Access::Listed(peers) | Access::DialListed(peers) => {
-                Privacy::Trusted(peers.iter().copied().collect())
-            }
-        };
+        let privacy = privacy(&settings.access);
         let wheel = terminal::wheel(format!("looking for swarm {}", settings.swarm));
         let client = Client::connect(config, privacy, Some(&known)).await?;
         let client = client.with_book(PeerBook::of_home(&settings.home, &settings.swarm));
@@ -126,6 +121,16 @@ impl Swarm {
             telemetry,
             _lock: lock,
         })
+    }
+}
+
+/// Whom hidden states may pass: who may be dialled.
+fn privacy(access: &Access) -> Privacy {
+    match access {
+        Access::Open => Privacy::Open,
+        Access::Listed(peers) | Access::DialListed(peers) => {
+            Privacy::Trusted(peers.iter().copied().collect())
+        }
     }
 }
 
@@ -230,6 +235,24 @@ fn announce(event: Event<'_>) {
 }
 
 impl Member {
+    /// A client that shares a node's network, and uses the node's own layers like anybody's: to others it is the
+    /// node (`docs/decisions/0130`). It ends with the node; [`Member::remember`] is its goodbye.
+    pub fn of_node(node: &SwarmNode, settings: Settings) -> Self {
+        let mut privacy = privacy(&settings.access);
+        if let Privacy::Trusted(peers) = &mut privacy {
+            peers.push(node.peer());
+        }
+        let book = PeerBook::of_home(&settings.home, &settings.swarm);
+        Self {
+            client: Client::over(node.net().clone(), privacy).with_book(book),
+            known: KnownPeers::new(&settings.home, &settings.swarm),
+            settings,
+            trace: tracing::info_span!("client"),
+            telemetry: Telemetry::default(),
+            _lock: None,
+        }
+    }
+
     /// The same, unless nobody is there.
     async fn or_alone(self) -> anyhow::Result<Self> {
         if self.client.net().peers().borrow().is_empty() && self.client.adverts().adverts.is_empty()
@@ -259,12 +282,17 @@ impl Member {
         .with_book(self.client.book().entries())
     }
 
-    /// Leaves the swarm, within a deadline, and remembers who was there.
-    pub async fn leave(self) {
+    /// Writes down who was there, and who failed.
+    pub fn remember(&self) {
         let remembered = self.known.remember(self.client.net());
         if let Err(error) = remembered.and_then(|()| self.client.book().save()) {
             tracing::debug!(%error, "peers are not remembered");
         }
+    }
+
+    /// Leaves the swarm, within a deadline, and remembers who was there.
+    pub async fn leave(self) {
+        self.remember();
         drop(self.trace);
         let telemetry = self.telemetry;
         // Exporting the last spans blocks.

@@ -1,5 +1,5 @@
-//! The daemon: flags, logging, signals, exit codes around a `SwarmNode`. Prints nothing: who calls
-//! it gets the ready line's facts.
+//! The daemon: flags, logging, signals, exit codes around a `SwarmNode`. Prints nothing: who starts it gets the ready
+//! line's facts, may run something beside the node, and ends it before the node.
 
 use std::{ops::Range, process::ExitCode, time::Duration};
 
@@ -10,7 +10,7 @@ use crate::{
     load::LoadError,
     quiet_hours::QuietHours,
     swarm_node::{NodeConfig, StartError, SwarmNode},
-    telemetry::{self, TelemetryConfig, TelemetryError},
+    telemetry::{self, Telemetry, TelemetryConfig, TelemetryError},
     transfer::Limits,
 };
 use shard_registry::blobs::Quota;
@@ -85,6 +85,9 @@ pub struct Ready {
     pub addrs: Vec<String>,
     /// What it serves.
     pub models: Vec<ReadyModel>,
+    /// Where it answers HTTP, if it does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api: Option<String>,
 }
 
 /// A model that is served.
@@ -157,60 +160,105 @@ impl DaemonError {
     }
 }
 
-/// Runs a node until SIGINT or SIGTERM, or until it cannot serve any more; a second signal does not
-/// wait for the goodbye.
-///
-/// # Errors
-/// See [`DaemonError`]: an end that nobody asked for is one, so that a supervisor starts the node again.
-pub fn run(args: Args, ready: impl FnOnce(&Ready) + Send + 'static) -> Result<(), DaemonError> {
-    crate::runtime::run(serve(args, ready))?
+/// A node that serves, and what a program around it needs: settings, signals, logs.
+#[derive(Debug)]
+pub struct Daemon {
+    node: SwarmNode,
+    settings: Settings,
+    signals: Signals,
+    telemetry: Telemetry,
 }
 
-async fn serve(args: Args, ready: impl FnOnce(&Ready)) -> Result<(), DaemonError> {
-    let settings = args.swarm.resolve()?;
-    let telemetry = telemetry::init(&TelemetryConfig {
-        filter: settings.log.clone(),
-        json: settings.log_json,
-        otlp: settings.otlp.clone(),
-        service: "shoal-node",
-    })?;
-    let config = node_config(&args, settings)?;
-    let mut signals = Signals::new()?;
-    let node = tokio::select! {
-        node = SwarmNode::start(config) => node?,
-        () = signals.next() => {
-            tracing::info!("stopped while starting");
-            return Ok(());
+impl Daemon {
+    /// Sets logging up for this process and starts a node; none where SIGINT or SIGTERM came first. Needs the
+    /// runtime of [`crate::runtime::run`].
+    ///
+    /// # Errors
+    /// See [`DaemonError`].
+    pub async fn start(args: &Args) -> Result<Option<Self>, DaemonError> {
+        let settings = args.swarm.resolve()?;
+        let telemetry = telemetry::init(&TelemetryConfig {
+            filter: settings.log.clone(),
+            json: settings.log_json,
+            otlp: settings.otlp.clone(),
+            service: "shoal-node",
+        })?;
+        let config = node_config(args, settings.clone())?;
+        let mut signals = Signals::new()?;
+        let node = tokio::select! {
+            node = SwarmNode::start(config) => node?,
+            () = signals.next() => {
+                tracing::info!("stopped while starting");
+                return Ok(None);
+            }
+        };
+        Ok(Some(Self {
+            node,
+            settings,
+            signals,
+            telemetry,
+        }))
+    }
+
+    /// The node.
+    pub fn node(&self) -> &SwarmNode {
+        &self.node
+    }
+
+    /// All sources of settings, merged.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The ready line's facts, which are logged too.
+    pub fn ready(&self) -> Ready {
+        let model = |hosted: &Hosted| ReadyModel {
+            model: hosted.model.to_string(),
+            layers: format!("{}..{}", hosted.layers.start, hosted.layers.end),
+        };
+        let facts = Ready {
+            peer: self.node.peer().to_string(),
+            addrs: self.node.net().listen_addrs(),
+            models: self.node.hosted().iter().map(model).collect(),
+            api: None,
+        };
+        for ReadyModel { model, layers } in &facts.models {
+            tracing::info!(peer = %facts.peer, model, layers, addrs = ?facts.addrs, "serving");
         }
-    };
-    let model = |hosted: &Hosted| ReadyModel {
-        model: hosted.model.to_string(),
-        layers: format!("{}..{}", hosted.layers.start, hosted.layers.end),
-    };
-    let facts = Ready {
-        peer: node.peer().to_string(),
-        addrs: node.net().listen_addrs(),
-        models: node.hosted().iter().map(model).collect(),
-    };
-    for ReadyModel { model, layers } in &facts.models {
-        tracing::info!(peer = %facts.peer, model, layers, addrs = ?facts.addrs, "serving");
+        facts
     }
-    ready(&facts);
-    let ended = tokio::select! {
-        () = signals.next() => Ok(()),
-        () = node.died() => Err(DaemonError::Died),
-    };
-    tracing::info!(
-        sessions = node.sessions(),
-        "stopping: withdrawing, letting sessions end"
-    );
-    tokio::select! {
-        () = node.shutdown() => {}
-        () = signals.next() => tracing::warn!("told twice: stopping at once"),
+
+    /// Waits until the node is told to stop, or cannot serve any more.
+    ///
+    /// # Errors
+    /// An end that nobody asked for is one, so that a supervisor starts the node again.
+    pub async fn until_told(&mut self) -> Result<(), DaemonError> {
+        tokio::select! {
+            () = self.signals.next() => Ok(()),
+            () = self.node.died() => Err(DaemonError::Died),
+        }
     }
-    // Exporting the last spans blocks.
-    let _ = tokio::task::spawn_blocking(|| telemetry.shutdown()).await;
-    ended
+
+    /// Ends what runs `beside` the node while it serves on, then the node; a second signal does not wait for the
+    /// goodbyes.
+    pub async fn stop(self, beside: impl Future<Output = ()>) {
+        let (node, mut signals) = (self.node, self.signals);
+        let goodbyes = async {
+            beside.await;
+            tracing::info!(
+                sessions = node.sessions(),
+                "stopping: withdrawing, letting sessions end"
+            );
+            node.shutdown().await;
+        };
+        tokio::select! {
+            () = goodbyes => {}
+            () = signals.next() => tracing::warn!("told twice: stopping at once"),
+        }
+        // Exporting the last spans blocks.
+        let telemetry = self.telemetry;
+        let _ = tokio::task::spawn_blocking(|| telemetry.shutdown()).await;
+    }
 }
 
 fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonError> {
@@ -300,6 +348,7 @@ fn filed<T>(
 }
 
 /// SIGINT and SIGTERM.
+#[derive(Debug)]
 struct Signals {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,

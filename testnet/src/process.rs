@@ -34,6 +34,9 @@ pub struct Ready {
     pub addrs: Vec<String>,
     /// What it serves.
     pub models: Vec<Served>,
+    /// Where it answers HTTP, if it was told to.
+    #[serde(default)]
+    pub api: Option<String>,
 }
 
 /// A model that a node serves.

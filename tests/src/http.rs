@@ -1,4 +1,4 @@
-//! `shoal serve` as a child, and just enough HTTP to ask it byte by byte: tests see what is on the wire.
+//! `shoal serve` as a child, or a node's own API, and just enough HTTP to ask it byte by byte: tests see what is on the wire.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -15,8 +15,8 @@ use crate::PATIENCE;
 
 /// A server over a swarm. Dropping it kills the process.
 pub struct Api {
-    /// The process.
-    pub child: Child,
+    /// The process, where it is a server of its own.
+    pub child: Option<Child>,
     /// Where it answers.
     pub addr: SocketAddr,
     /// The same, as clients take it.
@@ -46,8 +46,22 @@ impl Api {
         tokio::spawn(async move { tokio::io::copy(&mut log, &mut tokio::io::sink()).await });
         let ready: Value = serde_json::from_str(&line)?;
         let url = ready["url"].as_str().context("no url")?.to_owned();
-        let addr = url.split("://").nth(1).context("no address")?.parse()?;
-        Ok(Self { child, addr, url })
+        Ok(Self {
+            child: Some(child),
+            ..Self::at(&url)?
+        })
+    }
+
+    /// One that answers at a URL already.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn at(url: &str) -> Result<Self> {
+        Ok(Self {
+            child: None,
+            addr: url.split("://").nth(1).context("no address")?.parse()?,
+            url: url.to_owned(),
+        })
     }
 
     /// Asks with a JSON body and reads the whole answer.
@@ -125,11 +139,12 @@ impl Api {
     ///
     /// # Errors
     /// It does not end in time, or says that it failed.
-    pub async fn stop(mut self, limit: Duration) -> Result<()> {
-        let pid = self.child.id().context("it has ended")?;
+    pub async fn stop(self, limit: Duration) -> Result<()> {
+        let mut child = self.child.context("it is no process of its own")?;
+        let pid = child.id().context("it has ended")?;
         let pid = rustix::process::Pid::from_raw(i32::try_from(pid)?).context("no process")?;
         rustix::process::kill_process(pid, rustix::process::Signal::INT)?;
-        let ended = timeout(limit, self.child.wait()).await??;
+        let ended = timeout(limit, child.wait()).await??;
         ensure!(ended.success(), "it ended with {ended}");
         Ok(())
     }

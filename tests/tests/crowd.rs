@@ -88,7 +88,8 @@ async fn health(api: Arc<Api>, end: Instant) -> Result<Vec<Duration>> {
 
 /// Open files and resident memory of the server, in KiB.
 fn held(api: &Api) -> Result<(usize, u64)> {
-    let process = format!("/proc/{}", api.child.id().context("it has ended")?);
+    let pid = api.child.as_ref().and_then(|child| child.id());
+    let process = format!("/proc/{}", pid.context("it has ended")?);
     let files = std::fs::read_dir(format!("{process}/fd"))?.count();
     let status = std::fs::read_to_string(format!("{process}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));

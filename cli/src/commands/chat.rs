@@ -85,7 +85,7 @@ async fn talk(args: Args) -> anyhow::Result<()> {
         &Hop::all(&source.route()),
         &Hop::all(&source.standbys()),
         ready.privacy,
-        &args.session.wire.to_string(),
+        &args.session.travel.wire.to_string(),
     ));
     let vocab = ready.vocab.as_ref().ok_or_else(tokens::no_tokenizer)?;
     let mut chat = Chat {

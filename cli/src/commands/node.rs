@@ -1,7 +1,6 @@
 //! `shoal node`: the same as the program `shoal-node`, for those who install one binary; and the owner's word to
 //! one that runs.
 
-use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Subcommand;
@@ -9,6 +8,7 @@ use node::control::{self, AskError, ModelStatus, NodeStatus, Request, State, Tra
 use node::net::now_ms;
 use node::pause::{Paused, Why, parse_duration};
 
+use crate::daemon;
 use crate::failure::Failure;
 use crate::figures::{self, bytes};
 use crate::terminal::{self, BOLD, DIM, GOOD, WARN, paint};
@@ -20,6 +20,7 @@ Examples:
   shoal node --model demo
   shoal node --model llama-1b --memory 4G
   shoal node --model model.gguf --layers 0..8 --listen /ip4/0.0.0.0/tcp/4001
+  shoal node --model llama-1b --api 127.0.0.1:8080
   shoal node --model llama-1b --cpu-share 50 --quiet-hours 22:00-07:00
   shoal node status                     what the node of this home does
   shoal node pause --for 2h             the machine for yourself; `shoal node resume` ends it
@@ -29,7 +30,7 @@ pub struct Args {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
-    daemon: node::daemon::Args,
+    daemon: daemon::Args,
 }
 
 #[derive(Subcommand)]
@@ -84,7 +85,7 @@ struct Resume {
 /// Runs until it is told to stop, or says a word to one that runs.
 pub fn main(args: Args) -> anyhow::Result<()> {
     let (request, json) = match args.command {
-        None => return serve(args.daemon),
+        None => return daemon::main(args.daemon),
         Some(Command::Status(args)) => (Request::Status, args.json),
         Some(Command::Pause(args)) => {
             let for_s = args.lasts.map(|lasts| lasts.as_secs());
@@ -92,7 +93,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         }
         Some(Command::Resume(args)) => (Request::Resume, args.json),
     };
-    let home = args.daemon.swarm.home_dir()?;
+    let home = args.daemon.home_dir()?;
     let status = control::ask(&home, &request).map_err(|error| match &error {
         AskError::NoNode { .. } => Failure::new(error.to_string()).try_this(
             "start one with `shoal node --model NAME`, or name the home of one that runs: --home DIR",
@@ -104,25 +105,6 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         Request::Status => print(&status),
         Request::Pause { .. } | Request::Resume => Ok(terminal::say(state(&status))?),
     }
-}
-
-fn serve(args: node::daemon::Args) -> anyhow::Result<()> {
-    let ready_json = args.ready_json;
-    let ran = node::daemon::run(args, move |ready| {
-        if ready_json && let Ok(line) = serde_json::to_string(ready) {
-            // Whoever asked for the line and left does not stop the node.
-            let _ = terminal::say(line);
-        }
-    });
-    ran.map_err(|error| {
-        let usage = error.exit_code() == ExitCode::from(2);
-        let failure = if usage {
-            Failure::usage(error.to_string())
-        } else {
-            Failure::new(error.to_string())
-        };
-        failure.into()
-    })
 }
 
 fn print(status: &NodeStatus) -> anyhow::Result<()> {

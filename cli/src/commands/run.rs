@@ -367,7 +367,7 @@ impl Args {
             );
         }
         self.session.privacy = Some(privacy);
-        self.session.wire = asked.wire.parse()?;
+        self.session.travel.wire = asked.wire.parse()?;
         self.generation = asked.generation.clone();
         self.model = Some(asked.model_id.clone());
         self.tokens = asked.as_ids;
@@ -377,7 +377,7 @@ impl Args {
     fn say_route(&self, ready: &Ready) {
         let route = Hop::all(&ready.source.route());
         let standbys = Hop::all(&ready.source.standbys());
-        let wire = self.session.wire.to_string();
+        let wire = self.session.travel.wire.to_string();
         terminal::note(route_line(&route, &standbys, ready.privacy, &wire));
         if self.resume.is_some() && ready.privacy == Privacy::Local {
             terminal::note("the peers of the interrupted run could read the prompt");
@@ -417,7 +417,7 @@ impl Args {
             resumed,
             privacy,
             peers_can_read_prompt: privacy != Privacy::Local,
-            wire: self.session.wire.to_string(),
+            wire: self.session.travel.wire.to_string(),
             seed,
             ..RunReport::default()
         }
@@ -440,7 +440,7 @@ impl Args {
             title: figures::printable(text, Asked::TITLE_CHARS_MAX),
             as_ids: self.tokens,
             privacy: ready.privacy,
-            wire: self.session.wire.to_string(),
+            wire: self.session.travel.wire.to_string(),
             generation: Generation {
                 seed: Some(seed),
                 ctx: Some(ready.source.n_ctx()),
@@ -636,7 +636,7 @@ mod tests {
     fn what_was_asked_is_asked_again() {
         let args = resumed(Privacy::Open, &["--swarm", "home"]).unwrap();
         assert_eq!(args.generation.seed, Some(7));
-        assert_eq!(args.session.wire.to_string(), "q8_0");
+        assert_eq!(args.session.travel.wire.to_string(), "q8_0");
         assert_eq!(args.model, Some("ab".repeat(32)));
         assert!(args.tokens && args.privacy() == Privacy::Open);
         for flags in [

@@ -41,7 +41,8 @@ pub(super) struct Acceptors {
     refusing: Seldom,
 }
 
-type Reserved = (
+/// A place in a queue, whether its streams are bulk, and who is told of writes.
+pub(super) type Reserved = (
     mpsc::OwnedPermit<(Peer, Stream)>,
     bool,
     Option<Arc<Activity>>,
@@ -92,8 +93,8 @@ impl Acceptors {
         queues.keys().cloned().collect()
     }
 
-    /// A place in the queue of `name`, whether its streams are bulk, and who is told of writes.
-    fn reserve(&self, name: &str) -> Option<Reserved> {
+    /// A place in the queue of `name`, if somebody takes its streams and it is not full.
+    pub(super) fn reserve(&self, name: &str) -> Option<Reserved> {
         let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
         let queue = queues.get(name)?;
         let place = queue.streams.clone().try_reserve_owned().ok()?;

@@ -49,6 +49,8 @@ const IDLE_CONNECTION: Duration = Duration::from_secs(600);
 const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
 /// A session that nothing was written to for so long does not run.
 const RUNNING: Duration = Duration::from_secs(1);
+/// What a stream of ours to ourselves buffers: about one frame of a prompt.
+const TO_SELF_BYTES: usize = 256 * 1024;
 /// Addresses of one peer that are tried.
 const ADDRS_PER_PEER: usize = 8;
 
@@ -294,11 +296,14 @@ impl Net {
         proto: Proto,
         deadline: Duration,
     ) -> Result<Stream, OpenError> {
+        let name = proto.name(&self.inner.swarm);
+        if peer == self.me() {
+            return self.open_to_self(&name);
+        }
         if !self.inner.access.may_dial(&peer) {
             return Err(OpenError::NotAllowed { peer });
         }
         let id = peer_id(&peer).ok_or(OpenError::BadPeer { peer })?;
-        let name = proto.name(&self.inner.swarm);
         let name = StreamProtocol::try_from_owned(name).map_err(|_| OpenError::ShuttingDown)?;
         // Addresses that are none, or name another peer, are useless and not an error of ours.
         let known = self.adverts().addrs(&peer);
@@ -332,6 +337,17 @@ impl Net {
             self.inner.facts.rtt(peer, begun.elapsed());
         }
         Ok(opened.watched(self.activity_of(proto)))
+    }
+
+    /// A stream to whoever takes this protocol's here: a client that shares a node's network uses the node's own
+    /// layers like anybody's, and nobody can dial itself.
+    fn open_to_self(&self, name: &str) -> Result<Stream, OpenError> {
+        let peer = self.me();
+        let reserved = self.inner.acceptors.reserve(name);
+        let (place, _, activity) = reserved.ok_or(OpenError::Refused { peer })?;
+        let (near, far) = tokio::io::duplex(TO_SELF_BYTES);
+        place.send((peer, Stream::new(far).watched(activity.clone())));
+        Ok(Stream::new(near).watched(activity))
     }
 
     fn activity_of(&self, proto: Proto) -> Option<Arc<Activity>> {
@@ -374,6 +390,9 @@ impl Net {
     /// Connects to a peer, in the background, if it is not connected: whether it is reachable then shows in
     /// [`Adverts::unreachable`]. Where the driver has much to do, it is left out.
     pub fn look_for(&self, peer: Peer) {
+        if peer == self.me() {
+            return;
+        }
         let addrs = self.adverts().addrs(&peer);
         let addrs = addrs.iter().filter_map(|addr| addr.parse().ok());
         let addrs = addrs.take(ADDRS_PER_PEER).collect();

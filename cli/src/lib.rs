@@ -1,10 +1,12 @@
-//! The command `shoal`: a table of its subcommands. Each lives in a file of its own under `commands/`;
-//! this crate reads arguments and prints, everything else is `node` and below.
+//! The programs `shoal`, a table of its subcommands, and `shoal-node`, one of them by itself. Each subcommand lives in
+//! a file of its own under `commands/`; this crate reads arguments and prints, everything else is `node` and below.
 
 mod answer;
+mod api_args;
 mod choose_model;
 mod commands;
 mod conversation;
+mod daemon;
 mod failure;
 mod fallback;
 mod figures;
@@ -39,7 +41,7 @@ use commands::{
 #[derive(Parser)]
 #[command(name = "shoal", version, styles = terminal::help_styles(), max_term_width = 100)]
 #[command(subcommand_required = true, arg_required_else_help = true, after_help = EXAMPLES)]
-pub struct Cli {
+struct Cli {
     #[command(subcommand)]
     command: Command,
 }
@@ -81,13 +83,38 @@ enum Command {
     Completions(completions::Args),
 }
 
-fn main() -> ExitCode {
+/// Serve layers of a language model to a swarm.
+#[derive(Parser)]
+#[command(name = "shoal-node", version, styles = terminal::help_styles(), max_term_width = 100)]
+#[command(after_help = NODE_EXAMPLES)]
+struct NodeCli {
+    #[command(flatten)]
+    args: daemon::Args,
+}
+
+const NODE_EXAMPLES: &str = "\
+Examples:
+  shoal-node --model demo
+  shoal-node --model llama-1b --memory 4G --listen /ip4/0.0.0.0/tcp/4001
+  shoal-node --model llama-1b --api 127.0.0.1:8080      answers OpenAI's HTTP API, too
+
+Settings come from flags, then SHOAL_* variables, then config.toml, then defaults. Ctrl-C and SIGTERM withdraw its
+advert, let running answers and sessions end for a few seconds and stop it.";
+
+/// The program `shoal`.
+pub fn shoal() -> ExitCode {
     let matches = Cli::command().get_matches();
     let command = match Cli::from_arg_matches(&matches) {
         Ok(cli) => cli.command,
         Err(error) => error.exit(),
     };
     failure::report(run(command), wants_json(&matches))
+}
+
+/// The program `shoal-node`.
+pub fn shoal_node() -> ExitCode {
+    let NodeCli { args } = NodeCli::parse();
+    failure::report(daemon::main(args), false)
 }
 
 /// Whether the command, at whatever depth, was given `--json` or `--json-lines`.

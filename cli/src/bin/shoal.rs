@@ -1,0 +1,7 @@
+//! The program `shoal`: what it does is in the library beside it.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::shoal()
+}
