@@ -3,16 +3,15 @@
 //! Redirects are followed by hand. The token goes to the hub's own origin (scheme, host and port) and to
 //! nobody that it sends us to; nothing leads from https to http.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use ureq::{
     Agent, Body,
     http::{HeaderMap, Response},
-    tls::{Certificate, RootCerts, TlsConfig},
 };
 use url::{Host, Url};
 
-use crate::{DownloadError, Settings, source::shown};
+use crate::{DownloadError, Settings, roots::system_tls, source::shown};
 
 /// Finding a host, connecting, the TLS handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -88,25 +87,9 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 
 impl<'a> Http<'a> {
     pub(crate) fn new(settings: &'a Settings) -> Http<'a> {
-        let found = rustls_native_certs::load_native_certs();
-        let no_roots = found.certs.is_empty().then(|| {
-            let errors = found.errors.iter().map(ToString::to_string);
-            errors
-                .reduce(|a, b| format!("{a}; {b}"))
-                .unwrap_or_else(|| "none was found".into())
-        });
-        let roots: Vec<Certificate<'static>> = found
-            .certs
-            .iter()
-            .map(|der| Certificate::from_der(der.as_ref()).to_owned())
-            .collect();
-        let provider = rustls::crypto::aws_lc_rs::default_provider();
-        let tls = TlsConfig::builder()
-            .root_certs(RootCerts::Specific(Arc::new(roots)))
-            .unversioned_rustls_crypto_provider(Arc::new(provider))
-            .build();
+        let tls = system_tls();
         let config = Agent::config_builder()
-            .tls_config(tls)
+            .tls_config(tls.config)
             .http_status_as_error(false)
             .max_redirects(0)
             .max_redirects_will_error(false)
@@ -123,7 +106,7 @@ impl<'a> Http<'a> {
         Http {
             agent: config.new_agent(),
             settings,
-            no_roots,
+            no_roots: tls.no_roots,
         }
     }
 

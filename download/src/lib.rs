@@ -13,6 +13,7 @@ mod choose;
 mod error;
 mod http;
 mod hub;
+mod roots;
 mod settings;
 mod source;
 mod web;
@@ -20,6 +21,7 @@ mod web;
 use std::path::PathBuf;
 
 pub use error::DownloadError;
+pub use roots::{SystemTls, system_tls};
 pub use settings::{Settings, Token};
 pub use source::{HubSource, Source, SourceError, Wish};
 

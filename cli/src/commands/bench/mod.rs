@@ -4,6 +4,7 @@ mod decode;
 mod hops;
 mod nodes;
 mod pipeline;
+mod serve;
 mod standby;
 mod wire;
 
@@ -19,7 +20,7 @@ use crate::home::Home;
 use crate::local_models;
 use crate::terminal::{self, BOLD, DIM, paint};
 
-/// Measure hop overhead, decode speed, pipelining, and what a smaller wire type costs.
+/// Measure hop overhead, decode speed, pipelining, the HTTP server, and what a smaller wire type costs.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -27,6 +28,7 @@ Examples:
   shoal bench decode --model llama-1b     a node holding everything against a plain loop
   shoal bench pipeline --one-billion      two prompts over two nodes against one on one
   shoal bench standby                     what it costs that others stand by
+  shoal bench serve                       the HTTP server with 1 to 16 clients at once
   shoal bench wire --text held-out.txt    perplexity with f32, bf16 and q8_0 between hops
 
 Each starts what it needs on this machine and takes it down again.")]
@@ -40,6 +42,7 @@ enum Bench {
     Hops(hops::Args),
     Decode(decode::Args),
     Pipeline(pipeline::Args),
+    Serve(serve::Args),
     Standby(standby::Args),
     Wire(wire::Args),
 }
@@ -50,6 +53,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         Bench::Hops(args) => hops::main(args),
         Bench::Decode(args) => decode::main(args),
         Bench::Pipeline(args) => pipeline::main(args),
+        Bench::Serve(args) => serve::main(args),
         Bench::Standby(args) => standby::main(args),
         Bench::Wire(args) => wire::main(args),
     }

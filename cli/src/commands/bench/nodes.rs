@@ -40,6 +40,12 @@ struct Ready {
     addrs: Vec<String>,
 }
 
+/// The line of a server.
+#[derive(Deserialize)]
+struct Serving {
+    url: String,
+}
+
 impl Nodes {
     /// Starts one node for each range of layers and waits until all serve.
     pub fn start(model: &Path, spans: &[Range<u32>], threads: u32) -> anyhow::Result<Self> {
@@ -80,6 +86,29 @@ impl Nodes {
         span: &Range<u32>,
         threads: u32,
     ) -> anyhow::Result<Ready> {
+        let mut command = self.command("node", &format!("node-{index}"))?;
+        command
+            .args(["--listen", "/ip4/127.0.0.1/tcp/0"])
+            .arg("--model")
+            .arg(model)
+            .args(["--layers", &format!("{}..{}", span.start, span.end)])
+            .args(["--threads", &threads.to_string()]);
+        let line = self.spawn(command)?;
+        serde_json::from_str(&line).with_context(|| format!("node {index} said `{}`", line.trim()))
+    }
+
+    /// Starts `shoal serve` over these nodes; gives its URL.
+    pub fn serve(&mut self) -> anyhow::Result<String> {
+        let mut command = self.command("serve", "server")?;
+        command.args(["--bind", "127.0.0.1:0"]);
+        let line = self.spawn(command)?;
+        let ready: Serving = serde_json::from_str(&line)
+            .with_context(|| format!("the server said `{}`", line.trim()))?;
+        Ok(ready.url)
+    }
+
+    /// This program as a member of the swarm, apart from the user's own settings.
+    fn command(&self, what: &str, home: &str) -> anyhow::Result<Command> {
         let mut command = Command::new(std::env::current_exe().context("finding this program")?);
         for (name, _) in
             std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SHOAL_"))
@@ -87,37 +116,29 @@ impl Nodes {
             command.env_remove(name);
         }
         command
-            .args([
-                "node",
-                "--ready-json",
-                "--log",
-                "error",
-                "--mdns",
-                "off",
-                "--listen",
-                "/ip4/127.0.0.1/tcp/0",
-            ])
+            .args([what, "--ready-json", "--log", "error", "--mdns", "off"])
+            .args(["--swarm", &self.swarm])
             .arg("--config")
             .arg(self.home.path().join(NO_CONFIG))
-            .arg("--model")
-            .arg(model)
-            .args(["--layers", &format!("{}..{}", span.start, span.end)])
-            .args(["--threads", &threads.to_string(), "--swarm", &self.swarm])
             .arg("--home")
-            .arg(self.home.path().join(format!("node-{index}")));
+            .arg(self.home.path().join(home));
         for addr in &self.addrs {
             command.args(["--peer", addr]);
         }
+        Ok(command)
+    }
+
+    /// Starts it and waits for the line that says that it is ready.
+    fn spawn(&mut self, mut command: Command) -> anyhow::Result<String> {
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
             .spawn()
-            .context("starting a node")?;
-        let stdout = child.stdout.take().context("a node without stdout")?;
+            .context("starting a process")?;
+        let stdout = child.stdout.take().context("a process without stdout")?;
         self.children.push(child);
-        let line = first_line(stdout)?;
-        serde_json::from_str(&line).with_context(|| format!("node {index} said `{}`", line.trim()))
+        first_line(stdout)
     }
 }
 
@@ -133,13 +154,15 @@ fn first_line(stdout: std::process::ChildStdout) -> anyhow::Result<String> {
         .recv_timeout(READY_TIMEOUT)
         .map_err(|_| {
             Failure::new(format!(
-                "a node was not ready within {} s",
+                "a process was not ready within {} s",
                 READY_TIMEOUT.as_secs()
             ))
         })?
-        .context("reading from a node")?;
+        .context("reading from a process")?;
     if line.is_empty() {
-        return Err(Failure::new("a node ended before it was ready; what it said is above").into());
+        return Err(
+            Failure::new("a process ended before it was ready; what it said is above").into(),
+        );
     }
     Ok(line)
 }
