@@ -11,6 +11,7 @@ mod blueprint;
 mod chain;
 mod chat;
 mod embedding;
+mod experts;
 mod json_schema;
 #[allow(unsafe_code)]
 mod llama;
@@ -29,6 +30,11 @@ mod worker;
 pub use blueprint::{Blueprint, UnsupportedModel};
 pub use chain::ChainStage;
 pub use chat::{ChatError, Message, render_chat};
+pub use experts::{
+    Activation, ExpertCall, ExpertError, ExpertHolder, ExpertHolders, ExpertLayout, ExpertReply,
+    ExpertSource, ExpertUse, ExpertWorker, Form, Group, HolderId, HolderReply, HolderStats,
+    InProcess, Parts, Placement,
+};
 pub use json_schema::{Grammar, SchemaError};
 pub use llama_stage::{LlamaStage, LoadOptions};
 pub use load::{LoadError, Loaded};

@@ -3,10 +3,12 @@
 
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::blueprint::{Blueprint, Fill, StageFile, UnsupportedModel};
 use crate::embedding::Embedding;
-use crate::llama::{self, FileModel, Model};
+use crate::experts::ExpertHolders;
+use crate::llama::{self, ExpertDevice, FileModel, Model};
 use crate::source::TensorSource;
 use crate::stage::Held;
 
@@ -94,6 +96,19 @@ impl Loaded {
         source: &dyn TensorSource,
         progress: &mut dyn FnMut(u32),
     ) -> Result<Loaded, LoadError> {
+        let groups = spans.iter().flat_map(|span| blueprint.groups(span));
+        Loaded::read_groups(blueprint, spans, groups.collect(), None, source, progress)
+    }
+
+    /// Reads groups, which together are the spans.
+    pub(crate) fn read_groups(
+        blueprint: &Blueprint,
+        spans: &[Range<u32>],
+        cut: Vec<Range<u32>>,
+        holders: Option<&Arc<dyn ExpertHolders>>,
+        source: &dyn TensorSource,
+        progress: &mut dyn FnMut(u32),
+    ) -> Result<Loaded, LoadError> {
         let n_layer = blueprint.n_layer();
         let wrong = |span: &&Range<u32>| span.start >= span.end || span.end > n_layer;
         if let Some(asked) = spans.iter().find(wrong).cloned() {
@@ -105,8 +120,8 @@ impl Loaded {
             false => None,
         };
         let mut groups = Vec::new();
-        for group in spans.iter().flat_map(|span| blueprint.groups(span)) {
-            let model = load_group(blueprint, &group, source)?;
+        for group in cut {
+            let model = load_group(blueprint, &group, holders, source)?;
             group.clone().for_each(&mut *progress);
             groups.push((group, model));
         }
@@ -134,9 +149,11 @@ impl Loaded {
 fn load_group(
     blueprint: &Blueprint,
     group: &Range<u32>,
+    holders: Option<&Arc<dyn ExpertHolders>>,
     source: &dyn TensorSource,
 ) -> Result<Model, LoadError> {
-    let stage_file = blueprint.stage_file(group)?;
+    let mut stage_file = blueprint.stage_file(group)?;
+    let holders = holders.filter(|_| stage_file.without_experts());
     let layers = || group.clone();
     let broken = |source| LoadError::StageFile {
         layers: layers(),
@@ -145,7 +162,12 @@ fn load_group(
     let mut file = tempfile::tempfile().map_err(broken)?;
     write_stage_file(&stage_file, group, source, &mut file)?;
     file.seek(SeekFrom::Start(0)).map_err(broken)?;
-    let model = FileModel::from_file(file, false).map_err(|why| LoadError::Backend {
+    let model = match holders {
+        Some(holders) => ExpertDevice::new(Arc::clone(holders), group.start)
+            .and_then(|experts| FileModel::trunk(file, experts)),
+        None => FileModel::from_file(file, false),
+    };
+    let model = model.map_err(|why| LoadError::Backend {
         layers: layers(),
         why,
     })?;

@@ -10,6 +10,8 @@ use gguf::{GgufError, Header, TensorInfo, TensorType, Text, Value};
 
 use crate::llama;
 
+mod mixtures;
+
 /// Distinct rows in a tensor; longer ones repeat them in random order, so that
 /// a billion weights take seconds and no memory.
 const ROWS_DISTINCT: u64 = 256;
@@ -43,6 +45,10 @@ pub struct RandomShape {
     pub tied: bool,
     /// Sliding window of architectures that have one; 0 for none.
     pub window: u32,
+    /// Whether gate and up of an expert are one matrix.
+    pub gate_up: bool,
+    /// Whether experts' matrices have scales.
+    pub scales: bool,
 }
 
 impl RandomShape {
@@ -62,6 +68,8 @@ impl RandomShape {
             n_expert_used: 0,
             tied: false,
             window: 0,
+            gate_up: false,
+            scales: false,
         }
     }
 
@@ -81,6 +89,8 @@ impl RandomShape {
             n_expert_used: 0,
             tied: true,
             window: 0,
+            gate_up: false,
+            scales: false,
         }
     }
 
@@ -99,6 +109,8 @@ impl RandomShape {
             n_expert_used: 0,
             tied: true,
             window: 0,
+            gate_up: false,
+            scales: false,
         }
     }
 }
@@ -204,6 +216,10 @@ struct ArchTraits {
     moe: bool,
     shared_expert: bool,
     gated_in_up: bool,
+    /// deepseek2's attention, and its shared experts without a gate of their own.
+    mla: bool,
+    /// gpt-oss: biases everywhere, sinks, and its name for the second norm.
+    biases: bool,
     rope_factors: RopeFactors,
 }
 
@@ -231,6 +247,8 @@ impl ArchTraits {
             moe: false,
             shared_expert: false,
             gated_in_up: false,
+            mla: false,
+            biases: false,
             rope_factors: RopeFactors::None,
         };
         Some(match arch {
@@ -280,7 +298,7 @@ impl ArchTraits {
                 moe: true,
                 ..plain
             },
-            _ => return None,
+            _ => return mixtures::traits(arch, plain),
         })
     }
 }
@@ -296,11 +314,20 @@ fn keys(arch: &str, shape: &RandomShape, traits: &ArchTraits) -> Vec<(String, Va
     key("block_count", shape.n_layer.into());
     key("feed_forward_length", shape.n_ff.into());
     key("attention.head_count", shape.n_head.into());
-    key("attention.head_count_kv", shape.n_head_kv.into());
-    key("attention.key_length", shape.head_dim.into());
-    key("attention.value_length", shape.head_dim.into());
+    // deepseek2's keys and values are one row for all heads.
+    let n_head_kv = if traits.mla { 1 } else { shape.n_head_kv };
+    key("attention.head_count_kv", n_head_kv.into());
+    if !traits.mla {
+        key("attention.key_length", shape.head_dim.into());
+        key("attention.value_length", shape.head_dim.into());
+    }
     key("attention.layer_norm_rms_epsilon", 1e-6f32.into());
-    key("rope.dimension_count", shape.head_dim.into());
+    let rope = if traits.mla {
+        mixtures::ROPE
+    } else {
+        shape.head_dim
+    };
+    key("rope.dimension_count", rope.into());
     key("rope.freq_base", 10_000f32.into());
     key("vocab_size", shape.n_vocab.into());
     if shape.n_expert > 0 {
@@ -317,6 +344,7 @@ fn keys(arch: &str, shape: &RandomShape, traits: &ArchTraits) -> Vec<(String, Va
         key("attention.sliding_window", shape.window.into());
     }
     match arch {
+        "deepseek2" => mixtures::mla_keys(shape, &mut key),
         "granite" => {
             key("logit_scale", 8f32.into());
             key("residual_scale", 0.22f32.into());
@@ -442,6 +470,9 @@ impl Plan<'_> {
         if self.traits.norms_before {
             self.vector(name("attn_norm.weight"), n_embd);
         }
+        if self.traits.mla {
+            return self.mla_attention(i);
+        }
         if self.traits.qkv_fused {
             self.matrix(name("attn_qkv.weight"), &[n_embd, q + 2 * kv], false);
         } else {
@@ -465,6 +496,11 @@ impl Plan<'_> {
             }
         }
         self.matrix(name("attn_output.weight"), &[q, n_embd], false);
+        if self.traits.biases {
+            self.vector(name("attn_output.bias"), n_embd);
+            self.vector(name("attn_sinks.weight"), n_head);
+            return self.vector(name("post_attention_norm.weight"), n_embd);
+        }
         if self.traits.norms_after {
             self.vector(name("post_attention_norm.weight"), n_embd);
             self.vector(name("post_ffw_norm.weight"), n_embd);
@@ -484,18 +520,9 @@ impl Plan<'_> {
         } = *self.shape;
         let name = |part: &str| format!("blk.{i}.{part}.weight");
         let more = i < n_layer / 8 || i % 3 == 2;
-        if n_expert > 0 {
-            self.push(name("ffn_gate_inp"), &[n_embd, n_expert], TensorType::F32);
-            self.matrix(name("ffn_gate_exps"), &[n_embd, n_ff, n_expert], false);
-            self.matrix(name("ffn_up_exps"), &[n_embd, n_ff, n_expert], false);
-            self.matrix(name("ffn_down_exps"), &[n_ff, n_embd, n_expert], more);
-            if self.traits.shared_expert {
-                self.vector(name("ffn_gate_inp_shexp"), n_embd);
-                self.matrix(name("ffn_gate_shexp"), &[n_embd, n_ff], false);
-                self.matrix(name("ffn_up_shexp"), &[n_embd, n_ff], false);
-                self.matrix(name("ffn_down_shexp"), &[n_ff, n_embd], more);
-            }
-            return;
+        // deepseek2's first layer is dense.
+        if n_expert > 0 && !(self.traits.mla && i == 0) {
+            return self.experts(i);
         }
         if self.traits.gated_in_up {
             self.matrix(name("ffn_up"), &[n_embd, 2 * n_ff], false);

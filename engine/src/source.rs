@@ -40,6 +40,15 @@ impl FileSource {
     pub fn header(&self) -> &Header {
         &self.header
     }
+
+    /// Replaces `out` by bytes from `offset` of the data on.
+    pub(crate) fn read_part(&self, offset: u64, len: u64, out: &mut Vec<u8>) -> io::Result<()> {
+        out.clear();
+        out.resize(usize::try_from(len).map_err(io::Error::other)?, 0);
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(self.header.data_offset + offset))?;
+        file.read_exact(out)
+    }
 }
 
 impl TensorSource for FileSource {
@@ -47,10 +56,6 @@ impl TensorSource for FileSource {
         let missing = || io::Error::new(io::ErrorKind::NotFound, format!("no tensor `{name}`"));
         let tensor = self.header.tensor(name).ok_or_else(missing)?;
         let n_bytes = tensor.n_bytes().map_err(io::Error::other)?;
-        out.clear();
-        out.resize(usize::try_from(n_bytes).map_err(io::Error::other)?, 0);
-        let mut file = &self.file;
-        file.seek(SeekFrom::Start(self.header.data_offset + tensor.offset))?;
-        file.read_exact(out)
+        self.read_part(tensor.offset, n_bytes, out)
     }
 }

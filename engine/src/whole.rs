@@ -6,7 +6,7 @@ use gguf::Header;
 
 use crate::PREFILL_CHUNK;
 use crate::blueprint::Blueprint;
-use crate::llama::{Context, ContextOptions, FileModel, Output, Rows, ThreadPool};
+use crate::llama::{Context, ContextOptions, FileModel, Model, Output, Rows, ThreadPool};
 use crate::stage::{EngineError, Want};
 
 /// One `llama_model` of a whole file with one session. Token ids in, logits
@@ -28,12 +28,22 @@ impl WholeModel {
         let file = std::fs::File::open(path).map_err(|e| backend(&e))?;
         let len = file.metadata().map_err(|e| backend(&e))?.len();
         let header = Header::read(&mut &file, len).map_err(|e| backend(&e))?;
+        let model = FileModel::from_path(path).map_err(EngineError::Backend)?;
+        WholeModel::of(&model, &header, n_ctx, n_threads)
+    }
+
+    /// A session on a loaded model with this header.
+    pub(crate) fn of(
+        model: &Model,
+        header: &Header,
+        n_ctx: u32,
+        n_threads: u32,
+    ) -> Result<WholeModel, EngineError> {
         // Where the architecture can be cut, the same context as a stage's.
-        let n_ctx_class = match Blueprint::new(&header) {
+        let n_ctx_class = match Blueprint::new(header) {
             Ok(blueprint) => blueprint.context_class(n_ctx),
             Err(_) => n_ctx.clamp(256, 1 << 27).next_power_of_two(),
         };
-        let model = FileModel::from_path(path).map_err(EngineError::Backend)?;
         let n_threads = n_threads.clamp(1, 512);
         let options = ContextOptions {
             n_ctx: n_ctx_class,
@@ -43,7 +53,7 @@ impl WholeModel {
             leave: None,
         };
         let context = ThreadPool::new(n_threads)
-            .and_then(|threads| Context::new(&model, &options, &threads))
+            .and_then(|threads| Context::new(model, &options, &threads))
             .map_err(EngineError::Backend)?;
         let n_vocab = context.n_vocab();
         Ok(WholeModel {
@@ -62,6 +72,11 @@ impl WholeModel {
     /// Positions there are.
     pub fn n_ctx(&self) -> u32 {
         self.n_ctx
+    }
+
+    /// Bytes of its tensors that are in this process.
+    pub fn tensor_bytes(&self) -> u64 {
+        self.context.model().bytes()
     }
 
     /// Positions held.

@@ -7,7 +7,7 @@ mod world;
 use std::time::Duration;
 
 use node::{PeerBook, Proto, Transfer, TransferError, transfer::Limits};
-use shard_registry::{Store, blobs::encoded_len};
+use shard_registry::{ShardKind, Store, blobs::encoded_len};
 use swarm_proto::{Ask, Give, Hash, LayerRange, Peer, ShardId, encode_frame};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -15,7 +15,7 @@ use tokio::{
 };
 use world::{
     BIG, DEADLINE, Described, ask_once, fetch, frame, is_right, knows, network, next_give, parts,
-    peer, seed, serve_badly, world,
+    peer, seed, serve_badly, world, world_of_experts,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -376,4 +376,35 @@ async fn a_shard_that_nobody_has_is_named() {
     let error = fetch(&world, &transfer, BIG).await.unwrap_err();
     assert!(matches!(error, TransferError::NoHolder { .. }), "{error}");
     assert!(error.to_string().contains("layer 1"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_single_expert_is_fetched_and_read_without_the_others() {
+    let world = world_of_experts();
+    let (net, _transfer) = seed(&world, Limits::default()).await;
+    let (other, transfer, _book) = peer(&world, "other", Some(&net), Limits::default()).await;
+    knows(&other, &[net.me()]).await;
+    let kind = |expert| ShardKind::Expert { layer: 1, expert };
+    fetch(&world, &transfer, kind(2)).await.unwrap();
+    fetch(&world, &transfer, ShardKind::Layer(1)).await.unwrap();
+
+    let (name, mut here, mut there) = ("blk.1.ffn_down_exps.weight", Vec::new(), Vec::new());
+    let reader = world.store("other").reader(world.id).unwrap();
+    let all = world.store("seed").reader(world.id).unwrap();
+    reader.read_expert(name, 2, &mut here).unwrap();
+    all.read_expert(name, 2, &mut there).unwrap();
+    assert!(!here.is_empty() && here == there);
+    reader
+        .read_tensor("blk.1.ffn_gate_inp.weight", &mut here)
+        .unwrap();
+    let absent = reader.read_expert(name, 1, &mut here).unwrap_err();
+    let absent = absent.to_string();
+    assert!(
+        absent.starts_with("expert 1 of layer 1 of model"),
+        "{absent}"
+    );
+    assert!(
+        reader.read_tensor(name, &mut here).is_err(),
+        "not all of it"
+    );
 }

@@ -183,8 +183,9 @@ fn is_expert(rest: &str, tensor: &Tensor, n_expert: u16) -> bool {
         "ffn_gate_up_exps.",
     ];
     let last = tensor.dims.last().copied();
+    // Weights and biases have a row or more for each expert, scales a number.
     n_expert > 0
-        && tensor.dims.len() > 1
+        && (tensor.dims.len() > 1 || rest.ends_with(".scale"))
         && last == Some(n_expert.into())
         && tensor.bytes.is_multiple_of(n_expert.into())
         && merged.iter().any(|prefix| rest.starts_with(prefix))

@@ -228,6 +228,31 @@ impl ShardReader {
         Ok(())
     }
 
+    /// Replaces `out` by one expert's part of a tensor of all experts. Only that expert's shard has to be on this
+    /// machine.
+    ///
+    /// # Errors
+    /// As [`ShardReader::read_tensor`]; a tensor that is not one of experts has none of this expert.
+    pub fn read_expert(&self, name: &str, expert: u16, out: &mut Vec<u8>) -> Result<(), ReadError> {
+        out.clear();
+        let missing = || ReadError::NoTensor {
+            id: self.id,
+            name: format!("{name} of expert {expert}"),
+        };
+        let (index, _) = self.manifest.tensor(name).ok_or_else(missing)?;
+        let of_expert = |i: &&u32| {
+            let kind = self.manifest.shards[**i as usize].kind;
+            matches!(kind, ShardKind::Expert { expert: e, .. } if e == expert)
+        };
+        let shard = self.holders[index as usize].iter().find(of_expert);
+        let shard = *shard.ok_or_else(missing)?;
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        self.hold(shard, &mut held)?;
+        self.give(shard, index, &mut held, out);
+        held.retain(|held| held.left.contains(&true));
+        Ok(())
+    }
+
     /// Verifies one shard now, and keeps it until its tensors were read.
     ///
     /// # Errors

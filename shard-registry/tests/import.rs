@@ -11,6 +11,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use gguf::TensorType;
 use shard_registry::{Imported, Manifest, Resolved, ShardKind, Store};
 use support::Model;
 use swarm_proto::ModelId;
@@ -205,6 +206,7 @@ fn tied_and_mixed_models() {
         bytes.chunks(bytes.len() / 4).nth(2).unwrap().to_vec()
     });
     assert_eq!(expert.id.0.0, *blake3::hash(&slices.concat()).as_bytes());
+    check_experts(&store, id, &moe);
     // Replacing what an alias points at is said.
     let again = store.import(
         &dir.join("moe.gguf"),
@@ -212,6 +214,69 @@ fn tied_and_mixed_models() {
         &mut |_| {},
     );
     assert!(again.unwrap().replaced.is_some());
+}
+
+/// Every expert's part of every tensor of experts.
+fn check_experts(store: &Store, id: ModelId, model: &Model) {
+    let reader = store.reader(id).unwrap();
+    let n_expert = usize::from(store.manifest(id).unwrap().n_expert);
+    let mut out = vec![1];
+    let mut parts = 0;
+    for expert in 0..n_expert {
+        for (info, bytes) in &model.tensors {
+            if !info.name.contains("_exps.") {
+                continue;
+            }
+            reader
+                .read_expert(&info.name, expert as u16, &mut out)
+                .unwrap();
+            let part = bytes.chunks(bytes.len() / n_expert).nth(expert);
+            assert!(Some(&out[..]) == part, "{} of {expert}", info.name);
+            parts += 1;
+        }
+    }
+    assert!(parts >= 3 * n_expert);
+    for (name, expert) in [
+        ("blk.1.ffn_up_exps.weight", n_expert as u16),
+        ("blk.1.ffn_norm.weight", 0),
+        ("blk.1.x", 0),
+    ] {
+        let none = reader.read_expert(name, expert, &mut out).unwrap_err();
+        let expected = format!("has no tensor \"{name} of expert {expert}\"");
+        assert!(none.to_string().ends_with(&expected), "{none}");
+    }
+}
+
+/// What architectures have beside separate matrices: a merged gate and up, biases and scales.
+#[test]
+fn experts_have_all_their_tensors_in_one_shard() {
+    let (_temp, dir, store) = place();
+    let mut model = Model::moe(2, 4);
+    for layer in 0..2 {
+        let name = |of: &str| format!("blk.{layer}.ffn_{of}");
+        model.tensor(&name("gate_up_exps.weight"), &[32, 32, 4], TensorType::Q8_0);
+        model.tensor(&name("down_exps.bias"), &[32, 4], TensorType::F32);
+        model.tensor(&name("down_exps.scale"), &[4], TensorType::F32);
+        // These have four values too, and belong to the trunk.
+        model.tensor(&name("gate_inp.bias"), &[4], TensorType::F32);
+        model.tensor(
+            &format!("blk.{layer}.exp_probs_b.bias"),
+            &[4],
+            TensorType::F32,
+        );
+    }
+    model.write(&dir.join("all.gguf"));
+    let id = import(&store, &dir.join("all.gguf")).id;
+    check_tensors(&store, id, &model);
+    check_experts(&store, id, &model);
+    let manifest = store.manifest(id).unwrap();
+    let kind = ShardKind::Expert {
+        layer: 1,
+        expert: 3,
+    };
+    let q8 = |rows: u64| rows * 34;
+    let expected = 3 * q8(16) + q8(32) + 4 * 32 + 4;
+    assert_eq!(manifest.bytes_of(kind), expected);
 }
 
 #[test]

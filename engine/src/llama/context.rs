@@ -59,6 +59,10 @@ impl ThreadPool {
             None => Err(format!("no pool of {n_threads} threads")),
         }
     }
+
+    pub(super) fn as_ptr(&self) -> *mut sys::ggml_threadpool {
+        self.ptr.as_ptr()
+    }
 }
 
 impl Drop for ThreadPool {
@@ -161,6 +165,11 @@ impl Context {
             _model: Arc::clone(model),
             _threads: Arc::clone(threads),
         })
+    }
+
+    /// The model it is of.
+    pub(crate) fn model(&self) -> &Model {
+        &self._model
     }
 
     /// Floats in a logits row.

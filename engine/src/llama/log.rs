@@ -21,6 +21,11 @@ pub(super) fn errors(or: &str) -> String {
     if text.is_empty() { or.to_owned() } else { text }
 }
 
+/// Notes an error of our own, for a call into llama.cpp that fails with it.
+pub(super) fn error(why: &str) {
+    note(sys::GGML_LOG_LEVEL_ERROR, why);
+}
+
 /// llama.cpp's log callback.
 pub(super) unsafe extern "C" fn forward(
     level: sys::ggml_log_level,

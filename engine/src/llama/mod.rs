@@ -4,6 +4,7 @@
 //! model alive. Nothing here is `Sync`: one thread owns a stage and all of it.
 
 mod context;
+mod experts;
 mod log;
 mod model;
 #[cfg(target_os = "linux")]
@@ -14,6 +15,7 @@ mod tap;
 mod vocab;
 
 pub(crate) use context::{Context, ContextOptions, Output, Rows, ThreadPool};
+pub(crate) use experts::{ExpertCpu, ExpertDevice, ExpertWeights, Job};
 pub(crate) use model::{FileModel, Model};
 pub(crate) use quant::{dequantize_row, quantize_file, quantize_rows};
 pub(crate) use sampler::{Chain, GrammarState, Link};

@@ -224,6 +224,16 @@ impl Chain {
         chain
     }
 
+    /// One stage of all layers.
+    pub fn of(stage: LlamaStage, cuts: &[u32]) -> Chain {
+        let mut chain = Chain {
+            stages: vec![stage],
+            hops: Vec::new(),
+        };
+        chain.cut(cuts);
+        chain
+    }
+
     pub fn cut(&mut self, cuts: &[u32]) {
         self.hops = cuts.windows(2).map(|w| (0, w[0]..w[1])).collect();
     }

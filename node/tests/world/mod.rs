@@ -44,12 +44,21 @@ pub fn world() -> World {
 
 /// All layers but the first have 6 MiB.
 pub fn world_of(n_layer: u32) -> World {
-    let temp = tempfile::tempdir().unwrap();
     let mut model = Model::dense(n_layer);
     for layer in 1..n_layer {
         let name = format!("blk.{layer}.big.weight");
         model.tensor(&name, &[32, 49_152], TensorType::F32);
     }
+    world_with(&model)
+}
+
+/// Of two layers of four experts each.
+pub fn world_of_experts() -> World {
+    world_with(&Model::moe(2, 4))
+}
+
+fn world_with(model: &Model) -> World {
+    let temp = tempfile::tempdir().unwrap();
     model.write(&temp.path().join("model.gguf"));
     let store = Store::open(&temp.path().join("seed")).unwrap();
     let id = store

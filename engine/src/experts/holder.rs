@@ -1,0 +1,198 @@
+//! Holds experts and computes rows with them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::message::{ExpertCall, ExpertError, ExpertReply, Group};
+use super::tensors::{ExpertLayout, ExpertSource};
+use crate::llama::{ExpertCpu, ExpertWeights, Job};
+
+/// What a holder has and has done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HolderStats {
+    /// Experts held.
+    pub experts: u32,
+    /// Bytes of their tensors.
+    pub tensor_bytes: u64,
+    /// Calls that were answered.
+    pub calls: u64,
+    /// Rows that went through experts, counted once for each.
+    pub rows: u64,
+}
+
+/// Experts of a model on this machine. It has no sessions: a call is all it
+/// needs to know.
+pub struct ExpertHolder {
+    layout: Arc<ExpertLayout>,
+    experts: BTreeMap<(u32, u32), ExpertWeights>,
+    cpu: ExpertCpu,
+    stats: HolderStats,
+}
+
+impl ExpertHolder {
+    /// A holder of nothing yet.
+    ///
+    /// # Errors
+    /// The system has no threads left.
+    pub fn new(layout: Arc<ExpertLayout>, n_threads: u32) -> Result<ExpertHolder, ExpertError> {
+        let cpu = ExpertCpu::new(n_threads.clamp(1, 512)).map_err(ExpertError::Backend)?;
+        Ok(ExpertHolder {
+            layout,
+            experts: BTreeMap::new(),
+            cpu,
+            stats: HolderStats::default(),
+        })
+    }
+
+    /// Reads an expert and holds it; one that is held is read again.
+    ///
+    /// # Errors
+    /// The model has no such expert, its bytes cannot be had, or its type is not
+    /// computed here.
+    pub fn load(
+        &mut self,
+        layer: u32,
+        expert: u32,
+        source: &dyn ExpertSource,
+    ) -> Result<(), ExpertError> {
+        let slices = self.layout.slices(layer);
+        let slices = slices.filter(|_| expert < self.layout.n_expert());
+        let slices = slices.ok_or(ExpertError::NotHeld { layer, expert })?;
+        let mut weights = ExpertWeights::new().map_err(ExpertError::Backend)?;
+        let mut bytes = Vec::new();
+        for (what, slice) in slices {
+            let failed = |why: String| {
+                let why = format!("tensor `{}` of expert {expert}: {why}", slice.name);
+                ExpertError::Backend(why)
+            };
+            source
+                .read_expert(&slice.name, expert, &mut bytes)
+                .map_err(|why| failed(why.to_string()))?;
+            weights
+                .add(*what, slice.ty, [slice.columns, slice.rows], &bytes)
+                .map_err(failed)?;
+        }
+        self.experts.insert((layer, expert), weights);
+        self.count();
+        Ok(())
+    }
+
+    /// Holds an expert no more; whether it did.
+    pub fn unload(&mut self, layer: u32, expert: u32) -> bool {
+        let held = self.experts.remove(&(layer, expert)).is_some();
+        self.count();
+        held
+    }
+
+    /// Whether it holds an expert.
+    pub fn holds(&self, layer: u32, expert: u32) -> bool {
+        self.experts.contains_key(&(layer, expert))
+    }
+
+    /// What it has and has done.
+    pub fn stats(&self) -> HolderStats {
+        self.stats.clone()
+    }
+
+    fn count(&mut self) {
+        self.stats.experts = self.experts.len() as u32;
+        self.stats.tensor_bytes = self.experts.values().map(ExpertWeights::bytes).sum();
+    }
+
+    /// Answers several calls in one go, each as if it were alone, bit for bit:
+    /// rows of different calls meet the same weights one after the other and
+    /// share no operation.
+    pub fn compute(&mut self, calls: &[ExpertCall]) -> Vec<Result<ExpertReply, ExpertError>> {
+        let checked: Vec<_> = calls.iter().map(|call| self.check(call)).collect();
+        // By expert, so that its weights come from memory once.
+        let mut order: Vec<(u32, u32, usize, usize)> = Vec::new();
+        for (at, call) in calls.iter().enumerate() {
+            if checked[at].is_ok() {
+                let groups = call.groups.iter().enumerate();
+                order.extend(groups.map(|(i, group)| (call.layer, group.expert, at, i)));
+            }
+        }
+        order.sort_unstable();
+        let jobs: Vec<Job<'_>> = order
+            .iter()
+            .filter_map(|&(layer, expert, at, i)| {
+                let weights = self.experts.get(&(layer, expert))?;
+                Some(job(weights, &calls[at], calls[at].groups.get(i)?))
+            })
+            .collect();
+        let computed = match jobs.is_empty() {
+            true => Ok(Vec::new()),
+            false => self.cpu.run(&jobs),
+        };
+        let mut rows: BTreeMap<(usize, usize), Vec<f32>> = BTreeMap::new();
+        let why = match computed {
+            Ok(computed) => {
+                let at = order.iter().map(|&(.., at, i)| (at, i));
+                rows.extend(at.zip(computed));
+                None
+            }
+            Err(why) => Some(ExpertError::Backend(why)),
+        };
+        let mut answers = Vec::with_capacity(calls.len());
+        for (at, (call, checked)) in calls.iter().zip(checked).enumerate() {
+            answers.push(checked.and_then(|()| match &why {
+                Some(why) => Err(why.clone()),
+                None => Ok(self.reply(at, call, &mut rows)),
+            }));
+        }
+        answers
+    }
+
+    fn reply(
+        &mut self,
+        at: usize,
+        call: &ExpertCall,
+        computed: &mut BTreeMap<(usize, usize), Vec<f32>>,
+    ) -> ExpertReply {
+        let groups = 0..call.groups.len();
+        let rows: Vec<f32> = groups
+            .flat_map(|i| computed.remove(&(at, i)).unwrap_or_default())
+            .collect();
+        self.stats.calls += 1;
+        self.stats.rows += call.rows_out() as u64;
+        ExpertReply { rows }
+    }
+
+    fn check(&self, call: &ExpertCall) -> Result<(), ExpertError> {
+        call.check()?;
+        let layer = call.layer;
+        if call.n_embd != self.layout.n_embd() {
+            let (asked, held) = (call.n_embd, self.layout.n_embd());
+            return Err(ExpertError::Call(format!("rows of {asked}, not {held}")));
+        }
+        for &Group { expert, .. } in &call.groups {
+            if !self.holds(layer, expert) {
+                return Err(ExpertError::NotHeld { layer, expert });
+            }
+        }
+        let (asked, held) = (call.form.parts, self.layout.parts(layer));
+        if asked != held {
+            return Err(ExpertError::OtherTensors { layer, asked, held });
+        }
+        if call.form.activation.gated() != self.layout.gated(layer) {
+            let why = format!("{:?} with {held}", call.form.activation);
+            return Err(ExpertError::Call(why));
+        }
+        Ok(())
+    }
+}
+
+fn job<'a>(weights: &'a ExpertWeights, call: &ExpertCall, group: &Group) -> Job<'a> {
+    let n_embd = call.n_embd as usize;
+    let picked = group.rows.iter();
+    let rows = picked
+        .flat_map(|&row| &call.hidden[row as usize * n_embd..][..n_embd])
+        .copied()
+        .collect();
+    Job {
+        weights,
+        form: call.form,
+        rows,
+        n_embd,
+    }
+}
