@@ -196,3 +196,148 @@ fn job<'a>(weights: &'a ExpertWeights, call: &ExpertCall, group: &Group) -> Job<
         n_embd,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use gguf::{Header, TensorInfo, TensorType, Value};
+
+    use super::super::message::{Activation, Form};
+    use super::*;
+
+    const N: usize = 32;
+    const N_FF: usize = 64;
+
+    /// Weights from a formula: tensor, expert, index.
+    struct Formula;
+
+    fn weight(name: &str, expert: u32, i: usize) -> f32 {
+        let seed = name.len() as f32 + 3.0 * expert as f32;
+        (seed + 0.37 * i as f32).sin() * 0.4
+    }
+
+    impl ExpertSource for Formula {
+        fn read_expert(&self, name: &str, expert: u32, out: &mut Vec<u8>) -> std::io::Result<()> {
+            out.clear();
+            let values = (0..N * N_FF).map(|i| weight(name, expert, i));
+            values.for_each(|value| out.extend(value.to_le_bytes()));
+            Ok(())
+        }
+    }
+
+    fn header(parts: &[&str]) -> Header {
+        let tensor = |part: &&str| {
+            let (columns, rows) = if *part == "down" {
+                (N_FF, N)
+            } else {
+                (N, N_FF)
+            };
+            TensorInfo {
+                name: format!("blk.0.ffn_{part}_exps.weight"),
+                dims: vec![columns as u64, rows as u64, 2],
+                ty: TensorType::F32,
+                offset: 0,
+            }
+        };
+        let kv: Vec<(String, Value)> = vec![
+            ("general.architecture".into(), "x".into()),
+            ("x.embedding_length".into(), (N as u32).into()),
+            ("x.expert_count".into(), 2u32.into()),
+        ];
+        let tensors = parts.iter().map(tensor).collect();
+        Header::new(gguf::ALIGNMENT_DEFAULT, kv, tensors).unwrap()
+    }
+
+    fn product(part: &str, row: &[f32], rows: usize) -> Vec<f32> {
+        let name = format!("blk.0.ffn_{part}_exps.weight");
+        let dot = |r: usize| -> f32 {
+            let weights = (0..row.len()).map(|c| weight(&name, 1, r * row.len() + c));
+            weights.zip(row).map(|(w, x)| w * x).sum()
+        };
+        (0..rows).map(dot).collect()
+    }
+
+    fn sigmoid(x: f32) -> f32 {
+        1.0 / (1.0 + (-x).exp())
+    }
+
+    fn gelu(x: f32) -> f32 {
+        0.5 * x * (1.0 + (0.797_884_6 * x * (1.0 + 0.044715 * x * x)).tanh())
+    }
+
+    /// As the activation's own documentation has it.
+    fn expected(activation: Activation, gate: f32, up: f32) -> f32 {
+        match activation {
+            Activation::SwiGlu => gate * sigmoid(gate) * up,
+            Activation::GeGlu | Activation::GeGluErf | Activation::GeGluQuick => gelu(gate) * up,
+            Activation::ReGlu => gate.max(0.0) * up,
+            Activation::SwiGluOai { alpha, limit } => {
+                let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+                gate * sigmoid(alpha * gate) * (up + 1.0)
+            }
+            Activation::SwiGluClamp { limit } => {
+                let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+                gate * sigmoid(gate) * up
+            }
+            Activation::SiluLimited { limit } => {
+                (gate * sigmoid(gate)).min(limit) * up.clamp(-limit, limit)
+            }
+            Activation::Silu => up * sigmoid(up),
+            Activation::Gelu => gelu(up),
+            Activation::Relu => up.max(0.0),
+            Activation::ReluSquared => up.max(0.0).powi(2),
+        }
+    }
+
+    #[test]
+    fn every_activation_is_what_it_says() {
+        let limit = 0.6;
+        let gated = [
+            Activation::SwiGlu,
+            Activation::GeGlu,
+            Activation::ReGlu,
+            Activation::GeGluErf,
+            Activation::GeGluQuick,
+            Activation::SwiGluOai { alpha: 1.7, limit },
+            Activation::SwiGluClamp { limit },
+            Activation::SiluLimited { limit },
+        ];
+        let plain = [
+            Activation::Silu,
+            Activation::Gelu,
+            Activation::Relu,
+            Activation::ReluSquared,
+        ];
+        for activation in gated.into_iter().chain(plain) {
+            let parts: &[&str] = match activation.gated() {
+                true => &["gate", "up", "down"],
+                false => &["up", "down"],
+            };
+            let layout = Arc::new(ExpertLayout::new(&header(parts)).unwrap());
+            let parts = layout.parts(0);
+            let mut holder = ExpertHolder::new(layout, 1).unwrap();
+            holder.load(0, 1, &Formula).unwrap();
+            let hidden: Vec<f32> = (0..N).map(|i| (1.3 * i as f32).cos()).collect();
+            let call = ExpertCall {
+                layer: 0,
+                form: Form { activation, parts },
+                n_embd: N as u32,
+                groups: vec![Group {
+                    expert: 1,
+                    rows: vec![0],
+                }],
+                hidden: hidden.clone(),
+            };
+            let got = holder.compute(&[call]).remove(0).unwrap().rows;
+            let (gate, up) = (product("gate", &hidden, N_FF), product("up", &hidden, N_FF));
+            let inner: Vec<f32> = gate
+                .iter()
+                .zip(&up)
+                .map(|(gate, up)| expected(activation, *gate, *up))
+                .collect();
+            for (got, expected) in got.iter().zip(product("down", &inner, N)) {
+                let near = (got - expected).abs() < 0.05 + 0.03 * expected.abs();
+                assert!(near, "{activation:?}: {got}, {expected} expected");
+            }
+        }
+    }
+}
