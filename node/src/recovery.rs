@@ -8,10 +8,10 @@
 //!
 //! Nothing is lost: the client knows every token, the hops that are left know what they computed.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use shard_registry::Snapshot;
-use swarm_proto::{Advert, Fault, Hop, LayerRange, ModelId, Peer, Want};
+use swarm_proto::{Fault, Hop, LayerRange, ModelId, Peer, Want};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::{
@@ -476,12 +476,12 @@ impl Blame {
 /// The adverts as they would be if the kept hops were the only holders of their layers, with room for
 /// this session, which they have already.
 fn keeping(snapshot: &Snapshot, model: &ModelId, keep: &[Hop]) -> Snapshot {
-    let advert = |advert: &Arc<Advert>| {
-        let mut advert = Advert::clone(advert);
+    snapshot.with(|advert| {
+        let peer = advert.peer;
         for of_model in advert.models.iter_mut().filter(|m| m.model == *model) {
             let ours: Vec<LayerRange> = keep
                 .iter()
-                .filter(|hop| hop.peer == advert.peer)
+                .filter(|hop| hop.peer == peer)
                 .map(|hop| hop.layers)
                 .collect();
             let mut live: Vec<LayerRange> = of_model.live.clone();
@@ -497,11 +497,7 @@ fn keeping(snapshot: &Snapshot, model: &ModelId, keep: &[Hop]) -> Snapshot {
             }
             of_model.live = live;
         }
-        Arc::new(advert)
-    };
-    Snapshot {
-        adverts: snapshot.adverts.iter().map(advert).collect(),
-    }
+    })
 }
 
 fn without(span: LayerRange, hole: LayerRange) -> impl Iterator<Item = LayerRange> {

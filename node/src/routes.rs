@@ -454,12 +454,9 @@ impl Routes {
 
 /// The same peers, with room for any session.
 fn idle(snapshot: &Snapshot) -> Snapshot {
-    let idle = |advert: &Arc<Advert>| {
-        let mut advert = Advert::clone(advert);
+    snapshot.with(|advert| {
         for model in &mut advert.models {
             model.free_cells = FREE_CELLS_IDLE;
         }
-        Arc::new(advert)
-    };
-    Snapshot::new(snapshot.adverts.iter().map(idle).collect())
+    })
 }

@@ -13,6 +13,8 @@ use swarm_proto::{
     Advert, AdvertError, LayerRange, ModelAdvert, ModelId, Peer, SignedAdvert, SwarmId,
 };
 
+use crate::route::links::Cell;
+
 /// Most peers: what one snapshot can carry.
 pub const PEERS_MAX: usize = 4096;
 /// How far the clocks of two honest machines may be apart.
@@ -63,6 +65,8 @@ pub struct AdvertTable {
     peers: BTreeMap<Peer, Entry>,
     /// The newest seq of peers that left or expired, so that their old adverts do not come back.
     gone: HashMap<Peer, Gone>,
+    /// What plans have looked up, for the plans to come.
+    links: Arc<Cell>,
 }
 
 #[derive(Debug)]
@@ -85,6 +89,8 @@ struct Gone {
 pub struct Snapshot {
     /// Each peer's advert, sorted by peer.
     pub adverts: Vec<Arc<Advert>>,
+    /// What the planner has looked up in them.
+    pub(crate) links: Arc<Cell>,
 }
 
 /// Who holds which layer of a model.
@@ -101,6 +107,7 @@ impl AdvertTable {
             swarm,
             peers: BTreeMap::new(),
             gone: HashMap::new(),
+            links: Arc::default(),
         }
     }
 
@@ -193,7 +200,10 @@ impl AdvertTable {
     /// What has not expired, to plan with.
     pub fn snapshot(&self, now_ms: u64) -> Snapshot {
         let live = self.live(now_ms);
-        Snapshot::new(live.map(|entry| Arc::clone(&entry.advert)).collect())
+        Snapshot {
+            adverts: live.map(|entry| Arc::clone(&entry.advert)).collect(),
+            links: Arc::clone(&self.links),
+        }
     }
 
     /// What has not expired, to pass on: not of those who are unreachable, who are probably gone.
@@ -231,7 +241,26 @@ impl Snapshot {
     pub fn new(mut adverts: Vec<Arc<Advert>>) -> Snapshot {
         adverts.sort_unstable_by_key(|advert| advert.peer);
         adverts.dedup_by_key(|advert| advert.peer);
-        Snapshot { adverts }
+        Snapshot {
+            adverts,
+            links: Arc::default(),
+        }
+    }
+
+    /// The same peers as they would be if they said something else: what `change` makes of each advert, which
+    /// stays its peer's.
+    pub fn with(&self, change: impl Fn(&mut Advert)) -> Snapshot {
+        let changed = |advert: &Arc<Advert>| {
+            let mut changed = Advert::clone(advert);
+            change(&mut changed);
+            changed.peer = advert.peer;
+            Arc::new(changed)
+        };
+        Snapshot {
+            adverts: self.adverts.iter().map(changed).collect(),
+            // What is looked up in these is not for those.
+            links: Arc::new(self.links.fork()),
+        }
     }
 
     /// What a peer says.

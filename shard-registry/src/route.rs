@@ -20,16 +20,23 @@ use std::{fmt::Write as _, time::Duration};
 
 use swarm_proto::{Advert, Hop, LayerRange, ModelAdvert, ModelId, Peer};
 
+mod crowd;
 mod index;
+pub(crate) mod links;
 mod reasons;
+#[cfg(test)]
+mod reference;
+mod rooms;
 mod search;
 mod standby;
 mod table;
+#[cfg(test)]
+mod tests;
 
 pub use self::reasons::{NoStandby, Other, Parts, Priced, WhyNot, others, price, why_no_standby};
 pub use self::standby::standbys;
 use self::{
-    search::{Found, Search},
+    search::Search,
     table::{Table, claim, room, usable},
 };
 use crate::adverts::Snapshot;
@@ -45,9 +52,9 @@ pub const SEEN_FACTOR: f32 = 2.0;
 const HOP_SHARE: f64 = 0.03;
 /// Draws of the jitter that may each ask for more hops before the cheapest route is taken.
 const DRAWS_MAX: u64 = 8;
-/// Holders of a layer that are looked at: the best by themselves. Where a layer has no more than that
-/// the route is the cheapest there is.
-const HOLDERS_MAX: usize = 32;
+/// Holders of a layer, the best by themselves, among whom the jitter draws.
+const DRAWN_AMONG: usize = 32;
+
 /// What is asked of the planner.
 #[derive(Debug, Clone)]
 pub struct Query<'a> {
@@ -156,7 +163,7 @@ impl NoRoute {
 /// Some layer has no usable holder; says which.
 pub fn plan(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
     let table = table(snapshot, query)?;
-    let found = Search::new(&table, query.n_layer).run(&table.prices);
+    let found = Search::new(&table, snapshot, query).run(&table.prices);
     let found = found.ok_or_else(|| explain(snapshot, query, Vec::new()))?;
     Ok(table.route(&found.hops, found.ns))
 }
@@ -169,24 +176,26 @@ pub fn plan(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
 /// As [`plan`].
 pub fn spread(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
     let table = table(snapshot, query)?;
-    let mut search = Search::new(&table, query.n_layer);
-    let mut run = |query: &Query| -> Result<Found, NoRoute> {
-        let found = search.run(&table.prices_by(query));
-        found.ok_or_else(|| explain(snapshot, query, Vec::new()))
-    };
+    let mut search = Search::new(&table, snapshot, query);
+    let none = || explain(snapshot, query, Vec::new());
     let calm = Query {
         jitter: 0.0,
         ..query.clone()
     };
-    let mut chosen = run(&calm)?;
-    let least = Duration::from_nanos(chosen.ns);
+    let prices = table.prices_by(&calm);
+    let mut some = search.best(&prices, DRAWN_AMONG);
+    // What the cheapest costs, near enough for a share of it.
+    let about = search.among(&prices, &some);
+    let about = about.or_else(|| search.run(&prices)).ok_or_else(none)?;
+    let least = Duration::from_nanos(about.ns);
     let hop_extra = query.hop_extra + least.mul_f64(HOP_SHARE);
-    if chosen.hops.len() > 1 {
-        let best = Query {
-            hop_extra,
-            ..calm.clone()
-        };
-        chosen = run(&best)?;
+    let best = Query {
+        hop_extra,
+        ..calm.clone()
+    };
+    let mut chosen = search.run(&table.prices_by(&best)).ok_or_else(none)?;
+    for (peer, _) in &chosen.hops {
+        some[*peer] = true;
     }
     for draw in 0..DRAWS_MAX {
         let drawn = Query {
@@ -194,20 +203,22 @@ pub fn spread(snapshot: &Snapshot, query: &Query) -> Result<Route, NoRoute> {
             seed: query.seed.wrapping_add(draw),
             ..query.clone()
         };
-        let found = run(&drawn)?;
+        let found = search
+            .among(&table.prices_by(&drawn), &some)
+            .ok_or_else(none)?;
         if found.hops.len() <= chosen.hops.len() {
             chosen = found;
             break;
         }
     }
-    let ns = table.cost(&chosen.hops, &table.prices_by(&calm));
+    let ns = table.cost(&chosen.hops, &prices);
     Ok(table.route(&chosen.hops, ns))
 }
 
 /// What the planner would say that a given route costs; `None` when it uses a peer or layer that it
 /// would not.
 pub fn estimate(snapshot: &Snapshot, query: &Query, hops: &[Hop]) -> Option<Duration> {
-    let table = Table::whole(snapshot, query);
+    let table = Table::of(snapshot, query);
     let route = table.find(hops).filter(|route| !route.is_empty())?;
     let ns = table.cost(&route, &table.prices);
     Some(Duration::from_nanos(ns))
@@ -215,8 +226,8 @@ pub fn estimate(snapshot: &Snapshot, query: &Query, hops: &[Hop]) -> Option<Dura
 
 /// The holders to search among, of every layer at least one.
 fn table<'a>(snapshot: &'a Snapshot, query: &Query) -> Result<Table<'a>, NoRoute> {
-    let table = Table::new(snapshot, query);
-    let missing = table.missing();
+    let table = Table::of(snapshot, query);
+    let missing = table.missing(query.n_layer);
     if missing.is_empty() && query.n_layer > 0 {
         Ok(table)
     } else {

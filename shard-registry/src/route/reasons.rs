@@ -119,13 +119,13 @@ pub enum NoStandby {
 
 /// What the planner counts for each hop of a route; `None` when it uses a peer or layer that may not be used.
 pub fn price(snapshot: &Snapshot, query: &Query, hops: &[Hop]) -> Option<Priced> {
-    let table = Table::whole(snapshot, query);
+    let table = Table::of(snapshot, query);
     table.price(&table.find(hops)?, query)
 }
 
 /// Everybody who names the model and is not on `hops`, with the reason; without a route too.
 pub fn others(snapshot: &Snapshot, query: &Query, hops: Option<&[Hop]>) -> Vec<Other> {
-    let table = Table::whole(snapshot, query);
+    let table = Table::of(snapshot, query);
     let route = hops.and_then(|hops| table.find(hops));
     let off = |advert: &&Advert| {
         !hops
@@ -265,7 +265,7 @@ pub fn why_no_standby(snapshot: &Snapshot, query: &Query, hops: &[Hop], at: usiz
     let Some(hop) = hops.get(at) else {
         return NoStandby::NobodyElse;
     };
-    let peers = usable_peers(snapshot, query);
+    let peers = usable_peers(snapshot, query, |_| true);
     let bits = snapshot.of_model(&hop.peer, &query.model);
     let bits = bits.map(|model| model.numerics);
     let off = |peer: &&Usable| !hops.iter().any(|hop| hop.peer == peer.advert.peer);

@@ -1,15 +1,51 @@
-//! The search itself: layer by layer, for each holder the cheapest way to have that layer computed by it.
+//! The search itself: boundary by boundary, for each holder of the next layer the cheapest way to have it
+//! computed by it, over everybody who may be used.
 //!
-//! A way goes on with the hop it ends with, or hands the rows over and begins another. A hop that is
-//! cheaper now may run out of room earlier, so a peer has several open hops where its room is short.
-//! Most holders go on: whether handing over could be cheaper at all is seen from two sums.
+//! ```text
+//! those who computed layer l-1 ─▶ push what handing over costs to the takers they measured, the nearest first
+//!                              └▶ the few cheapest for any other taker
+//! each holder of layer l       ─▶ goes on with its hop, or begins one with the cheapest giver
+//! ```
+//!
+//! A cost is one word, so that the cheaper of two is a minimum and no branch: ns, then hops, then who gives.
+//! It gives what a search of every way gives. Where room is short a way may use up the room of a peer that is
+//! needed behind it (see [`rooms`](super::rooms)), and where very many hold a layer not every way is followed (see
+//! [`crowd`](super::crowd)).
+
+use std::sync::Arc;
 
 use swarm_proto::LayerRange;
 
-use super::table::{Holder, Known, Price, Table};
+use super::{
+    Query,
+    crowd::{CROWD, Crowd, FEW},
+    links::{Links, SEATS_MAX},
+    rooms::Rooms,
+    table::{Price, Table, Usable, half, servers},
+};
+use crate::adverts::Snapshot;
 
-/// Givers of a layer that are kept at hand, the cheapest for any taker first.
+/// Givers of a boundary that are kept at hand, the cheapest for any taker first.
 const GIVERS: usize = 4;
+/// Bits of who gives: a seat, counted from 1.
+const WHO_BITS: u32 = (SEATS_MAX + 1).trailing_zeros();
+const WHO: u64 = (1 << WHO_BITS) - 1;
+/// One hop. Of more than 63 each 64 count as a nanosecond: it decides nothing.
+const HOP: u64 = 1 << WHO_BITS;
+const NS_BITS: u32 = WHO_BITS + 6;
+/// No way: more than any, and what is added to it before it is looked at does not wrap.
+pub(super) const NONE: u64 = 1 << 62;
+/// Who gives where the client does.
+const CLIENT: u16 = 0;
+
+pub(super) fn word(ns: u64) -> u64 {
+    ns << NS_BITS
+}
+
+/// Who gives.
+fn giver(word: u64) -> Option<u16> {
+    ((word & WHO) as u16).checked_sub(1)
+}
 
 /// The cheapest way: who computes which layers, and what it costs.
 pub(super) struct Found {
@@ -17,230 +53,189 @@ pub(super) struct Found {
     pub(super) ns: u64,
 }
 
-/// Where the rows of a hop come from.
+/// What a search reads of a peer, in one cache line.
 #[derive(Clone, Copy)]
-enum From {
-    Client,
-    Peer(u32),
+#[repr(align(64))]
+pub(super) struct Node {
+    pub(super) layer: u64,
+    pub(super) half: u64,
+    pub(super) send: u64,
+    /// Being entered, with the hop.
+    pub(super) enter: u64,
+    /// The cheapest way on which it computed the layer before the boundary.
+    pub(super) cost: u64,
+    /// Where its ways are, less the first layer it holds.
+    ways: u32,
+    /// Where the hop of that way began.
+    pub(super) start: u16,
+    /// Where the layers end that it holds from there on.
+    pub(super) until: u16,
+    /// Layers that it has room for.
+    pub(super) room: u16,
+    /// It has no room for all that it holds.
+    pub(super) short: bool,
 }
 
-/// A hop that may still grow.
-struct Open {
-    start: u16,
-    /// The layer that its peer has no room for any more, or does not hold.
-    end: u16,
-    /// What it would cost on to the end of the model: so the hops of one peer compare, whatever their
-    /// length.
-    whole: Cost,
-}
+const NOBODY: Node = Node {
+    layer: 0,
+    half: 0,
+    send: 0,
+    enter: 0,
+    cost: NONE,
+    ways: 0,
+    start: 0,
+    until: 0,
+    room: 0,
+    short: false,
+};
 
-impl Open {
-    /// At least as cheap and as long.
-    fn beats(&self, other: &Open) -> bool {
-        self.whole <= other.whole && self.end >= other.end
-    }
-}
-
-/// Adds a hop, unless an earlier one is as cheap and as long; drops those that will never be better.
-fn begin(open: &mut Vec<Open>, new: Open) {
-    if !open.iter().any(|old| old.beats(&new)) {
-        open.retain(|old| !new.beats(old));
-        open.push(new);
-    }
-}
-
-/// The cheapest way to each layer and peer that computes it, as far as it has been searched.
-#[derive(Default)]
-struct Ways {
-    /// For each peer where its ways are, less the first layer it holds.
-    at: Vec<usize>,
-    /// Where the peer's hop began, and for a hop that began there: from whom.
-    ways: Vec<(u16, From)>,
-}
+/// Of a peer and a layer it computes: where its hop began and, where one begins, who gave.
+pub(super) struct Ways(Vec<(u16, u16)>);
 
 impl Ways {
-    /// Room for each peer's layers, from the first that it holds to the last.
-    fn of(table: &Table, n_layer: u16) -> Self {
-        let (mut at, mut len) = (Vec::with_capacity(table.peers.len()), usize::from(n_layer));
-        for peer in &table.peers {
-            let first = peer.live.first().map_or(0, |span| span.start.min(n_layer));
-            let last = peer.live.last().map_or(0, |span| span.end.min(n_layer));
-            at.push(len - usize::from(first));
-            len += usize::from(last - first);
-        }
-        Self {
-            at,
-            ways: vec![(0, From::Client); len],
-        }
+    fn at(nodes: &[Node], seat: u16, layer: u16) -> usize {
+        nodes[usize::from(seat)].ways.wrapping_add(layer.into()) as usize
     }
 
-    fn get(&mut self, layer: u16, peer: usize) -> &mut (u16, From) {
-        &mut self.ways[self.at[peer] + usize::from(layer)]
-    }
-
-    /// The hops of the way on which `peer` computes the layer before `end`, the last one first.
-    fn hops(&self, peer: usize, end: u16) -> impl Iterator<Item = (usize, LayerRange)> {
-        let mut next = Some((peer, end));
+    /// The hops of the way on which `seat` computes the layer before `end`, the last one first.
+    pub(super) fn hops(
+        &self,
+        nodes: &[Node],
+        seat: u16,
+        end: u16,
+    ) -> impl Iterator<Item = (u16, LayerRange)> {
+        let mut next = Some((seat, end));
         std::iter::from_fn(move || {
-            let (peer, end) = next?;
-            let start = self.ways[self.at[peer] + usize::from(end) - 1].0;
-            next = match self.ways[self.at[peer] + usize::from(start)].1 {
-                From::Client => None,
-                From::Peer(giver) => Some((giver as usize, start)),
-            };
-            Some((peer, LayerRange { start, end }))
+            let (seat, end) = next?;
+            let start = self.0[Self::at(nodes, seat, end - 1)].0;
+            let giver = self.0[Self::at(nodes, seat, start)].1;
+            next = (giver != CLIENT).then(|| (giver - 1, start));
+            Some((seat, LayerRange { start, end }))
         })
     }
-
-    /// Layers that `peer` has on the way to `giver`.
-    fn taken(&self, peer: usize, giver: From, layer: u16) -> usize {
-        let From::Peer(giver) = giver else { return 0 };
-        let of_peer = self
-            .hops(giver as usize, layer)
-            .filter(|(other, _)| *other == peer);
-        of_peer.map(|(_, layers)| usize::from(layers.len())).sum()
-    }
 }
 
-/// What a search reads of a peer.
-struct Node {
-    layer_ns: u64,
-    half_ns: u64,
-    send_ns: u64,
-    enter_ns: u64,
-    /// No measured delay to it is shorter.
-    least_ns: u64,
-    room: usize,
-    /// It has room for all that it holds.
-    roomy: bool,
-}
-
-/// Who computed the layer before, and may hand the rows over.
+/// Who computed the layer before a boundary, and what handing over costs.
 struct Givers {
-    who: Vec<u32>,
-    /// What it cost up to there; none for everybody else.
-    cost: Vec<Cost>,
+    seats: Vec<u16>,
+    /// By seat, with the delay aside; none for everybody else.
+    given: Vec<u64>,
     /// The cheapest for any taker whose delay was not measured.
-    best: [(Cost, u32); GIVERS],
-    /// What the cheapest costs, its delay aside.
-    least_ns: u64,
-    /// For which turn a giver's delay was looked at last.
-    looked: Vec<u32>,
-    turn: u32,
+    at_hand: [u64; GIVERS],
+    /// By seat, to which of those at hand the delay was measured: a bit for each.
+    measured: Vec<u8>,
 }
 
 impl Givers {
-    const NOBODY: [(Cost, u32); GIVERS] = [(Cost::NONE, u32::MAX); GIVERS];
-
     fn of(n: usize) -> Self {
         Self {
-            who: Vec::with_capacity(n),
-            cost: vec![Cost::NONE; n],
-            best: Self::NOBODY,
-            least_ns: u64::MAX,
-            looked: vec![0; n],
-            turn: 0,
+            seats: Vec::with_capacity(n),
+            given: vec![NONE; n],
+            at_hand: [NONE; GIVERS],
+            measured: vec![0; n],
         }
     }
 
     fn clear(&mut self) {
-        for p in self.who.drain(..) {
-            self.cost[p as usize] = Cost::NONE;
+        for seat in self.seats.drain(..) {
+            self.given[usize::from(seat)] = NONE;
         }
-        self.best = Self::NOBODY;
-        self.least_ns = u64::MAX;
+        self.at_hand = [NONE; GIVERS];
     }
 
-    fn add(&mut self, p: u32, cost: Cost, node: &Node) {
-        self.who.push(p);
-        self.cost[p as usize] = cost;
-        self.least_ns = self.least_ns.min(cost.ns.saturating_add(node.send_ns));
-        let mut new = (node.given(cost), p);
-        for slot in &mut self.best {
-            if new < *slot {
-                std::mem::swap(&mut new, slot);
+    /// Notes, or forgets, who was measured by those at hand.
+    fn mark(&mut self, links: &Links, note: bool) {
+        for (bit, given) in self.at_hand.iter().enumerate() {
+            let Some(giver) = giver(*given) else { break };
+            for link in links.takers(giver) {
+                let measured = &mut self.measured[usize::from(link.to)];
+                *measured = if note { *measured | 1 << bit } else { 0 };
             }
         }
     }
 
-    /// Handing over to `taker` costs no less.
-    fn bound(&self, taker: &Node) -> u64 {
-        let measured = self.least_ns.saturating_add(taker.least_ns);
-        let estimated = self.best[0].0.ns.saturating_add(taker.half_ns);
-        measured.min(estimated).saturating_add(taker.enter_ns)
-    }
-
-    /// The cheapest way to hand rows over to `q`.
-    fn hand_over(&mut self, q: usize, known: &[Known], nodes: &[Node]) -> Option<(Cost, From)> {
-        let taker = &nodes[q];
-        let mut best: Option<(Cost, u32)> = None;
-        let mut offer = |cost: Cost, p: u32| {
-            if best.is_none_or(|(least, _)| cost < least) {
-                best = Some((cost, p));
-            }
-        };
-        self.turn += 1;
-        self.looked[q] = self.turn;
-        for known in known {
-            let p = known.giver as usize;
-            self.looked[p] = self.turn;
-            if self.cost[p] != Cost::NONE {
-                let ns = nodes[p].send_ns + known.ns() + taker.enter_ns;
-                offer(self.cost[p].hop(ns), known.giver);
+    fn add(&mut self, seat: u16, node: &Node) {
+        let given = (node.cost + node.send) | (u64::from(seat) + 1);
+        self.seats.push(seat);
+        self.given[usize::from(seat)] = given;
+        let mut new = given + node.half;
+        if new < self.at_hand[GIVERS - 1] {
+            for slot in &mut self.at_hand {
+                if new < *slot {
+                    std::mem::swap(&mut new, slot);
+                }
             }
         }
-        let free = |p: u32| self.looked[p as usize] != self.turn;
-        let at_hand = self.best.iter().filter(|(cost, _)| *cost != Cost::NONE);
-        let found = at_hand.clone().find(|(_, p)| free(*p)).copied();
-        let found = found.or_else(|| {
-            // Only where all that are at hand are known, and there are others.
-            let others = (at_hand.count() == GIVERS).then_some(&self.who[..]);
-            let others = others.unwrap_or_default().iter().filter(|p| free(**p));
-            let given = |p: u32| nodes[p as usize].given(self.cost[p as usize]);
-            others.map(|p| (given(*p), *p)).min()
-        });
-        if let Some((cost, p)) = found {
-            offer(cost.hop(taker.half_ns + taker.enter_ns), p);
-        }
-        best.map(|(cost, p)| (cost, From::Peer(p)))
-    }
-}
-
-impl Node {
-    /// What rows cost that it sends on, up to the taker's half of the way.
-    fn given(&self, cost: Cost) -> Cost {
-        cost.plus(self.send_ns + self.half_ns)
     }
 }
 
 /// Searches of one table; what they need is kept from one to the next.
 pub(super) struct Search<'t, 'a> {
     table: &'t Table<'a>,
+    links: Arc<Links>,
     n_layer: u16,
-    least: Vec<u64>,
+    /// Of each seat the peer in the table.
+    peers: Vec<u32>,
+    exits: Vec<u64>,
     nodes: Vec<Node>,
+    /// For each layer whose layers begin there, by seat, and where they end.
+    starts: Vec<Vec<(u16, u16)>>,
     ways: Ways,
-    open: Vec<Vec<Open>>,
     before: Givers,
+    /// By seat, what being handed rows costs, and by whom.
+    taken: Box<[u64; SEATS_MAX + 1]>,
+    crowded: bool,
 }
 
 impl<'t, 'a> Search<'t, 'a> {
-    pub(super) fn new(table: &'t Table<'a>, n_layer: u16) -> Self {
-        let n = table.peers.len();
-        let least = |peer| {
-            let known = table.known(peer).iter();
-            known.map(|known| known.ns()).min().unwrap_or(u64::MAX)
+    pub(super) fn new(table: &'t Table<'a>, snapshot: &Snapshot, query: &Query) -> Self {
+        let n_layer = query.n_layer;
+        let servers = servers(snapshot, query);
+        let (links, all_seats) = snapshot.links.of(query.model, n_layer, &servers);
+        // Both are sorted by peer.
+        let mut seated = servers.iter().zip(&all_seats);
+        let seat = |peer: &Usable| {
+            let found = seated.find(|(server, _)| server.advert.peer == peer.advert.peer);
+            found.map_or(usize::MAX, |(_, seat)| *seat as usize)
         };
-        let mut open = Vec::new();
-        open.resize_with(n, Vec::new);
+        let seats: Vec<usize> = table.peers.iter().map(seat).collect();
+        let n = all_seats.iter().map(|seat| *seat as usize + 1).max();
+        let n = n.unwrap_or(0).max(links.len()).min(SEATS_MAX);
+        let mut nodes = vec![NOBODY; n];
+        let (mut peers, mut exits) = (vec![u32::MAX; n], vec![NONE; n]);
+        let mut starts = vec![Vec::new(); n_layer.into()];
+        let mut n_ways = 0;
+        for (at, (peer, seat)) in (0u32..).zip(table.peers.iter().zip(seats)) {
+            let Some(node) = nodes.get_mut(seat) else {
+                continue;
+            };
+            peers[seat] = at;
+            exits[seat] = word(peer.exit_ns);
+            node.half = word(peer.half_ns);
+            node.send = word(peer.send_ns);
+            node.room = u16::try_from(peer.room).unwrap_or(u16::MAX);
+            let extent = peer.extent();
+            node.ways = u32::wrapping_sub(n_ways, extent.start.into());
+            n_ways += u32::from(extent.len());
+            for span in peer.live.iter() {
+                if let Some(starts) = starts.get_mut(usize::from(span.start)) {
+                    starts.push((seat as u16, span.end.min(n_layer)));
+                }
+            }
+        }
+        let states: u64 = table.peers.iter().map(|peer| peer.n_live).sum();
         Self {
-            least: (0..n).map(least).collect(),
-            nodes: Vec::with_capacity(n),
-            ways: Ways::of(table, n_layer),
-            open,
-            before: Givers::of(n),
             table,
+            links,
             n_layer,
+            peers,
+            exits,
+            nodes,
+            starts,
+            ways: Ways(vec![(0, CLIENT); n_ways as usize]),
+            before: Givers::of(n),
+            taken: Box::new([NONE; SEATS_MAX + 1]),
+            crowded: states > CROWD * u64::from(n_layer),
         }
     }
 
@@ -248,132 +243,284 @@ impl<'t, 'a> Search<'t, 'a> {
     /// the cheapest. What is found is the cheapest there is, unless the cheapest way to some layer uses up
     /// the room of a peer that is needed behind it.
     pub(super) fn run(&mut self, prices: &[Price]) -> Option<Found> {
-        self.within(prices, true)
-            .or_else(|| self.within(prices, false))
+        self.within(prices, true, None)
+            .or_else(|| self.within(prices, false, None))
     }
 
-    fn within(&mut self, prices: &[Price], room: bool) -> Option<Found> {
-        let table = self.table;
-        self.nodes.clear();
-        let peers = table.peers.iter().zip(prices).zip(&self.least);
-        self.nodes.extend(peers.map(|((peer, price), least)| Node {
-            layer_ns: price.layer_ns,
-            half_ns: peer.half_ns,
-            send_ns: peer.send_ns,
-            enter_ns: price.enter_ns,
-            least_ns: *least,
-            room: if room { peer.room } else { usize::MAX },
-            roomy: !room || peer.room as u64 >= peer.n_live,
-        }));
-        self.open.iter_mut().for_each(Vec::clear);
-        self.before.clear();
-        let mut next: Vec<(u32, Cost)> = Vec::new();
-        for (layer, holders) in (0u16..).zip(&table.holders) {
-            next.clear();
-            for at in holders {
-                let cost = self.compute(layer, *at);
-                if cost != Cost::NONE {
-                    next.push((at.peer, cost));
-                }
-            }
-            self.before.clear();
-            for (peer, cost) in &next {
-                self.before.add(*peer, *cost, &self.nodes[*peer as usize]);
+    /// The same among some of the table's peers only.
+    pub(super) fn among(&mut self, prices: &[Price], some: &[bool]) -> Option<Found> {
+        self.within(prices, true, Some(some))
+            .or_else(|| self.within(prices, false, Some(some)))
+    }
+
+    fn within(&mut self, prices: &[Price], room: bool, some: Option<&[bool]>) -> Option<Found> {
+        let mut short = false;
+        for (node, at) in self.nodes.iter_mut().zip(&self.peers) {
+            if let Some(price) = prices.get(*at as usize) {
+                let peer = &self.table.peers[*at as usize];
+                node.layer = word(price.layer_ns);
+                node.enter = word(price.enter_ns) + HOP;
+                node.short = room && (peer.room as u64) < peer.n_live;
+                short |= node.short;
             }
         }
-        let exit = |p: u32| table.peers[p as usize].exit_ns;
-        let ends = next.iter().map(|(p, cost)| (cost.plus(exit(*p)), *p));
-        let (total, last) = ends.min()?;
-        let mut hops: Vec<_> = self.ways.hops(last as usize, self.n_layer).collect();
+        let mut rooms = short.then(|| Rooms::of(self.nodes.len()));
+        let mut hops = if !self.crowded || some.is_some() {
+            self.once(some, &mut rooms)?.1
+        } else {
+            // A first route among few bounds what all others may cost.
+            let few = self.best(prices, FEW);
+            let first = self.once(Some(&few), &mut rooms);
+            let most = first.as_ref().map_or(NONE, |first| first.0);
+            let crowd = Crowd::of(&self.nodes, &self.starts, &self.exits, &self.links, most);
+            let found = self.pass::<false>(None, &mut rooms, &mut Some(crowd));
+            let both = first.into_iter().chain(found).min_by_key(|found| found.0);
+            // Where nothing was found some way ended too early.
+            both.or_else(|| self.once(None, &mut rooms))?.1
+        };
         hops.reverse();
-        Some(Found { hops, ns: total.ns })
+        let ns = self.table.cost(&hops, prices);
+        Some(Found { hops, ns })
+    }
+
+    /// Who is among the `n` best holders of some layer, by what they cost alone.
+    pub(super) fn best(&self, prices: &[Price], n: usize) -> Vec<bool> {
+        let mut best: Vec<(u64, u32)> = Vec::with_capacity(prices.len());
+        for (seat, at) in (0u16..).zip(&self.peers) {
+            let Some(price) = prices.get(*at as usize) else {
+                continue;
+            };
+            let peer = &self.table.peers[*at as usize];
+            // Who is far from the client, or nobody knows how far, may be near to the hop before.
+            let nearest = self.links.takers(seat).first();
+            let nearest = nearest.map_or(peer.half_ns, |link| half(link.rtt_us));
+            let per_hop = nearest.min(peer.half_ns) + price.enter_ns + peer.send_ns;
+            let layers = peer.n_live.min(peer.room as u64).max(1);
+            best.push((price.layer_ns + per_hop / layers, *at));
+        }
+        best.sort_unstable();
+        let mut found = vec![0; self.n_layer.into()];
+        // Layers for which more are looked for.
+        let mut open = found.len();
+        let mut kept = vec![false; prices.len()];
+        for (_, at) in best {
+            if open == 0 {
+                break;
+            }
+            for layer in self.table.peers[at as usize]
+                .live
+                .iter()
+                .flat_map(LayerRange::layers)
+            {
+                let found = found.get_mut(usize::from(layer));
+                if let Some(found) = found.filter(|found| **found < n) {
+                    kept[at as usize] = true;
+                    *found += 1;
+                    open -= usize::from(*found == n);
+                }
+            }
+        }
+        kept
+    }
+
+    /// The cheapest way, and its hops, the last one first.
+    fn once(
+        &mut self,
+        some: Option<&[bool]>,
+        rooms: &mut Option<Rooms>,
+    ) -> Option<(u64, Vec<(usize, LayerRange)>)> {
+        if rooms.is_none() {
+            return self.pass::<true>(some, &mut None, &mut None);
+        }
+        let mut found = self.pass::<false>(some, rooms, &mut None);
+        let met = rooms.as_mut().filter(|rooms| rooms.met.take());
+        if let Some(picky) = met.map(|rooms| &mut rooms.picky) {
+            // Neither rule is always the better one.
+            *picky = false;
+            let other = self.pass::<false>(some, rooms, &mut None);
+            found = found.into_iter().chain(other).min_by_key(|found| found.0);
+            if let Some(rooms) = rooms {
+                rooms.picky = true;
+            }
+        }
+        found
+    }
+
+    /// Goes through the layers once: the cheapest way and its hops, the last one first. `PLAIN` where there are
+    /// neither rooms nor a crowd.
+    fn pass<const PLAIN: bool>(
+        &mut self,
+        some: Option<&[bool]>,
+        rooms: &mut Option<Rooms>,
+        crowd: &mut Option<Crowd>,
+    ) -> Option<(u64, Vec<(usize, LayerRange)>)> {
+        self.before.clear();
+        let mut active: Vec<u16> = Vec::with_capacity(self.nodes.len());
+        for layer in 0..self.n_layer {
+            active.retain(|seat| self.nodes[usize::from(*seat)].until > layer);
+            for (seat, until) in &self.starts[usize::from(layer)] {
+                let at = usize::from(*seat);
+                (self.nodes[at].cost, self.nodes[at].until) = (NONE, *until);
+                let wanted = some.is_none_or(|some| some[self.peers[at] as usize]);
+                if wanted && crowd.as_ref().is_none_or(|crowd| crowd.hopeful(*seat)) {
+                    active.push(*seat);
+                    if let Some(rooms) = rooms {
+                        rooms.begin(*seat);
+                    }
+                }
+            }
+            if layer > 0 {
+                let most = self.offer::<PLAIN>(layer, &active, rooms, crowd);
+                self.hand_over::<PLAIN>(layer, most, rooms);
+            }
+            self.before.clear();
+            for seat in &active {
+                self.compute::<PLAIN>(layer, *seat, rooms);
+            }
+            if !PLAIN && let Some(crowd) = crowd {
+                let on = std::mem::take(&mut self.before.seats);
+                self.before.clear();
+                for seat in crowd.thin(layer + 1, on, &mut self.nodes, rooms) {
+                    self.before.add(seat, &self.nodes[usize::from(seat)]);
+                }
+            }
+            if !PLAIN && let Some(rooms) = rooms {
+                rooms.turn();
+            }
+            if self.before.seats.is_empty() {
+                return None;
+            }
+        }
+        let whole = |seat: u16| self.nodes[usize::from(seat)].cost + self.exits[usize::from(seat)];
+        let last = self
+            .before
+            .seats
+            .iter()
+            .copied()
+            .min_by_key(|seat| whole(*seat))?;
+        let hops = self.ways.hops(&self.nodes, last, self.n_layer);
+        let peer = |(seat, layers)| (self.peers[usize::from(seat)] as usize, layers);
+        Some((whole(last), hops.map(peer).collect()))
+    }
+
+    /// For each holder of `layer` what being handed the rows may cost at most to be better than going on, or
+    /// costs from the best whose delay was not measured; the largest of it.
+    fn offer<const PLAIN: bool>(
+        &mut self,
+        layer: u16,
+        active: &[u16],
+        rooms: &Option<Rooms>,
+        crowd: &Option<Crowd>,
+    ) -> u64 {
+        let (mut most, mut marked) = (0, false);
+        for seat in active {
+            let at = usize::from(*seat);
+            let node = &self.nodes[at];
+            // A hop contains what entering it cost.
+            let mut least = node.cost - node.enter;
+            if !PLAIN && node.short {
+                least = NONE;
+            }
+            if !PLAIN && let Some(crowd) = crowd {
+                least = least.min(crowd.most(layer, node));
+            }
+            if self.before.at_hand[0] + node.half < least {
+                if !marked {
+                    self.before.mark(&self.links, true);
+                    marked = true;
+                }
+                least = self.unmeasured(layer, *seat, least, rooms);
+            }
+            self.taken[at & SEATS_MAX] = least;
+            most = most.max(least);
+        }
+        if marked {
+            self.before.mark(&self.links, false);
+        }
+        most
+    }
+
+    /// Hands the rows over to those whose delay was measured, where that is cheaper.
+    fn hand_over<const PLAIN: bool>(&mut self, layer: u16, most: u64, rooms: &Option<Rooms>) {
+        let (links, taken) = (&*self.links, &mut *self.taken);
+        for seat in &self.before.seats {
+            let given = self.before.given[usize::from(*seat)];
+            // So far away nobody is.
+            let far = most.saturating_sub(given) / word(half(1));
+            for link in links.takers(*seat) {
+                if u64::from(link.rtt_us) > far {
+                    break;
+                }
+                let offer = given + u64::from(link.rtt_us) * word(half(1));
+                let taken = &mut taken[usize::from(link.to) & SEATS_MAX];
+                if PLAIN {
+                    *taken = offer.min(*taken);
+                } else if offer < *taken {
+                    let of = (&self.nodes[..], &self.ways);
+                    let spent = |rooms: &Rooms| rooms.spent(of, *seat, link.to, layer);
+                    if !rooms.as_ref().is_some_and(spent) {
+                        *taken = offer;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The cheapest giver whose delay to `taker` was not measured, where that is less than `least`.
+    fn unmeasured(&self, layer: u16, taker: u16, least: u64, rooms: &Option<Rooms>) -> u64 {
+        let half = self.nodes[usize::from(taker)].half;
+        let may = |giver: u16| {
+            let of = (&self.nodes[..], &self.ways);
+            let spent = |rooms: &Rooms| rooms.spent(of, giver, taker, layer);
+            giver != taker && !rooms.as_ref().is_some_and(spent)
+        };
+        let measured = self.before.measured[usize::from(taker)];
+        for (bit, given) in self.before.at_hand.iter().enumerate() {
+            if given + half >= least {
+                return least;
+            }
+            if measured >> bit & 1 == 0 && giver(*given).is_some_and(may) {
+                return given + half;
+            }
+        }
+        // Those at hand are measured, and there may be others.
+        let given =
+            |seat: u16| self.before.given[usize::from(seat)] + self.nodes[usize::from(seat)].half;
+        let others = self.before.seats.iter().copied();
+        let others = others.filter(|seat| given(*seat) + half < least);
+        let others = others.filter(|seat| may(*seat) && !self.links.measured(*seat, taker));
+        others.map(given).min().map_or(least, |given| given + half)
     }
 
     /// The cheapest way to have `layer` computed by a holder of it.
-    fn compute(&mut self, layer: u16, at: Holder) -> Cost {
-        let q = at.peer as usize;
-        let taker = &self.nodes[q];
-        let open = &mut self.open[q];
-        let rest = |from: u16| taker.layer_ns * u64::from(self.n_layer - from);
-        let end = |room: usize| {
-            let end = usize::from(layer).saturating_add(room);
-            at.until.min(u16::try_from(end).unwrap_or(u16::MAX))
-        };
-        // A hop does not reach over a layer that its peer does not hold.
-        if self.before.cost[q] == Cost::NONE {
-            open.clear();
-        } else {
-            open.retain(|hop| hop.end > layer);
-        }
-        let bound = match layer {
-            0 => 0,
-            _ => self.before.bound(taker).saturating_add(rest(layer)),
-        };
-        let furthest = end(taker.room);
-        let no_better = |old: &Open| old.whole.ns < bound && old.end >= furthest;
-        if !open.iter().any(no_better) {
-            let entry = if layer == 0 {
-                let ns = taker.half_ns + taker.enter_ns;
-                Some((Cost { ns, hops: 1 }, From::Client))
-            } else {
-                self.before.hand_over(q, self.table.known(q), &self.nodes)
-            };
-            if let Some((cost, giver)) = entry {
-                let taken = match taker.roomy {
-                    true => 0,
-                    false => self.ways.taken(q, giver, layer),
-                };
-                let room = taker.room.saturating_sub(taken);
-                if room > 0 {
-                    let hop = Open {
-                        start: layer,
-                        end: end(room),
-                        whole: cost.plus(rest(layer)),
-                    };
-                    begin(open, hop);
-                    self.ways.get(layer, q).1 = giver;
-                }
+    fn compute<const PLAIN: bool>(&mut self, layer: u16, seat: u16, rooms: &mut Option<Rooms>) {
+        let at = usize::from(seat);
+        let node = &self.nodes[at];
+        let (taken, entered) = match layer {
+            0 => (node.half, true),
+            _ => {
+                let taken = self.taken[at & SEATS_MAX];
+                (taken, taken & WHO > 0)
             }
-        }
-        let Some(hop) = open.iter().min_by_key(|hop| hop.whole) else {
-            return Cost::NONE;
         };
-        self.ways.get(layer, q).0 = hop.start;
-        hop.whole.minus(rest(layer + 1))
-    }
-}
-
-/// A cost, then the hops it takes: of two equal ones the shorter wins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Cost {
-    ns: u64,
-    hops: u16,
-}
-
-impl Cost {
-    const NONE: Cost = Cost {
-        ns: u64::MAX,
-        hops: u16::MAX,
-    };
-
-    fn plus(self, ns: u64) -> Cost {
-        Cost {
-            ns: self.ns.saturating_add(ns),
-            ..self
+        if !PLAIN && !entered && node.cost >= NONE {
+            return;
         }
-    }
-
-    fn minus(self, ns: u64) -> Cost {
-        Cost {
-            ns: self.ns.saturating_sub(ns),
-            ..self
+        let giver = (taken & WHO) as u16;
+        let (mut cost, mut start) = (node.cost, node.start);
+        if !PLAIN && let Some(rooms) = rooms {
+            let entered = entered.then(|| ((taken & !WHO) + node.enter, giver));
+            (cost, start) = rooms.compute((&self.nodes, &self.ways), layer, seat, entered);
+        } else if entered {
+            (cost, start) = ((taken & !WHO) + node.enter, layer);
         }
-    }
-
-    fn hop(self, ns: u64) -> Cost {
-        Cost {
-            ns: self.ns.saturating_add(ns),
-            hops: self.hops.saturating_add(1),
+        let node = &mut self.nodes[at];
+        node.start = start;
+        node.cost = (cost + node.layer).min(NONE);
+        let way = &mut self.ways.0[node.ways.wrapping_add(layer.into()) as usize];
+        *way = (start, if entered { giver } else { way.1 });
+        if node.cost < NONE {
+            self.before.add(seat, node);
         }
     }
 }

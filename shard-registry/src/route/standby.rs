@@ -1,6 +1,6 @@
 //! Who could stand by for each hop of a route.
 
-use swarm_proto::{Hop, Peer};
+use swarm_proto::{Hop, LayerRange, ModelAdvert, Peer};
 
 use super::{
     Query,
@@ -15,7 +15,11 @@ pub(super) const ROOM_FOR: usize = 2;
 /// For each hop another peer that holds all its layers and computes the same bits: the quickest of those
 /// with room to spare that are not on the route. Nobody stands by for two hops.
 pub fn standbys(snapshot: &Snapshot, query: &Query, hops: &[Hop]) -> Vec<Option<Hop>> {
-    let peers = usable_peers(snapshot, query);
+    let able = |model: &ModelAdvert| {
+        let holds = |hop: &Hop| covers(&model.live, hop.layers);
+        hops.iter().any(holds)
+    };
+    let peers = usable_peers(snapshot, query, able);
     let mut taken: Vec<Peer> = hops.iter().map(|hop| hop.peer).collect();
     let mut out = Vec::with_capacity(hops.len());
     for hop in hops {
@@ -38,4 +42,15 @@ pub fn standbys(snapshot: &Snapshot, query: &Query, hops: &[Hop]) -> Vec<Option<
         out.push(best.map(|peer| peer.hop(hop.layers)));
     }
     out
+}
+
+/// Whether spans may cover these layers; those that touch are looked at by whoever merges them.
+fn covers(live: &[LayerRange], layers: LayerRange) -> bool {
+    let start = live
+        .iter()
+        .any(|span| span.start <= layers.start && layers.start < span.end);
+    start
+        && live
+            .iter()
+            .any(|span| span.start < layers.end && layers.end <= span.end)
 }

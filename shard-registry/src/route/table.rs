@@ -1,15 +1,15 @@
 //! What the planner knows of everybody who may be used, in the form that a search reads.
 //!
 //! ```text
-//! adverts ─▶ usable ─▶ shortlist (the best holders of each layer) ─▶ holders of each layer
-//!                                                                 └▶ known delays to each taker
+//! adverts ─▶ usable ─▶ prices (of one search)
+//!        └─▶ servers ─▶ links (kept from one plan to the next)
 //! ```
 
 use std::{borrow::Cow, time::Duration};
 
 use swarm_proto::{Advert, Hop, LayerRange, ModelAdvert, Peer, session};
 
-use super::{HALF_RTT_UNKNOWN_NS, HOLDERS_MAX, HOP_NS, Query, Route, SEEN_FACTOR, index::Index};
+use super::{HALF_RTT_UNKNOWN_NS, HOP_NS, Query, Route, SEEN_FACTOR, index::Index, links::Server};
 use crate::adverts::Snapshot;
 
 /// Uplink of a peer that did not measure it, in bytes a second: a home's.
@@ -21,7 +21,7 @@ const COMPUTE_WEIGHT: f64 = 1.5;
 /// Larger than any real cost, small enough to add up.
 const COST_MAX: u64 = 1 << 50;
 /// The largest part of one: so many can be added up.
-const PART_MAX: u64 = COST_MAX >> 16;
+const PART_MAX: u64 = COST_MAX >> 18;
 
 /// A peer as the planner sees it.
 pub(super) struct Usable<'a> {
@@ -54,81 +54,47 @@ pub(super) struct Price {
     pub(super) queued_ns: u64,
 }
 
-/// A holder of some layer, and where the layers end that it holds from there on.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Holder {
-    pub(super) peer: u32,
-    pub(super) until: u16,
-}
-
-/// A delay that was measured.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Known {
-    pub(super) giver: u32,
-    rtt_us: u32,
-}
-
-impl Known {
-    pub(super) fn ns(self) -> u64 {
-        half(self.rtt_us)
-    }
-}
-
 pub(super) struct Table<'a> {
     pub(super) peers: Vec<Usable<'a>>,
-    /// For each layer who holds it.
-    pub(super) holders: Vec<Vec<Holder>>,
-    /// Delays to each peer from those who could hand it rows, one peer after the other.
-    known: Vec<Known>,
-    /// Where each peer's begin.
-    known_from: Vec<usize>,
     /// What everybody's work costs.
     pub(super) prices: Vec<Price>,
 }
 
 impl<'a> Table<'a> {
-    /// The holders that are looked at in a search.
-    pub(super) fn new(snapshot: &'a Snapshot, query: &Query) -> Table<'a> {
-        Self::of_best(snapshot, query, HOLDERS_MAX)
-    }
-
-    /// The best holders of each layer by themselves, so many of each.
-    pub(super) fn of_best(snapshot: &'a Snapshot, query: &Query, n: usize) -> Table<'a> {
-        Self::of(shortlist(usable_peers(snapshot, query), query, n), query)
-    }
-
-    /// All of them.
-    pub(super) fn whole(snapshot: &'a Snapshot, query: &Query) -> Table<'a> {
-        Self::of(usable_peers(snapshot, query), query)
-    }
-
-    fn of(peers: Vec<Usable<'a>>, query: &Query) -> Table<'a> {
-        let (known, known_from) = known_delays(&peers);
+    pub(super) fn of(snapshot: &'a Snapshot, query: &Query) -> Table<'a> {
+        let peers = usable_peers(snapshot, query, |_| true);
         Table {
-            holders: holders(&peers, query.n_layer),
-            known,
-            known_from,
             prices: peers.iter().map(|peer| peer.price(query)).collect(),
             peers,
         }
     }
 
-    pub(super) fn missing(&self) -> Vec<LayerRange> {
-        let layers = (0u16..).zip(&self.holders);
-        let empty = layers.filter(|(_, holders)| holders.is_empty());
+    pub(super) fn missing(&self, n_layer: u16) -> Vec<LayerRange> {
+        // Who begins to hold layers at each boundary, less those who do not any more.
+        let mut change = vec![0i64; usize::from(n_layer) + 1];
+        for span in self.peers.iter().flat_map(|peer| peer.live.iter()) {
+            if let Some(begin) = change.get_mut(usize::from(span.start)) {
+                *begin += 1;
+                change[usize::from(span.end.min(n_layer))] -= 1;
+            }
+        }
+        let mut holders = 0;
+        let empty = (0..n_layer).zip(change).filter(|(_, change)| {
+            holders += change;
+            holders == 0
+        });
         LayerRange::merge(empty.map(|(layer, _)| LayerRange::one(layer)).collect())
-    }
-
-    /// The measured delays to `taker` from those who could hand it rows.
-    pub(super) fn known(&self, taker: usize) -> &[Known] {
-        &self.known[self.known_from[taker]..self.known_from[taker + 1]]
     }
 
     /// The smallest delay between two peers that either of them measured.
     pub(super) fn measured(&self, giver: usize, taker: usize) -> Option<u64> {
-        let known = self.known(taker).iter();
-        let between = known.filter(|known| known.giver as usize == giver);
-        between.map(|known| known.ns()).min()
+        let [giver, taker] = [giver, taker].map(|at| self.peers[at].advert);
+        let of = |one: &'a Advert, other: &'a Advert| {
+            let rtts = one.rtts.iter().filter(|(peer, _)| *peer == other.peer);
+            rtts.map(|(_, rtt_us)| half(*rtt_us))
+        };
+        let both = of(giver, taker).chain(of(taker, giver));
+        both.min().filter(|_| giver.peer != taker.peer)
     }
 
     /// One frame from one peer to another.
@@ -215,7 +181,7 @@ impl Usable<'_> {
     }
 
     /// Where the layers begin and end that it serves.
-    fn extent(&self) -> LayerRange {
+    pub(super) fn extent(&self) -> LayerRange {
         LayerRange {
             start: self.live.first().map_or(0, |span| span.start),
             end: self.live.last().map_or(0, |span| span.end),
@@ -223,8 +189,12 @@ impl Usable<'_> {
     }
 }
 
-/// Everybody who serves layers of the model, may be used and has some room.
-pub(super) fn usable_peers<'a>(snapshot: &'a Snapshot, query: &Query) -> Vec<Usable<'a>> {
+/// Everybody who serves layers of the model, may be used and has some room, as far as they are asked for.
+pub(super) fn usable_peers<'a>(
+    snapshot: &'a Snapshot,
+    query: &Query,
+    wanted: impl Fn(&ModelAdvert) -> bool,
+) -> Vec<Usable<'a>> {
     let rtts = Index::of(query.rtts.iter().map(|(peer, _)| peer));
     let seen = Index::of(query.seen.iter().map(|(peer, _)| peer));
     let mut peers: Vec<Usable> = Vec::with_capacity(snapshot.adverts.len());
@@ -233,7 +203,7 @@ pub(super) fn usable_peers<'a>(snapshot: &'a Snapshot, query: &Query) -> Vec<Usa
             continue;
         };
         let room = room(model, query);
-        if !model.live.is_empty() && room > 0 && usable(advert, query) {
+        if !model.live.is_empty() && room > 0 && wanted(model) && usable(advert, query) {
             let rtt = rtts.find(&advert.peer).map(|at| query.rtts[at].1);
             let seen = seen.find(&advert.peer).map(|at| query.seen[at].1);
             peers.push(weigh(advert, model, room, query, rtt, seen));
@@ -287,106 +257,22 @@ pub(super) fn believed(model: &ModelAdvert, seen: Option<f32>) -> Option<f64> {
     counted.map(f64::from)
 }
 
+/// Everybody who says that it serves layers of the model, sorted by peer.
+pub(super) fn servers<'a>(snapshot: &'a Snapshot, query: &Query) -> Vec<Server<'a>> {
+    let server = |advert: &'a std::sync::Arc<Advert>| {
+        let live = &claim(advert, query)?.live;
+        let start = live.iter().map(|span| span.start).min()?;
+        let end = live.iter().map(|span| span.end).max()?;
+        let extent = LayerRange { start, end };
+        Some(Server { advert, extent })
+    };
+    snapshot.adverts.iter().filter_map(server).collect()
+}
+
 /// Whether spans are as [`LayerRange::merge`] leaves them.
 fn apart(spans: &[LayerRange]) -> bool {
     let empty = spans.iter().any(LayerRange::is_empty);
     !empty && spans.windows(2).all(|two| two[0].end < two[1].start)
-}
-
-/// For each layer who holds it.
-fn holders(peers: &[Usable], n_layer: u16) -> Vec<Vec<Holder>> {
-    let mut holders: Vec<Vec<Holder>> = vec![Vec::new(); n_layer.into()];
-    for (peer, usable) in (0u32..).zip(peers) {
-        for span in usable.live.iter() {
-            let until = span.end.min(n_layer);
-            for layer in span.start..until {
-                holders[usize::from(layer)].push(Holder { peer, until });
-            }
-        }
-    }
-    holders
-}
-
-/// The peers that are among the `n` best holders of some layer, by what they cost alone, the best first.
-fn shortlist<'a>(peers: Vec<Usable<'a>>, query: &Query, n: usize) -> Vec<Usable<'a>> {
-    let score = |peer: &Usable| {
-        let price = peer.price(query);
-        // Who is far from the client, or nobody knows how far, may be near to the hop before.
-        let rtts = peer.advert.rtts.iter();
-        let nearest = rtts.map(|(_, rtt_us)| half(*rtt_us)).min();
-        let way = nearest.map_or(peer.half_ns, |nearest| nearest.min(peer.half_ns));
-        let per_hop = way + price.enter_ns + peer.send_ns;
-        price.layer_ns + per_hop / peer.n_live.min(peer.room as u64).max(1)
-    };
-    let mut best: Vec<(u64, usize)> = peers.iter().map(score).zip(0..).collect();
-    best.sort_unstable();
-    let mut found = vec![0; query.n_layer.into()];
-    // Layers for which more are looked for.
-    let mut open = found.len();
-    let mut kept = Vec::new();
-    let mut peers: Vec<Option<Usable>> = peers.into_iter().map(Some).collect();
-    for (_, at) in best {
-        if open == 0 {
-            break;
-        }
-        let mut keep = false;
-        let Some(peer) = &peers[at] else { continue };
-        for layer in peer.live.iter().flat_map(LayerRange::layers) {
-            let found = found.get_mut(usize::from(layer));
-            if let Some(found) = found.filter(|found| **found < n) {
-                keep = true;
-                *found += 1;
-                open -= usize::from(*found == n);
-            }
-        }
-        if keep {
-            kept.extend(peers[at].take());
-        }
-    }
-    kept
-}
-
-/// The delays that either end measured, by who takes the rows, and where each taker's begin. Only between
-/// peers of which one may hold a layer and the other the one behind it.
-fn known_delays(peers: &[Usable]) -> (Vec<Known>, Vec<usize>) {
-    let index = Index::of(peers.iter().map(|peer| &peer.advert.peer));
-    let extents: Vec<LayerRange> = peers.iter().map(Usable::extent).collect();
-    let n_rtts = peers.iter().map(|peer| peer.advert.rtts.len()).sum();
-    let mut pairs: Vec<(usize, Known)> = Vec::with_capacity(n_rtts);
-    let mut from = vec![0; peers.len() + 1];
-    for (a, peer) in peers.iter().enumerate() {
-        for (other, rtt_us) in &peer.advert.rtts {
-            let Some(b) = index.find(other).filter(|b| *b != a) else {
-                continue;
-            };
-            for (giver, taker) in [(a, b), (b, a)] {
-                if meet(extents[giver], extents[taker]) {
-                    from[taker + 1] += 1;
-                    let (giver, rtt_us) = (giver as u32, *rtt_us);
-                    pairs.push((taker, Known { giver, rtt_us }));
-                }
-            }
-        }
-    }
-    for taker in 1..from.len() {
-        from[taker] += from[taker - 1];
-    }
-    let mut next = from.clone();
-    let none = Known {
-        giver: 0,
-        rtt_us: 0,
-    };
-    let mut known = vec![none; pairs.len()];
-    for (taker, pair) in pairs {
-        known[next[taker]] = pair;
-        next[taker] += 1;
-    }
-    (known, from)
-}
-
-/// Whether rows can be handed over between peers that serve layers within these.
-fn meet(giver: LayerRange, taker: LayerRange) -> bool {
-    taker.start <= giver.end && giver.start + 1 < taker.end
 }
 
 pub(super) fn claim<'a>(advert: &'a Advert, query: &Query) -> Option<&'a ModelAdvert> {
@@ -409,7 +295,7 @@ pub(super) fn room(model: &ModelAdvert, query: &Query) -> usize {
 }
 
 /// Of a round trip that is all that can be known of one way.
-fn half(rtt_us: u32) -> u64 {
+pub(super) fn half(rtt_us: u32) -> u64 {
     u64::from(rtt_us) * 500
 }
 
