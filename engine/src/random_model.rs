@@ -43,6 +43,8 @@ pub struct RandomShape {
     pub tied: bool,
     /// Sliding window of architectures that have one; 0 for none.
     pub window: u32,
+    /// `<arch>.pooling_type`, of models that embed text; 0 for none.
+    pub pooling: u32,
 }
 
 impl RandomShape {
@@ -62,6 +64,7 @@ impl RandomShape {
             n_expert_used: 0,
             tied: false,
             window: 0,
+            pooling: 0,
         }
     }
 
@@ -81,6 +84,7 @@ impl RandomShape {
             n_expert_used: 0,
             tied: true,
             window: 0,
+            pooling: 0,
         }
     }
 
@@ -99,6 +103,7 @@ impl RandomShape {
             n_expert_used: 0,
             tied: true,
             window: 0,
+            pooling: 0,
         }
     }
 }
@@ -312,6 +317,9 @@ fn keys(arch: &str, shape: &RandomShape, traits: &ArchTraits) -> Vec<(String, Va
         if traits.shared_expert {
             key("expert_shared_feed_forward_length", shape.n_ff.into());
         }
+    }
+    if shape.pooling > 0 {
+        key("pooling_type", shape.pooling.into());
     }
     if shape.window > 0 {
         key("attention.sliding_window", shape.window.into());
