@@ -22,7 +22,7 @@ use crate::error::ApiError;
 use crate::extra::Extra;
 use crate::models::Found;
 use crate::state::State;
-use crate::tools::{Call, Spoken};
+use crate::tools::{Call, Spoken, Tools};
 
 /// Events that may wait for a slow reader; then the answer waits.
 const EVENTS_MAX: usize = 64;
@@ -281,7 +281,8 @@ impl Run {
     async fn work(&self) -> Result<(), Ends> {
         let found = self.state.models.find(self.ask.model.as_deref());
         let model = self.or_hung_up(found).await??;
-        let prompts = tokenize(&self.ask, &model).await?;
+        let (prompts, tools) = (self.ask.prompts.clone(), self.ask.tools.clone());
+        let prompts = tokenize(prompts, self.ask.param, tools, &model).await?;
         let mut usage = Usage {
             prompt_tokens: prompts.iter().map(Vec::len).sum(),
             completion_tokens: 0,
@@ -457,7 +458,11 @@ impl Run {
     }
 }
 
-fn place(state: &State) -> Result<OwnedSemaphorePermit, ApiError> {
+/// A place for an answer that runs.
+///
+/// # Errors
+/// As many requests as this server takes are running.
+pub fn place(state: &State) -> Result<OwnedSemaphorePermit, ApiError> {
     let places = Arc::clone(&state.places);
     let place = places.try_acquire_owned();
     place.map_err(|_| ApiError::too_many(state.places_max))
@@ -470,17 +475,27 @@ fn place(state: &State) -> Result<OwnedSemaphorePermit, ApiError> {
 pub async fn prompt_tokens(state: &State, ask: Ask) -> Result<usize, ApiError> {
     let _place = place(state)?;
     let model = state.models.find(ask.model.as_deref()).await?;
-    let prompts = tokenize(&ask, &model).await?;
+    let prompts = tokenize(ask.prompts, ask.param, ask.tools, &model).await?;
     Ok(prompts.iter().map(Vec::len).sum())
 }
 
-/// The ids of all prompts, each of which leaves room for an answer.
-async fn tokenize(ask: &Ask, model: &Arc<Found>) -> Result<Vec<Vec<u32>>, ApiError> {
-    let (ask, model) = (ask.clone(), Arc::clone(model));
+/// The ids of all prompts of the field `param`, each of which leaves room for an answer.
+///
+/// # Errors
+/// The model does not take one of them.
+pub async fn tokenize(
+    prompts: Vec<Prompt>,
+    param: &'static str,
+    tools: Tools,
+    model: &Arc<Found>,
+) -> Result<Vec<Vec<u32>>, ApiError> {
+    let model = Arc::clone(model);
     // A long text takes a while.
     let tokenized = tokio::task::spawn_blocking(move || {
-        let prompts = ask.prompts.iter();
-        prompts.map(|prompt| ids(&ask, &model, prompt)).collect()
+        let prompts = prompts.iter();
+        prompts
+            .map(|prompt| ids(prompt, param, &tools, &model))
+            .collect()
     });
     match tokenized.await {
         Ok(ids) => ids,
@@ -488,14 +503,15 @@ async fn tokenize(ask: &Ask, model: &Arc<Found>) -> Result<Vec<Vec<u32>>, ApiErr
     }
 }
 
-fn ids(ask: &Ask, model: &Found, prompt: &Prompt) -> Result<Vec<u32>, ApiError> {
-    let at_fault = |error: PromptError| ApiError::field(ask.param, error.to_string());
+fn ids(prompt: &Prompt, param: &str, tools: &Tools, model: &Found) -> Result<Vec<u32>, ApiError> {
+    let at_fault = |error: PromptError| ApiError::field(param, error.to_string());
     let vocab = || {
-        let why = "this model has no tokenizer: give token ids to /v1/completions";
+        let why =
+            "this model has no tokenizer: give token ids (to /v1/completions, or /v1/embeddings)";
         model
             .vocab
             .as_deref()
-            .ok_or_else(|| ApiError::field(ask.param, why))
+            .ok_or_else(|| ApiError::field(param, why))
     };
     let ids = match prompt {
         Prompt::Ids(ids) => not_empty(ids.clone()),
@@ -504,18 +520,18 @@ fn ids(ask: &Ask, model: &Found, prompt: &Prompt) -> Result<Vec<u32>, ApiError> 
             let vocab = vocab()?;
             let Some(template) = vocab.chat_template() else {
                 let why = "this model has no chat template: use /v1/completions";
-                return Err(ApiError::field(ask.param, why));
+                return Err(ApiError::field(param, why));
             };
-            if !ask.tools.is_empty() && !template.contains("tools") {
+            if !tools.is_empty() && !template.contains("tools") {
                 let why = "this model's chat template has no place for tools";
                 return Err(ApiError::field("tools", why));
             }
-            of_chat(vocab, template, messages, &ask.tools.list)
+            of_chat(vocab, template, messages, &tools.list)
         }
     };
     let ids = ids.map_err(at_fault)?;
     if ids.len() >= model.n_ctx_max as usize {
-        return Err(ApiError::too_long(ask.param, ids.len(), model.n_ctx_max));
+        return Err(ApiError::too_long(param, ids.len(), model.n_ctx_max));
     }
     if let Some(vocab) = &model.vocab
         && let Some(id) = ids.iter().find(|id| **id >= vocab.n_tokens())
@@ -524,7 +540,7 @@ fn ids(ask: &Ask, model: &Found, prompt: &Prompt) -> Result<Vec<u32>, ApiError> 
             "token {id} is not in the vocabulary of {}",
             vocab.n_tokens()
         );
-        return Err(ApiError::field(ask.param, why));
+        return Err(ApiError::field(param, why));
     }
     Ok(ids)
 }

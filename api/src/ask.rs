@@ -87,7 +87,7 @@ impl Ask {
     /// A field is missing, wrong or not supported.
     pub fn completion(body: &[u8]) -> Result<Self, ApiError> {
         let mut fields = Fields::of_body(body)?;
-        let prompts = prompts(fields.need("prompt")?)?;
+        let prompts = prompts(fields.need("prompt")?, "prompt", ANSWERS_MAX)?;
         fields.refuse("echo", "the prompt is known to whoever asked")?;
         fields.refuse(
             "suffix",
@@ -239,30 +239,33 @@ fn stops(value: Option<Value>, at: &str) -> Result<Vec<String>, ApiError> {
     list.into_iter().enumerate().map(stop).collect()
 }
 
-/// A text, a list of texts, token ids, or a list of such lists.
-fn prompts(value: Value) -> Result<Vec<Prompt>, ApiError> {
+/// A text, a list of texts, token ids, or a list of such lists; `at` is the field's name.
+///
+/// # Errors
+/// It is something else, or more than `max`.
+pub fn prompts(value: Value, at: &str, max: usize) -> Result<Vec<Prompt>, ApiError> {
     const WANTED: &str = "a string, a list of strings, token ids, or a list of lists of them";
     match value {
         Value::String(text) => Ok(vec![Prompt::Text(text)]),
         Value::Array(list) if list.first().is_some_and(Value::is_number) => {
-            Ok(vec![Prompt::Ids(ids(list, "prompt")?)])
+            Ok(vec![Prompt::Ids(ids(list, at)?)])
         }
         Value::Array(list) if list.is_empty() => {
-            Err(ApiError::field("prompt", "`prompt` is empty"))
+            Err(ApiError::field(at, format!("`{at}` is empty")))
         }
-        Value::Array(list) if list.len() > ANSWERS_MAX => {
-            let many = format!("{} prompts, at most {ANSWERS_MAX} are taken", list.len());
-            Err(ApiError::field("prompt", many))
+        Value::Array(list) if list.len() > max => {
+            let many = format!("`{at}` has {} texts, at most {max} are taken", list.len());
+            Err(ApiError::field(at, many))
         }
         Value::Array(list) => {
             let prompt = |(n, value)| match value {
                 Value::String(text) => Ok(Prompt::Text(text)),
-                Value::Array(list) => Ok(Prompt::Ids(ids(list, &format!("prompt[{n}]"))?)),
-                other => Err(wrong(&format!("prompt[{n}]"), &other, WANTED)),
+                Value::Array(list) => Ok(Prompt::Ids(ids(list, &format!("{at}[{n}]"))?)),
+                other => Err(wrong(&format!("{at}[{n}]"), &other, WANTED)),
             };
             list.into_iter().enumerate().map(prompt).collect()
         }
-        other => Err(wrong("prompt", &other, WANTED)),
+        other => Err(wrong(at, &other, WANTED)),
     }
 }
 

@@ -26,10 +26,12 @@ pub struct Extra {
     peers_can_read_prompt: bool,
     /// Type of the activations between hops.
     wire: String,
-    /// Seed of the dice.
-    seed: u32,
+    /// Seed of the dice; embeddings are made without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<u32>,
     /// Speed after the first token.
-    tokens_per_s: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tokens_per_s: Option<f64>,
     timings: Timings,
 }
 
@@ -52,10 +54,11 @@ struct Recovery {
 struct Timings {
     /// Reading the prompt, and opening the session on every hop.
     open_ms: f64,
-    /// From sending the prompt to the first token.
+    /// From sending the prompt to the first token, or of all texts to the last vector.
     prompt_ms: f64,
     /// From the first token to the last.
-    decode_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    decode_ms: Option<f64>,
     /// From the request to the end.
     total_ms: f64,
 }
@@ -68,6 +71,26 @@ impl Extra {
         source: &Source,
         answer: &Answer,
         seed: u32,
+        times: (Instant, Instant),
+    ) -> Self {
+        let plain = Self::of_embeddings(models, model, source, times);
+        Self {
+            seed: Some(seed),
+            tokens_per_s: Some((answer.tokens_per_s() * 10.0).round() / 10.0),
+            timings: Timings {
+                prompt_ms: ms(answer.to_first),
+                decode_ms: Some(ms(answer.decode)),
+                ..plain.timings
+            },
+            ..plain
+        }
+    }
+
+    /// Of embeddings that are all there.
+    pub fn of_embeddings(
+        models: &dyn Models,
+        model: &Found,
+        source: &Source,
         (asked, opened): (Instant, Instant),
     ) -> Self {
         let hops = |hops: Vec<swarm_proto::Hop>| {
@@ -92,12 +115,12 @@ impl Extra {
             privacy,
             peers_can_read_prompt: privacy != "local",
             wire: models.wire(),
-            seed,
-            tokens_per_s: (answer.tokens_per_s() * 10.0).round() / 10.0,
+            seed: None,
+            tokens_per_s: None,
             timings: Timings {
                 open_ms: ms(opened - asked),
-                prompt_ms: ms(answer.to_first),
-                decode_ms: ms(answer.decode),
+                prompt_ms: ms(opened.elapsed()),
+                decode_ms: None,
                 total_ms: ms(asked.elapsed()),
             },
         }

@@ -13,6 +13,7 @@
 //! | `fields`, `ask`, `messages_in`, `sampling`, `tools` | from JSON to what is asked, each mistake by name |
 //! | `answers` | what is asked, as a task that gives events |
 //! | `chat`, `completions`, `messages`, `listing` | the shapes of the answers |
+//! | `embeddings` | vectors instead of answers |
 //!
 //! It keeps no prompt and logs none. It does not know where models come from: that is behind [`Models`].
 
@@ -21,6 +22,7 @@ mod ask;
 mod body;
 mod chat;
 mod completions;
+mod embeddings;
 mod error;
 mod extra;
 mod fields;
@@ -38,5 +40,5 @@ mod tools;
 
 pub use error::ApiError;
 pub use guard::{Guard, Keys};
-pub use models::{Found, Listed, Models};
+pub use models::{Embeds, Found, Listed, Models};
 pub use server::{Config, ServeError, Server, Tls};

@@ -87,10 +87,3 @@ pub async fn no_path(request: Request) -> ApiError {
 pub async fn no_method(request: Request) -> ApiError {
     ApiError::no_method(request.method().as_str(), request.uri().path())
 }
-
-/// What models of a swarm do not give: rows of hidden numbers leave no node but to the next hop.
-pub async fn embeddings() -> ApiError {
-    ApiError::malformed(
-        "no model of this swarm gives embeddings: its last layer sends logits, not hidden rows",
-    )
-}

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use engine::Vocab;
+use engine::{Pooling, Vocab};
 use futures::future::BoxFuture;
 use node::answer::Source;
 
@@ -31,6 +31,17 @@ pub struct Found {
     pub vocab: Option<Arc<Vocab>>,
     /// The longest context that the model and the peers allow.
     pub n_ctx_max: u32,
+    /// How it makes a vector of a text, or why it does not.
+    pub embeds: Result<Embeds, String>,
+}
+
+/// How a model makes a vector of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Embeds {
+    /// Which rows count.
+    pub pooling: Pooling,
+    /// Numbers in a vector.
+    pub n_embd: u32,
 }
 
 /// Finds models and opens sessions with them. Everything in it may be called at the same time.

@@ -29,7 +29,7 @@ use crate::guard::{Guard, Keys, guard};
 use crate::impatient::Impatient;
 use crate::models::Models;
 use crate::state::State;
-use crate::{chat, completions, listing, messages};
+use crate::{chat, completions, embeddings, listing, messages};
 
 /// Connections at once; further ones wait in the system's queue.
 const CONNECTIONS_MAX: usize = 1024;
@@ -249,7 +249,7 @@ fn router(state: Arc<State>, guarded: Guard, cors: CorsLayer) -> Router {
         .route("/v1/completions", post(completions::complete))
         .route("/v1/messages", post(messages::message))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
-        .route("/v1/embeddings", post(listing::embeddings))
+        .route("/v1/embeddings", post(embeddings::embed))
         .fallback(listing::no_path)
         .method_not_allowed_fallback(listing::no_method)
         .with_state(state)

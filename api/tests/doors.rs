@@ -55,6 +55,7 @@ impl Models for Closed {
                 name: "closed".into(),
                 vocab: None,
                 n_ctx_max: 64,
+                embeds: Err("it is never opened".into()),
             })),
             Some(other) => Err(ApiError::unknown_model(format!("no {other}, only closed"))),
         };

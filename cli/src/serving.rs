@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use api::{ApiError, Found, Listed, Models};
-use engine::Vocab;
+use api::{ApiError, Embeds, Found, Listed, Models};
+use engine::{Pooling, Vocab};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use node::answer::Source;
@@ -101,6 +101,7 @@ impl Serving {
             id: id.to_string(),
             name,
             n_ctx_max: longest(&described.manifest, report),
+            embeds: embeds(&described.manifest),
             vocab: described.vocab,
         }))
     }
@@ -117,6 +118,23 @@ impl Serving {
         let session = client.open_waiting(&spec, self.queue, busy).await?;
         let batch = exact_batch(manifest.tensors.iter().map(|tensor| tensor.ty));
         Ok(Source::swarm(session, batch, None))
+    }
+}
+
+/// How the model makes one vector of a text, as its settings say.
+fn embeds(manifest: &Manifest) -> Result<Embeds, String> {
+    let key = format!("{}.pooling_type", manifest.arch);
+    let mut settings = manifest.kv.iter();
+    let value = settings.find(|(name, _)| *name == key);
+    match Pooling::of_value(value.map(|(_, value)| value)) {
+        Ok(Some(pooling)) => Ok(Embeds {
+            pooling,
+            n_embd: manifest.n_embd,
+        }),
+        Ok(None) => Err(format!(
+            "its file has no {key}, which says how rows make one vector"
+        )),
+        Err(why) => Err(format!("{key}: {why}")),
     }
 }
 

@@ -11,6 +11,7 @@ use gguf::{Array, GgufError, Header, TensorInfo, Value};
 
 pub(crate) use stage_file::{Fill, StageFile};
 
+use crate::Pooling;
 use crate::arch::{
     self, Arch, EmbeddingScale, HEAD_TENSORS, PER_LAYER_KEYS, SHARED_TENSORS, Window,
 };
@@ -410,8 +411,10 @@ impl Keys<'_> {
     }
 
     fn refuse_what_is_not_decoding(&self) -> Result<(), UnsupportedModel> {
+        Pooling::of(self.header, self.arch.name)
+            .map_err(|error| self.bad("pooling_type", error.to_string()))?;
         for key in [
-            "pooling_type",
+            "embedding_length_out",
             "nextn_predict_layers",
             "leading_dense_block_count",
         ] {
@@ -584,7 +587,7 @@ impl Keys<'_> {
                 continue;
             };
             match name {
-                "block_count" | "vocab_size" | "embedding_scale" => {}
+                "block_count" | "vocab_size" | "embedding_scale" | "pooling_type" => {}
                 "attention.sliding_window_pattern" => {}
                 _ => match value {
                     Value::Array(array) if array.len() != n_layer as usize => {

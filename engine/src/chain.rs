@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::load::{Loaded, Weights};
-use crate::stage::{EngineError, Held, Input, Slot, Stage, StageShape, StageStats, Step};
+use crate::stage::{EngineError, Held, Input, Slot, Stage, StageShape, StageStats, Step, Want};
 use crate::stage::{check_end, check_layers, check_step};
 
 /// Largest value in a row: the largest that a q8_0 block keeps exactly.
@@ -310,6 +310,10 @@ impl ChainStage {
             *out = rows;
             return Ok(());
         }
+        if step.want == Want::Normed {
+            *out = rows;
+            return Ok(());
+        }
         let skip = (step.n_rows - step.want.rows(step.n_rows)) as usize;
         rows.chunks_exact(n_embd)
             .skip(skip)
@@ -322,7 +326,6 @@ impl ChainStage {
 #[allow(clippy::too_many_lines)]
 mod tests {
     use super::*;
-    use crate::stage::Want;
 
     const N_EMBD: u32 = 48;
 

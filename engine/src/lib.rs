@@ -18,6 +18,7 @@ mod llama;
 mod llama_stage;
 mod load;
 mod memory;
+mod pooling;
 mod random_model;
 mod sampler;
 mod source;
@@ -38,6 +39,7 @@ pub use experts::{
 pub use json_schema::{Grammar, SchemaError};
 pub use llama_stage::{LlamaStage, LoadOptions};
 pub use load::{LoadError, Loaded};
+pub use pooling::{NoPooling, Pool, Pooling};
 pub use random_model::{
     QuantType, RandomModelError, RandomShape, RandomWeights, quantize, random_model,
 };
@@ -46,7 +48,7 @@ pub use source::{FileSource, TensorSource};
 pub use stage::{EngineError, Fault, Held, Input, Slot, Stage, StageShape, StageStats, Step, Want};
 pub use system::{Device, SystemInfo, numerics_class, physical_cores, system_info, threads_for};
 pub use vocab::{Detokenizer, TEXT_BYTES_MAX, Vocab, VocabError};
-pub use whole::WholeModel;
+pub use whole::{WholeModel, whole_embedding};
 pub use worker::{Busy, Done, Job, Reply, Rows, SlotWaiter, Worker, WorkerByHand};
 
 /// Most rows in one step. Below 64, where flash attention begins to tile, so

@@ -324,7 +324,8 @@ impl Session {
         }
         // Broken weights show here rather than at the next hop. What enters is
         // checked where it comes from the wire, and not again.
-        if step.layers.end < shape.n_layer && !all_finite(out) {
+        let hidden = step.layers.end < shape.n_layer || step.want == Want::Normed;
+        if hidden && !all_finite(out) {
             let Range { start, end } = step.layers;
             let why = format!("layers {start}..{end} gave values not finite");
             return Err(EngineError::Backend(why));
@@ -346,6 +347,7 @@ impl Part {
             Want::None => Output::None,
             Want::Last => Output::Last,
             Want::All => Output::All,
+            Want::Normed => Output::Normed,
         };
         self.context
             .run(&rows, step.n_rows as usize, step.pos0, output, out)

@@ -49,6 +49,8 @@ pub struct RandomShape {
     pub gate_up: bool,
     /// Whether experts' matrices have scales.
     pub scales: bool,
+    /// `<arch>.pooling_type`, of models that embed text; 0 for none.
+    pub pooling: u32,
 }
 
 impl RandomShape {
@@ -70,6 +72,7 @@ impl RandomShape {
             window: 0,
             gate_up: false,
             scales: false,
+            pooling: 0,
         }
     }
 
@@ -91,6 +94,7 @@ impl RandomShape {
             window: 0,
             gate_up: false,
             scales: false,
+            pooling: 0,
         }
     }
 
@@ -111,6 +115,7 @@ impl RandomShape {
             window: 0,
             gate_up: false,
             scales: false,
+            pooling: 0,
         }
     }
 }
@@ -339,6 +344,9 @@ fn keys(arch: &str, shape: &RandomShape, traits: &ArchTraits) -> Vec<(String, Va
         if traits.shared_expert {
             key("expert_shared_feed_forward_length", shape.n_ff.into());
         }
+    }
+    if shape.pooling > 0 {
+        key("pooling_type", shape.pooling.into());
     }
     if shape.window > 0 {
         key("attention.sliding_window", shape.window.into());

@@ -127,7 +127,7 @@ pub struct Step {
     pub want: Want,
 }
 
-/// Which rows of logits a step returns. It does not matter to a step that ends
+/// Which rows of logits a step returns, or what instead. It does not matter to a step that ends
 /// before the last layer: that one returns every hidden row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Want {
@@ -137,15 +137,17 @@ pub enum Want {
     Last,
     /// One for every row.
     All,
+    /// No logits: every hidden row behind the last norm (`n_rows × n_embd`), from which embeddings are made.
+    Normed,
 }
 
 impl Want {
-    /// Logits rows returned for `n_rows` rows.
+    /// Rows returned by the last layer for `n_rows` rows.
     pub fn rows(self, n_rows: u32) -> u32 {
         match self {
             Want::None => 0,
             Want::Last => n_rows.min(1),
-            Want::All => n_rows,
+            Want::All | Want::Normed => n_rows,
         }
     }
 }
@@ -176,7 +178,7 @@ pub trait Stage: Send {
 
     /// Runs a step: `out` is cleared and filled with hidden rows, which are finite
     /// (`n_rows × n_embd`), or, when the last layer ran, logits rows
-    /// ([`Want::rows`] `× n_vocab`).
+    /// ([`Want::rows`] `× n_vocab`; `× n_embd` and finite for [`Want::Normed`]).
     ///
     /// # Errors
     /// A step that does not fit the session or the stage leaves the session as

@@ -6,7 +6,9 @@ use gguf::Header;
 
 use crate::PREFILL_CHUNK;
 use crate::blueprint::Blueprint;
-use crate::llama::{Context, ContextOptions, FileModel, Model, Output, Rows, ThreadPool};
+use crate::llama::{
+    self, Context, ContextOptions, FileModel, Model, Output, Rows, ThreadPool,
+};
 use crate::stage::{EngineError, Want};
 
 /// One `llama_model` of a whole file with one session. Token ids in, logits
@@ -85,7 +87,7 @@ impl WholeModel {
     }
 
     /// Writes `tokens` at `pos0`, dropping what was there, and fills `out` with
-    /// the logits rows wanted. One call is one batch: at most
+    /// the rows wanted. One call is one batch: at most
     /// [`PREFILL_CHUNK`] tokens.
     ///
     /// # Errors
@@ -132,6 +134,7 @@ impl WholeModel {
             Want::None => Output::None,
             Want::Last => Output::Last,
             Want::All => Output::All,
+            Want::Normed => Output::Normed,
         };
         self.context
             .run(&Rows::Tokens(tokens), tokens.len(), pos0, output, out)
@@ -164,4 +167,20 @@ impl WholeModel {
         }
         Ok(())
     }
+}
+
+/// What llama.cpp itself makes of a text with a model that embeds: its own pooling, not brought to length 1. One call,
+/// so at most [`PREFILL_CHUNK`] tokens.
+///
+/// # Errors
+/// llama.cpp does not take the file or the tokens, or it is no model that embeds.
+pub fn whole_embedding(path: &Path, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
+    if tokens.is_empty() || tokens.len() > PREFILL_CHUNK as usize {
+        return Err(EngineError::RowCount {
+            n_rows: u32::try_from(tokens.len()).unwrap_or(u32::MAX),
+            max: PREFILL_CHUNK,
+        });
+    }
+    let model = FileModel::from_path(path).map_err(EngineError::Backend)?;
+    llama::pooled(&model, tokens).map_err(EngineError::Backend)
 }

@@ -108,7 +108,12 @@ fn dimensions_that_cannot_be() {
             with("llama", "nextn_predict_layers", 1u32),
             "nextn_predict_layers",
         ),
-        (with("llama", "pooling_type", 1u32), "pooling_type"),
+        (with("llama", "pooling_type", 4u32), "ranks texts"),
+        (with("llama", "pooling_type", 9u32), "pooling_type"),
+        (
+            with("llama", "embedding_length_out", 512u32),
+            "embedding_length_out",
+        ),
         (with("llama", "attention.causal", false), "causal"),
         (with("llama", "rope.freq_base", f32::NAN), "not finite"),
         (

@@ -228,6 +228,7 @@ impl Routes {
             model: spec.model,
             n_ctx: spec.n_ctx,
             dtype: spec.dtype,
+            n_embd: spec.n_embd,
             n_vocab: spec.n_vocab,
         };
         let opened = self

@@ -456,7 +456,7 @@ mod tests {
         assert!(pending.is_err(), "it lives");
 
         let worker = node.sessions.served(&node.hosted[0].model).unwrap().worker;
-        let (n_vocab, model) = (worker.shape().n_vocab, node.hosted[0].model);
+        let (shape, model) = (worker.shape(), node.hosted[0].model);
         let panicking: engine::Reply<engine::Slot> = Box::new(|_| panic!("as the test wants"));
         worker.open(16, 0..8, panicking).unwrap();
         tokio::time::timeout(DEADLINE, node.died()).await.unwrap();
@@ -466,7 +466,8 @@ mod tests {
             model,
             n_ctx: 16,
             dtype: Dtype::F32,
-            n_vocab,
+            n_embd: shape.n_embd,
+            n_vocab: shape.n_vocab,
         };
         let hop = Hop {
             peer: node.peer(),

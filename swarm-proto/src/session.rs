@@ -340,6 +340,8 @@ pub enum Form {
     Top(u16),
     /// The whole row.
     Full,
+    /// No logits: the hidden row behind the last norm, from which embeddings are made.
+    Normed,
 }
 
 /// Which logits the client wants of a frame.
@@ -409,7 +411,7 @@ impl Rows {
         match self.want.form {
             Form::Top(0) => Err(wrong("the top 0 of the logits")),
             Form::Top(k) => at_most("logits of a row", k.into(), TOP_MAX.into()),
-            Form::Full => Ok(()),
+            Form::Full | Form::Normed => Ok(()),
         }
     }
 }
@@ -548,6 +550,8 @@ pub enum LogitsForm {
     },
     /// `n_vocab` numbers, `f32` LE.
     Full,
+    /// The same, but they are the hidden row behind the last norm: `n_vocab` counts its numbers.
+    Normed,
 }
 
 impl Logits {
@@ -555,13 +559,13 @@ impl Logits {
     pub fn payload_len(&self) -> usize {
         match self.form {
             LogitsForm::Top { k, .. } => 8 * usize::from(k),
-            LogitsForm::Full => (self.n_vocab as usize).saturating_mul(4),
+            LogitsForm::Full | LogitsForm::Normed => (self.n_vocab as usize).saturating_mul(4),
         }
     }
 
     fn check(&self) -> Result<(), CheckError> {
         match self.form {
-            LogitsForm::Full => Ok(()),
+            LogitsForm::Full | LogitsForm::Normed => Ok(()),
             LogitsForm::Top { lse, .. } if !lse.is_finite() => {
                 Err(wrong(format!("a log-sum-exp of {lse}")))
             }

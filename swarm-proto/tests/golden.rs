@@ -92,6 +92,14 @@ fn session_messages() {
         ..rows
     };
     golden(&Down::Rows(tokens), &format!("01 {S} 00 00 02 00 00 01 fa"));
+    let normed = Rows {
+        want: Want {
+            rows: WantRows::All,
+            form: Form::Normed,
+        },
+        ..tokens
+    };
+    golden(&Down::Rows(normed), &format!("01 {S} 00 00 02 00 02 02 fa"));
 }
 
 #[test]
@@ -148,6 +156,10 @@ fn answers_and_fetches() {
     golden(
         &Answer::Logits(logits(LogitsForm::Full)),
         "01 00 05 fb007d 01 01",
+    );
+    golden(
+        &Answer::Logits(logits(LogitsForm::Normed)),
+        "01 00 05 fb007d 02 01",
     );
     let hash = Hash([0xab; 32]);
     golden(&Fetch::Snapshot, "00");

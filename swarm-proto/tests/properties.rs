@@ -83,7 +83,7 @@ proptest! {
     #[test]
     fn rows(session: [u8; 16], epoch: u32, pos0 in 0..u32::MAX - u32::from(ROWS_MAX), n_rows in 1..=ROWS_MAX,
             content in content(), top in 0u16..4097, spent_us: u32) {
-        let form = if top == 0 { Form::Full } else { Form::Top(top) };
+        let form = match top { 0 => Form::Full, 1 => Form::Normed, top => Form::Top(top) };
         let want = Want { rows: WantRows::All, form };
         let session = SessionId(session);
         both_ways(&Down::Rows(Rows { session, epoch: Epoch(epoch), pos0, n_rows, content, want, spent_us }));
@@ -95,7 +95,7 @@ proptest! {
         both_ways(&Up::Ack { epoch: Epoch(a), pos_end: b });
         let failure = Failure::new(at, Fault::Caller, FailureCode::Engine, text);
         both_ways(&Answer::Failed(failure));
-        let form = if a % 2 == 0 { LogitsForm::Full } else { LogitsForm::Top { k, lse } };
+        let form = match a % 3 { 0 => LogitsForm::Full, 1 => LogitsForm::Normed, _ => LogitsForm::Top { k, lse } };
         both_ways(&Answer::Logits(Logits { epoch: Epoch(a), pos: b, n_vocab: a, form, spent_us: b }));
         both_ways(&Found::Bytes { len: u64::from(a) % (64 << 20) });
     }

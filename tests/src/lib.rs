@@ -5,11 +5,14 @@
 pub mod http;
 pub mod room;
 
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use gguf::Header;
 use testnet::binaries::Binaries;
 use testnet::client::{Client, poll_pause};
 use testnet::swarm::{NodeSpec, StartPlan, Swarm};
@@ -145,4 +148,22 @@ pub fn command(program: &Path, folder: &Path) -> Command {
         .stderr(Stdio::piped())
         .kill_on_drop(true);
     command
+}
+
+/// Writes the demo model with another value of one setting to `path`.
+///
+/// # Errors
+/// When it cannot be read or written.
+pub fn demo_with(path: &Path, key: &str, value: impl Into<gguf::Value>) -> Result<()> {
+    let mut demo = File::open(demo_file())?;
+    let len = demo.metadata()?.len();
+    let mut header = Header::read(&mut demo, len)?;
+    let data = header.data_offset;
+    header.set(key, value);
+    let header = Header::new(header.alignment, header.kv, header.tensors)?;
+    let mut file = File::create(path)?;
+    header.write(&mut file)?;
+    demo.seek(SeekFrom::Start(data))?;
+    std::io::copy(&mut demo, &mut file)?;
+    Ok(())
 }

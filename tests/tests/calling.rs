@@ -1,35 +1,14 @@
 //! Tools over `shoal serve`: the model is told of them by its chat template, and a call that is demanded comes as one.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::Path;
-
 use anyhow::{Context, Result, ensure};
-use gguf::Header;
 use serde_json::{Value, json};
 use tests::http::Api;
-use tests::{PATIENCE, demo_file, serve, until};
+use tests::{PATIENCE, demo_with, serve, until};
 
 /// The demo model's own, with a place for tools and what they answered.
 const TEMPLATE: &str = "{{ bos_token }}{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}\
     {% for m in messages %}<|{{ 'user' if m.role == 'tool' else m.role }}|>{{ m.content }}\
     {% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|end|>{% endfor %}<|assistant|>";
-
-/// The demo model with another chat template.
-fn with_template(path: &Path) -> Result<()> {
-    let mut demo = File::open(demo_file())?;
-    let len = demo.metadata()?.len();
-    let mut header = Header::read(&mut demo, len)?;
-    let data = header.data_offset;
-    header.set("tokenizer.chat_template", TEMPLATE);
-    let header = Header::new(header.alignment, header.kv, header.tensors)?;
-    let mut file = File::create(path)?;
-    header.write(&mut file)?;
-    let mut weights = Vec::new();
-    demo.seek(SeekFrom::Start(data))?;
-    demo.read_to_end(&mut weights)?;
-    Ok(file.write_all(&weights)?)
-}
 
 fn tool() -> Value {
     json!({
@@ -52,7 +31,7 @@ fn fits(arguments: &Value) -> bool {
 async fn a_demanded_call_comes_as_one() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("caller.gguf");
-    with_template(&file)?;
+    demo_with(&file, "tokenizer.chat_template", TEMPLATE)?;
     let mut swarm = serve(&file.display().to_string(), &["0..4", "4..8"], &[]).await?;
     swarm.client("client").until_covered(8, PATIENCE).await?;
     let api = Api::start(&swarm.client("api"), &[]).await?;

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use testnet::client::Client;
 use tests::http::Api;
-use tests::{PATIENCE, repository, serve, until};
+use tests::{PATIENCE, demo_with, repository, serve, until};
 use tokio::process::Command;
 use tokio::time::timeout;
 
@@ -190,5 +190,43 @@ async fn llm(venv: &Path, api: &Api, folder: &Path, chat: &Value) -> Result<()> 
             "{how}: {said}"
         );
     }
+    Ok(())
+}
+
+/// `embeddings.create` as OpenAI's own client sends it, which asks for base64 by itself, over two machines.
+#[tokio::test]
+async fn openais_client_gets_embeddings() -> Result<()> {
+    let Some(venv) = installed().await? else {
+        return Ok(());
+    };
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("embeds.gguf");
+    demo_with(&file, "llama.pooling_type", 1u32)?;
+    let model = file.display().to_string();
+    let mut swarm = serve(&model, &["0..4", "4..8"], &[]).await?;
+    swarm.client("client").until_covered(8, PATIENCE).await?;
+    let api = Api::start(&swarm.client("api"), &["--api-key", KEY]).await?;
+    let ready = async || {
+        let health = api.get("/health").await.ok()?.json(200).ok()?;
+        (health["ready"] == true).then_some(())
+    };
+    until("the server knows a whole model", PATIENCE, ready).await?;
+    let url = format!("{}/v1", api.url);
+    let got = script(&venv, "openai_embeddings.py", &[&url, KEY]).await?;
+    assert_eq!(got["count"], 3);
+    assert_eq!(got["width"], 256);
+    assert_eq!(got["indices"], json!([0, 1, 2]));
+    assert_eq!(got["same"], true, "base64 and numbers are the same vector");
+    assert_eq!(
+        got["again"], true,
+        "so is the vector of the same text later"
+    );
+    assert_eq!(got["route"], 2);
+    assert_eq!(got["dimensions"], json!([400, "dimensions"]));
+    let (near, far) = (got["near"].as_f64(), got["far"].as_f64());
+    ensure!(near > far, "like texts are not more alike: {got}");
+    let length = got["length"].as_f64().context("no length")?;
+    ensure!((length - 1.0).abs() < 1e-5, "a vector of length {length}");
+    swarm.stop().await;
     Ok(())
 }

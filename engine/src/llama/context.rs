@@ -33,6 +33,8 @@ pub(crate) enum Output {
     Last,
     /// Every row.
     All,
+    /// Every row, and of each what is behind the last norm, not its logits.
+    Normed,
 }
 
 /// Threads that ggml keeps between calls, shared by the contexts of a stage.
@@ -89,8 +91,12 @@ pub(crate) struct Context {
     tap: Option<Shared<Tap>>,
     /// Outputs that a tapped call declares: as many as its last layer computes.
     tapped: Output,
+    /// Whether llama.cpp was told to keep the rows behind the last norm.
+    normed: bool,
     batch: Batch,
     n_embd: usize,
+    /// Whether rows behind the last norm are as long.
+    one_width: bool,
     n_vocab: usize,
     // Both outlive `ptr`: dropped after it, in order of declaration.
     _model: Model,
@@ -142,6 +148,8 @@ impl Context {
         params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_ENABLED;
         // Without, a windowed layer forgets what truncation needs again.
         params.swa_full = true;
+        // Pooling is done by who asks: a prompt may come in several calls.
+        params.pooling_type = sys::LLAMA_POOLING_TYPE_NONE;
         params.no_perf = true;
         if let Some(tap) = &tap {
             params.cb_eval = Some(on_tensor);
@@ -159,8 +167,10 @@ impl Context {
             ptr,
             tap,
             tapped,
+            normed: false,
             batch: Batch::new(options.n_batch as usize),
             n_embd: model.n_embd() as usize,
+            one_width: model.n_embd_out() == model.n_embd(),
             n_vocab: model.n_vocab() as usize,
             _model: Arc::clone(model),
             _threads: Arc::clone(threads),
@@ -196,7 +206,7 @@ impl Context {
     }
 
     /// Runs `n_rows` rows from position `pos0` on; `out` is replaced by the rows
-    /// asked for: hidden ones behind a layer (always all), else logits.
+    /// asked for: hidden ones behind a layer (always all), or behind the last norm, else logits.
     pub(crate) fn run(
         &mut self,
         rows: &Rows<'_>,
@@ -215,9 +225,12 @@ impl Context {
             return Err(why);
         }
         log::clear();
+        if !self.leaves() {
+            self.keep_normed(output == Output::Normed);
+        }
         let Some(tap) = &self.tap else {
             self.decode(rows, n_rows, pos0, output)?;
-            return self.take_logits(n_rows, output, out);
+            return self.take(n_rows, output, out);
         };
         let tap = tap.as_ptr();
         // SAFETY: ours, and no call is in progress that would touch it.
@@ -229,7 +242,7 @@ impl Context {
         decoded?;
         taken?;
         match self.leaves() {
-            false => self.take_logits(n_rows, output, out),
+            false => self.take(n_rows, output, out),
             true if out.len() == n_rows * self.n_embd => Ok(()),
             true => Err(format!("{} values for {n_rows} rows left", out.len())),
         }
@@ -261,6 +274,40 @@ impl Context {
         Err(log::errors("llama_decode failed"))
     }
 
+    /// Told once: a graph of the other kind is built anew.
+    fn keep_normed(&mut self, keep: bool) {
+        if self.normed != keep {
+            // SAFETY: the context lives, and no call is in progress.
+            unsafe { sys::llama_set_embeddings(self.ptr.as_ptr(), keep) };
+            self.normed = keep;
+        }
+    }
+
+    /// The rows asked for of a call that went to the end.
+    fn take(&mut self, n_rows: usize, output: Output, out: &mut Vec<f32>) -> Result<(), String> {
+        if output == Output::Normed {
+            return self.take_normed(n_rows, out);
+        }
+        self.take_logits(n_rows, output, out)
+    }
+
+    fn take_normed(&mut self, n_rows: usize, out: &mut Vec<f32>) -> Result<(), String> {
+        out.clear();
+        if !self.one_width {
+            return Err("its rows are of another width behind the last norm".into());
+        }
+        // SAFETY: the context lives; the call waits for the computation.
+        let rows = unsafe { sys::llama_get_embeddings(self.ptr.as_ptr()) };
+        if rows.is_null() {
+            return Err("no rows behind the last norm".into());
+        }
+        // SAFETY: without pooling llama.cpp keeps a row of `n_embd` per row of the call, in the
+        // order of the batch, until the next call.
+        let rows = unsafe { std::slice::from_raw_parts(rows, n_rows * self.n_embd) };
+        out.extend_from_slice(rows);
+        Ok(())
+    }
+
     fn take_logits(
         &mut self,
         n_rows: usize,
@@ -275,7 +322,7 @@ impl Context {
                 return Ok(());
             }
             Output::Last => 1,
-            Output::All => n_rows,
+            Output::All | Output::Normed => n_rows,
         };
         // SAFETY: the context lives; the call waits for the computation.
         let logits = unsafe { sys::llama_get_logits(self.ptr.as_ptr()) };
@@ -322,7 +369,8 @@ impl Batch {
         for (i, pos) in self.pos.iter_mut().enumerate().take(n_rows) {
             *pos = pos0 as i32 + i as i32;
         }
-        self.output.fill(i8::from(output == Output::All));
+        let all = matches!(output, Output::All | Output::Normed);
+        self.output.fill(i8::from(all));
         if output == Output::Last {
             self.output[n_rows - 1] = 1;
         }

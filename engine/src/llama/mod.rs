@@ -9,6 +9,7 @@ mod log;
 mod model;
 #[cfg(target_os = "linux")]
 mod pages;
+mod pooled;
 mod quant;
 mod sampler;
 mod tap;
@@ -17,6 +18,7 @@ mod vocab;
 pub(crate) use context::{Context, ContextOptions, Output, Rows, ThreadPool};
 pub(crate) use experts::{ExpertCpu, ExpertDevice, ExpertWeights, Job};
 pub(crate) use model::{FileModel, Model};
+pub(crate) use pooled::pooled;
 pub(crate) use quant::{dequantize_row, quantize_file, quantize_rows};
 pub(crate) use sampler::{Chain, GrammarState, Link};
 pub(crate) use tap::LAYERS_MAX;

@@ -123,6 +123,12 @@ impl FileModel {
         unsafe { sys::llama_model_n_embd(self.ptr.as_ptr()) }.unsigned_abs()
     }
 
+    /// Floats in a row that is given out as an embedding.
+    pub(super) fn n_embd_out(&self) -> u32 {
+        // SAFETY: the model lives.
+        unsafe { sys::llama_model_n_embd_out(self.ptr.as_ptr()) }.unsigned_abs()
+    }
+
     /// Floats in a logits row.
     pub(super) fn n_vocab(&self) -> u32 {
         // SAFETY: the model lives.

@@ -12,6 +12,7 @@
 
 mod answering;
 mod cancel;
+mod embedding;
 mod fed;
 mod prompt;
 mod source;

@@ -35,9 +35,9 @@ pub struct Row {
 
 /// A growing sequence of tokens with a KV behind it.
 pub struct Source {
-    kind: Kind,
+    pub(super) kind: Kind,
     /// Tokens whose KV is held.
-    fed: Fed,
+    pub(super) fed: Fed,
     /// Decoded tokens that may be fed again as one step.
     batch: u16,
     /// What goes on when the swarm cannot.
@@ -45,7 +45,7 @@ pub struct Source {
     left: Option<Left>,
 }
 
-enum Kind {
+pub(super) enum Kind {
     Swarm(Box<Session>),
     Local(Box<WholeModel>, Vec<f32>),
 }
@@ -309,7 +309,8 @@ async fn over_swarm(session: &mut Session, tokens: &[u32], form: Form) -> Result
     let logits = session.next_logits().await?;
     let candidates = match form {
         Form::Top(_) => Candidates::new(logits.top.clone())?,
-        Form::Full => Candidates::top_of_row(&logits.full, 0)?,
+        // Nothing is chosen from hidden rows: a row that is none is an error.
+        Form::Full | Form::Normed => Candidates::top_of_row(&logits.full, 0)?,
     };
     let row = Row {
         candidates,
@@ -346,7 +347,7 @@ fn here(
     }
     let k = match form {
         Form::Top(k) => usize::from(k),
-        Form::Full => 0,
+        Form::Full | Form::Normed => 0,
     };
     Ok(Row {
         candidates: Candidates::top_of_row(row, k)?,

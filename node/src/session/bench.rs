@@ -180,7 +180,7 @@ async fn measure(
             layers: LayerRange::one(layer),
         })
         .collect();
-    let times = steps(bench, &client, &route).await;
+    let times = steps(bench, &client, &route, n_embd).await;
     client.shutdown().await;
     for node in nodes {
         node.net.shutdown().await;
@@ -194,6 +194,7 @@ async fn steps(
     bench: &HopBench,
     client: &Net,
     route: &[Hop],
+    n_embd: u32,
 ) -> Result<Vec<(Duration, Duration)>, BenchError> {
     let opener = Opener::new(client.me(), Arc::new(client.clone()));
     let n_ctx = bench.warm_up.saturating_add(bench.steps).saturating_add(1);
@@ -201,6 +202,7 @@ async fn steps(
         model: MODEL,
         n_ctx,
         dtype: Dtype::F32,
+        n_embd,
         n_vocab: N_VOCAB,
     };
     let mut session = opener.open_route(kind, route).await?;

@@ -20,8 +20,8 @@ const REDIAL: Duration = Duration::from_secs(2);
 /// What every hop of a route must say of the model.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape {
-    /// Numbers in a hidden row; the client need not know.
-    pub(super) n_embd: Option<u32>,
+    /// Numbers in a hidden row.
+    pub(super) n_embd: u32,
     /// Tokens in the vocabulary.
     pub(super) n_vocab: u32,
 }
@@ -123,7 +123,7 @@ async fn ask(
 }
 
 fn check(open: &Open, shape: Shape, told: (u32, u32), held: u32) -> Option<String> {
-    let n_embd = shape.n_embd.unwrap_or(told.0);
+    let n_embd = shape.n_embd;
     if told != (n_embd, shape.n_vocab) {
         return Some(format!(
             "it opened with n_embd {} and n_vocab {}, the model has {n_embd} and {}",

@@ -28,6 +28,7 @@ use swarm_proto::{
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
 use super::{
+    chain::Shape,
     config::Deadlines,
     error::ClientError,
     failure::fail,
@@ -64,7 +65,7 @@ pub struct ClientSession {
     standby: Option<Follower>,
     dtype: Dtype,
     n_ctx: u32,
-    n_vocab: u32,
+    shape: Shape,
     deadlines: Deadlines,
     /// Positions held once everything queued has run.
     pos: u32,
@@ -132,7 +133,7 @@ pub(super) struct Opened {
     pub(super) standby: Option<Follower>,
     pub(super) dtype: Dtype,
     pub(super) n_ctx: u32,
-    pub(super) n_vocab: u32,
+    pub(super) shape: Shape,
     pub(super) deadlines: Deadlines,
 }
 
@@ -150,7 +151,7 @@ impl ClientSession {
             standby: o.standby,
             dtype: o.dtype,
             n_ctx: o.n_ctx,
-            n_vocab: o.n_vocab,
+            shape: o.shape,
             deadlines: o.deadlines,
             pos: 0,
             queue: VecDeque::new(),
@@ -188,7 +189,7 @@ impl ClientSession {
 
     /// Tokens in the model's vocabulary, as the hops say.
     pub fn n_vocab(&self) -> u32 {
-        self.n_vocab
+        self.shape.n_vocab
     }
 
     /// The hops, in order, and who stands by.
@@ -287,13 +288,13 @@ impl ClientSession {
         {
             return Err(full);
         }
-        if let Some(token) = tokens.iter().find(|t| **t >= self.n_vocab) {
+        if let Some(token) = tokens.iter().find(|t| **t >= self.shape.n_vocab) {
             return Err(ClientError::Token {
                 token: *token,
-                n_vocab: self.n_vocab,
+                n_vocab: self.shape.n_vocab,
             });
         }
-        let rows_max = usize::from(want.rows_max(self.n_vocab));
+        let rows_max = usize::from(want.rows_max(self.shape.n_vocab));
         let chunks = tokens.chunks(rows_max.min(PREFILL_CHUNK as usize));
         let last = chunks.len().saturating_sub(1);
         for (i, tokens) in chunks.enumerate() {
@@ -425,7 +426,7 @@ impl ClientSession {
             return Err(self.bad_answer(what));
         }
         let mut row = self.spare.pop().unwrap_or_default();
-        if let Err(e) = row.fill(header, self.answers.payload(), form, self.n_vocab) {
+        if let Err(e) = row.fill(header, self.answers.payload(), form, self.shape) {
             return Err(self.bad_answer(e.to_string()));
         }
         self.asked.pop_front();

@@ -536,7 +536,7 @@ impl Shared {
         };
         let deadline = Instant::now() + wait;
         let shape = Shape {
-            n_embd: Some(served.n_embd),
+            n_embd: served.n_embd,
             n_vocab: served.n_vocab,
         };
         let open = Open {
@@ -568,7 +568,7 @@ impl Shared {
     ) -> Option<Follower> {
         let ask = standby_open(open, open.at.checked_add(1)?)?;
         let shape = Shape {
-            n_embd: Some(served.n_embd),
+            n_embd: served.n_embd,
             n_vocab: served.n_vocab,
         };
         let content = Content::Hidden(open.dtype);

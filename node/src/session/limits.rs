@@ -5,6 +5,8 @@ use swarm_proto::{
     session::{OPEN_BYTES_MAX, SESSION_HEADER_MAX},
 };
 
+use super::chain::Shape;
+
 // A frame is a step.
 const _: () = assert!(ROWS_MAX as u32 == engine::PREFILL_CHUNK);
 
@@ -34,11 +36,12 @@ pub(super) fn down_rows(n_embd: u32) -> FrameLimits {
     }
 }
 
-/// Logits towards the client.
-pub(super) fn answers(n_vocab: u32) -> FrameLimits {
+/// Logits, or what comes instead, towards the client.
+pub(super) fn answers(shape: Shape) -> FrameLimits {
     // A pair of id and logit is twice a logit, and k is at most 65,535 and the vocabulary.
+    let logits = shape.n_vocab as usize * 8;
     FrameLimits {
         header_max: SESSION_HEADER_MAX,
-        payload_max: n_vocab as usize * 8,
+        payload_max: logits.max(Dtype::F32.row_len(shape.n_embd)),
     }
 }

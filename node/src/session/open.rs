@@ -59,7 +59,9 @@ pub struct Kind {
     pub n_ctx: u32,
     /// How hidden states travel.
     pub dtype: Dtype,
-    /// Floats in a logits row, as the manifest says: a hop that says otherwise is at fault.
+    /// Floats in a hidden row, as the manifest says: a hop that says otherwise is at fault.
+    pub n_embd: u32,
+    /// Floats in a logits row, likewise.
     pub n_vocab: u32,
 }
 
@@ -251,8 +253,12 @@ impl Opener {
             standing_by: false,
             trace: trace::current(),
         };
+        let shape = Shape {
+            n_embd: kind.n_embd,
+            n_vocab: kind.n_vocab,
+        };
         let deadline = Instant::now() + self.deadlines.opened(route.hops.len());
-        let opened = self.both_ends(&open, kind.n_vocab, None, deadline).await;
+        let opened = self.both_ends(&open, shape, None, deadline).await;
         let (next, answers) = opened.map_err(|failure| ClientError::hop(&route.hops, failure))?;
         Ok(ClientSession::new(Opened {
             up: next.pipe,
@@ -260,11 +266,11 @@ impl Opener {
             model: kind.model,
             session,
             epoch,
-            standby: self.standby(&open, kind.n_vocab, None),
+            standby: self.standby(&open, shape, None),
             route,
             dtype: kind.dtype,
             n_ctx: kind.n_ctx,
-            n_vocab: kind.n_vocab,
+            shape,
             deadlines: self.deadlines,
         }))
     }
@@ -284,13 +290,13 @@ impl Opener {
     ) -> Result<(), ClientError> {
         let route = route.into();
         let again = session.begin_again(self.me, &route);
-        let (open, n_vocab) = (again.open, again.n_vocab);
+        let (open, shape) = (again.open, again.shape);
         let mut first = open.clone();
         let current = resume_at(&mut first, again.current);
         let deadline = Instant::now() + self.deadlines.reopened(route.hops.len());
-        let opened = self.both_ends(&first, n_vocab, current, deadline).await;
+        let opened = self.both_ends(&first, shape, current, deadline).await;
         let (next, answers) = opened.map_err(|failure| ClientError::hop(&route.hops, failure))?;
-        let standby = self.standby(&open, n_vocab, again.standby);
+        let standby = self.standby(&open, shape, again.standby);
         session.go_on(next.pipe, answers, route, open.epoch, next.held, standby);
         Ok(())
     }
@@ -299,27 +305,23 @@ impl Opener {
     async fn both_ends(
         &self,
         open: &Open,
-        n_vocab: u32,
+        shape: Shape,
         current: Option<Pipe>,
         deadline: Instant,
     ) -> Result<(Next, Pipe), Failure> {
         // The tail greets when the chain reaches it: if the chain does not, that is the news.
         let greeting = deadline + self.deadlines.per_hop;
         let (next, mut answers) = tokio::try_join!(
-            self.chain(open.clone(), n_vocab, current, deadline),
+            self.chain(open.clone(), shape, current, deadline),
             self.answers(&open.hops, open.session, open.epoch, greeting)
         )?;
-        answers.set_limits(limits::answers(n_vocab));
+        answers.set_limits(limits::answers(shape));
         Ok((next, answers))
     }
 
     /// Opens who stands by for the first hop.
-    fn standby(&self, open: &Open, n_vocab: u32, current: Option<Fed>) -> Option<Follower> {
+    fn standby(&self, open: &Open, shape: Shape, current: Option<Fed>) -> Option<Follower> {
         let ask = standby_open(open, 0)?;
-        let shape = Shape {
-            n_embd: None,
-            n_vocab,
-        };
         let (dialer, batch) = (self.dialer.clone(), open.standbys.batch);
         let deadline = Instant::now() + self.deadlines.opened(0);
         let how = (current, dialer, deadline);
@@ -329,17 +331,13 @@ impl Opener {
     async fn chain(
         &self,
         open: Open,
-        n_vocab: u32,
+        shape: Shape,
         current: Option<Pipe>,
         deadline: Instant,
     ) -> Result<Next, Failure> {
         let Some(hop) = open.hops.first() else {
             let message = "the route is empty";
             return Err(fail(0, Fault::Peer, FailureCode::BadFrame, message));
-        };
-        let shape = Shape {
-            n_embd: None,
-            n_vocab,
         };
         let dial = async || self.dialer.open(hop.peer, &hop.addrs, Proto::Session).await;
         open_next(&open, shape, current, deadline, dial).await

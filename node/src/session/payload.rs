@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use swarm_proto::{Answer, Content, Form, Logits, LogitsForm, Rows, activation};
+use swarm_proto::{Answer, Content, Form, Logits, LogitsForm, Rows, WantRows, activation};
 
 use super::{topk::TopK, wire::Pipe};
 
@@ -17,7 +17,8 @@ pub(super) fn push_logits(
     spent_us: u32,
 ) {
     let (header, found) = match rows.want.form {
-        Form::Full => (LogitsForm::Full, None),
+        // The other is a row of another kind.
+        Form::Full | Form::Normed => (LogitsForm::Full, None),
         Form::Top(k) => {
             let found = top.select(row, usize::from(k));
             (
@@ -48,6 +49,36 @@ pub(super) fn push_logits(
             }
         }
     });
+}
+
+/// Puts hidden rows behind the last norm into the buffer towards the client: of `out`, which has one for each row of
+/// the frame, those that it wants. Finite: the stage has looked.
+pub(super) fn push_normed(
+    answers: &mut Pipe,
+    rows: &Rows,
+    out: &[f32],
+    n_embd: u32,
+    spent_us: u32,
+) {
+    let all = out.chunks_exact(n_embd.max(1) as usize);
+    let unwanted = match rows.want.rows {
+        WantRows::None => all.len(),
+        WantRows::Last => all.len().saturating_sub(1),
+        WantRows::All => 0,
+    };
+    for (pos, row) in (rows.pos0..).zip(all).skip(unwanted) {
+        let header = Logits {
+            epoch: rows.epoch,
+            pos,
+            n_vocab: n_embd,
+            form: LogitsForm::Normed,
+            spent_us,
+        };
+        answers.push_with(&Answer::Logits(header), |out| {
+            row.iter()
+                .for_each(|x| out.extend_from_slice(&x.to_le_bytes()));
+        });
+    }
 }
 
 /// The payload as the worker takes it; `out` is a buffer to reuse. NaN and infinity end here: no C code sees them.

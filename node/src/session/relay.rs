@@ -37,7 +37,7 @@ use super::{
     failure::{clamp_to_below, fail, is_leaving},
     ledger::{Ledger, Outbox},
     limits::down_rows,
-    payload::{decode, micros, push_logits},
+    payload::{decode, micros, push_logits, push_normed},
     retained::Retained,
     slot::SlotGuard,
     standby::Follower,
@@ -350,6 +350,9 @@ impl Relay {
                 self.p.retained.push(&header, &self.scratch);
                 return Ok(false);
             }
+            Below::Client { answers, .. } if rows.want.form == Form::Normed => {
+                push_normed(answers, &rows, out, n_embd, spent_us);
+            }
             Below::Client { answers, top, .. } => {
                 let n_vocab = self.p.ledger.n_vocab as usize;
                 let n_out = (out.len() / n_vocab.max(1)) as u32;
@@ -494,14 +497,23 @@ impl Relay {
         if !matches!(self.p.below, Below::Client { .. }) {
             return 0;
         }
-        let rows = |frame: &InFlight| match (frame.rows.want.rows, frame.rows.want.form) {
-            (WantRows::None, _) | (_, Form::Top(_)) => 0,
-            (WantRows::Last, Form::Full) => 1,
-            (WantRows::All, Form::Full) => usize::from(frame.rows.n_rows),
+        let numbers = |frame: &InFlight| {
+            let want = frame.rows.want;
+            let rows = match want.rows {
+                WantRows::None => 0,
+                WantRows::Last => 1,
+                WantRows::All => usize::from(frame.rows.n_rows),
+            };
+            let width = match want.form {
+                Form::Top(_) => 0,
+                Form::Full => self.p.ledger.n_vocab,
+                Form::Normed => self.p.ledger.n_embd,
+            };
+            rows.saturating_mul(width as usize)
         };
-        let rows: usize = self.in_flight.iter().map(rows).sum();
-        rows.saturating_mul(self.p.ledger.n_vocab as usize)
-            .saturating_mul(size_of::<f32>())
+        let numbers = self.in_flight.iter().map(numbers);
+        let numbers = numbers.fold(0, usize::saturating_add);
+        numbers.saturating_mul(size_of::<f32>())
     }
 
     fn on_rows(&mut self, rows: Rows) -> Result<(), Halt> {
@@ -526,6 +538,7 @@ impl Relay {
         }
         let want = match (&self.p.below, rows.want.rows) {
             (Below::Next(_) | Below::Nobody, _) | (_, WantRows::None) => engine::Want::None,
+            _ if rows.want.form == Form::Normed => engine::Want::Normed,
             (_, WantRows::Last) => engine::Want::Last,
             (_, WantRows::All) => engine::Want::All,
         };

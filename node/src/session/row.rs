@@ -2,7 +2,7 @@
 
 use swarm_proto::{Form, Logits, LogitsForm};
 
-use super::topk::log_sum_exp;
+use super::{chain::Shape, topk::log_sum_exp};
 
 /// One row of logits.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -17,6 +17,8 @@ pub struct LogitsRow {
     pub top: Vec<(u32, f32)>,
     /// Every logit by token; empty when only the top was asked for.
     pub full: Vec<f32>,
+    /// The hidden row behind the last norm, where that was asked for instead.
+    pub normed: Vec<f32>,
     /// ln Σ exp(logit) over the whole vocabulary.
     pub log_sum_exp: f32,
 }
@@ -79,7 +81,7 @@ impl LogitsRow {
 
     /// Bytes of what it holds; at least one, so that empty rows count too.
     pub(super) fn bytes(&self) -> usize {
-        1 + self.full.len() * 4 + self.top.len() * 8
+        1 + (self.full.len() + self.normed.len()) * 4 + self.top.len() * 8
     }
 
     /// The most likely token; of equal ones that with the lowest id.
@@ -102,10 +104,12 @@ impl LogitsRow {
         header: &Logits,
         payload: &[u8],
         asked: &Form,
-        n_vocab: u32,
+        shape: Shape,
     ) -> Result<(), BadRow> {
+        let n_vocab = shape.n_vocab;
         self.top.clear();
         self.full.clear();
+        self.normed.clear();
         self.pos = header.pos;
         self.spent_us = header.spent_us;
         self.n_vocab = n_vocab;
@@ -114,6 +118,19 @@ impl LogitsRow {
             what,
         };
         let values = |what: String| Err(BadRow::Values(what));
+        if let (LogitsForm::Normed, Form::Normed) = (header.form, asked) {
+            let (words, rest) = payload.as_chunks::<4>();
+            let n_embd = shape.n_embd;
+            if words.len() != n_embd as usize || header.n_vocab != n_embd || !rest.is_empty() {
+                return Err(wrong(format!("a hidden row of {n_embd}")));
+            }
+            let numbers = words.iter().map(|word| f32::from_le_bytes(*word));
+            self.normed.extend(numbers);
+            if !self.normed.iter().all(|number| number.is_finite()) {
+                return values("a hidden row holds NaN or infinity".into());
+            }
+            return Ok(());
+        }
         if header.n_vocab != n_vocab {
             return Err(wrong(format!(
                 "a vocabulary of {}, it has {n_vocab}",
@@ -171,5 +188,38 @@ impl LogitsRow {
         }
         self.log_sum_exp = lse;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swarm_proto::Epoch;
+
+    #[test]
+    fn a_hidden_row_is_as_long_as_the_model_says_and_finite() {
+        let shape = Shape {
+            n_embd: 3,
+            n_vocab: 5,
+        };
+        let fill = |n_vocab, row: &[f32], asked| {
+            let header = Logits {
+                epoch: Epoch(0),
+                pos: 1,
+                n_vocab,
+                form: LogitsForm::Normed,
+                spent_us: 0,
+            };
+            let payload: Vec<u8> = row.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let mut filled = LogitsRow::default();
+            let done = filled.fill(&header, &payload, &asked, shape);
+            done.map(|()| filled.normed)
+        };
+        let row = [1.0, -2.0, 0.5];
+        assert_eq!(fill(3, &row, Form::Normed), Ok(row.to_vec()));
+        assert!(fill(5, &row, Form::Normed).is_err(), "another width");
+        assert!(fill(3, &row[..2], Form::Normed).is_err(), "too short");
+        assert!(fill(3, &[1.0, f32::NAN, 0.0], Form::Normed).is_err());
+        assert!(fill(3, &row, Form::Full).is_err(), "not asked for");
     }
 }

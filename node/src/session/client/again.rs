@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use super::{Chunk, ClientSession, Frame};
 use crate::session::{
+    chain::Shape,
     limits::UP,
     open::Route,
     standby::{Fed, Follower, Sent, streams_to},
@@ -17,7 +18,7 @@ use crate::session::{
 /// What it takes to open a session again.
 pub(in crate::session) struct Again {
     pub(in crate::session) open: Open,
-    pub(in crate::session) n_vocab: u32,
+    pub(in crate::session) shape: Shape,
     /// The stream to the first hop, where there is one.
     pub(in crate::session) current: Option<Fed>,
     /// The stream to who stands by for it, where there is one.
@@ -118,7 +119,7 @@ impl ClientSession {
         let (current, standby) = streams_to(&open, 0, current, self.standby.take());
         Again {
             open,
-            n_vocab: self.n_vocab,
+            shape: self.shape,
             current,
             standby,
         }

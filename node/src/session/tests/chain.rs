@@ -122,6 +122,41 @@ async fn all_rows_come_in_order_and_full_rows_agree_with_top() {
 }
 
 #[tokio::test]
+async fn rows_behind_the_last_norm_are_the_same_along_any_route() {
+    let tokens = prompt(70, 8);
+    let mut all = Vec::new();
+    for cuts in [&[0, 12][..], &[0, 5, 12], &[0, 4, 9, 12]] {
+        let swarm = Swarm::new(cuts);
+        let mut session = swarm.open().await;
+        let form = Form::Normed;
+        let rows = WantRows::All;
+        session.feed(&tokens, Want { rows, form }).await.unwrap();
+        let mut rows = Vec::new();
+        for pos in 0..70 {
+            let row = session.next_logits().await.unwrap();
+            assert_eq!((row.pos, row.normed.len()), (pos, N_EMBD as usize));
+            assert!(row.top.is_empty() && row.full.is_empty());
+            rows.push(row.normed);
+        }
+        // The last alone is the last of all, and logits may follow in the same session.
+        session.truncate(0).unwrap();
+        let last = WantRows::Last;
+        let want = Want { rows: last, form };
+        session.feed(&tokens, want).await.unwrap();
+        let row = session.next_logits().await.unwrap();
+        assert_eq!((row.pos, Some(&row.normed)), (69, rows.last()));
+        session.feed(&[5], TOP1).await.unwrap();
+        let mut fed = tokens.clone();
+        fed.push(5);
+        let next = session.next_logits().await.unwrap().argmax();
+        assert_eq!(next, Some(reference().expected(&fed)));
+        all.push(rows);
+    }
+    assert!(all.iter().all(|rows| *rows == all[0]));
+    assert_ne!(all[0][0], all[0][1]);
+}
+
+#[tokio::test]
 async fn the_full_context_is_said_and_nothing_is_lost() {
     let swarm = Swarm::new(&[0, 6, 12]);
     let mut session = swarm.open_as(CLIENT, 40, Dtype::F32).await;

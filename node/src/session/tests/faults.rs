@@ -20,6 +20,7 @@ const KIND: Kind = Kind {
     model: MODEL,
     n_ctx: 256,
     dtype: Dtype::F32,
+    n_embd: N_EMBD,
     n_vocab: N_VOCAB,
 };
 

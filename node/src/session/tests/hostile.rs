@@ -429,6 +429,7 @@ async fn bad_tail(reply: impl FnOnce(&mut Pipe, Epoch)) -> ClientError {
         model: MODEL,
         n_ctx: 100,
         dtype: Dtype::F32,
+        n_embd: N_EMBD,
         n_vocab: N_VOCAB,
     };
     let tail = async {
@@ -529,6 +530,19 @@ async fn logits_that_cannot_be_right_are_the_tails_fault() {
                 }),
                 |out| {
                     out.extend(std::iter::repeat_n(0, 4 * N_VOCAB as usize));
+                },
+            );
+        })
+        .await,
+        bad_tail(|p, e| {
+            p.push_with(
+                &Answer::Logits(Logits {
+                    form: LogitsForm::Normed,
+                    n_vocab: N_EMBD,
+                    ..good(e)
+                }),
+                |out| {
+                    out.extend(std::iter::repeat_n(0, 4 * N_EMBD as usize));
                 },
             );
         })

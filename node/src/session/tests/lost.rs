@@ -358,6 +358,7 @@ async fn a_hundred_abandoned_sessions_stay_within_the_limits_and_leave_nothing()
             model: MODEL,
             n_ctx: 1024,
             dtype: Dtype::F32,
+            n_embd: N_EMBD,
             n_vocab: N_VOCAB,
         };
         if let Ok(mut session) = opener.open_route(kind, swarm.route()).await {
