@@ -13,6 +13,7 @@
 //! | `fields`, `ask`, `messages_in`, `sampling`, `tools` | from JSON to what is asked, each mistake by name |
 //! | `answers` | what is asked, as a task that gives events |
 //! | `chat`, `completions`, `messages`, `listing` | the shapes of the answers |
+//! | `swarm` | what there is to see: the page at `/`, `/swarm` and its events |
 //!
 //! It keeps no prompt and logs none. It does not know where models come from: that is behind [`Models`].
 
@@ -34,6 +35,7 @@ mod models;
 mod sampling;
 mod server;
 mod state;
+pub mod swarm;
 mod tools;
 
 pub use error::ApiError;
