@@ -22,6 +22,7 @@ use crate::error::ApiError;
 use crate::extra::Extra;
 use crate::models::Found;
 use crate::state::State;
+use crate::swarm::Seen;
 use crate::tools::{Call, Spoken, Tools};
 
 /// Events that may wait for a slow reader; then the answer waits.
@@ -174,6 +175,7 @@ impl Answers {
             state: Arc::clone(state),
             ask,
             asked: Instant::now(),
+            seen: state.watch.live.enter(),
             cancel: cancel.clone(),
             events,
         };
@@ -255,6 +257,7 @@ struct Run {
     state: Arc<State>,
     ask: Ask,
     asked: Instant,
+    seen: Seen,
     cancel: Cancel,
     events: mpsc::Sender<Event>,
 }
@@ -272,6 +275,11 @@ impl Run {
         };
         // Who asks again at once must find the place free.
         drop(place);
+        match &ended {
+            Ok(()) => self.seen.answered(),
+            Err(Ends::With(error)) => self.seen.failed(error),
+            Err(Ends::Unheard) => {}
+        }
         if let Err(Ends::With(error)) = ended {
             tracing::debug!(%error, "not answered");
             let _ = self.send(Event::Failed(error)).await;
@@ -287,10 +295,12 @@ impl Run {
             prompt_tokens: prompts.iter().map(Vec::len).sum(),
             completion_tokens: 0,
         };
+        self.seen.model(&model.name, &model.id, usage.prompt_tokens);
         for (at, prompt) in (0u32..).zip(&prompts) {
             let positions = n_ctx(prompt.len(), self.max_tokens(), model.n_ctx_max);
             let opened = self.state.models.open(&model, positions);
             let mut source = self.or_hung_up(opened).await??;
+            self.seen.opened(&mut source, prompt.len());
             if at == 0 {
                 self.send(Event::Begun(Begun {
                     model: model.name.clone(),
@@ -376,6 +386,7 @@ impl Run {
         let mut answering = Answering::new(source, &mut sampler, question);
         let (mut after_prompt, mut spoken) = (None, Spoken::default());
         while let Some(piece) = answering.next().await? {
+            (self.seen).piece(answering.source(), piece.token.is_some());
             let chance = self.chance(vocab, &piece);
             let Piece { mut text, row, .. } = piece;
             if !self.ask.tools.is_empty() {

@@ -110,6 +110,26 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "permission_error", message)
     }
 
+    /// A page of somebody else asks, in a way in which it cannot read the answer.
+    pub fn foreign_page() -> Self {
+        let message = "pages of other sites have no business here";
+        Self::new(StatusCode::FORBIDDEN, "permission_error", message)
+    }
+
+    /// Nobody knows such a peer.
+    pub fn no_peer(peer: &str) -> Self {
+        let message = format!("no peer {} is known here", printable(peer, 80));
+        Self::new(StatusCode::NOT_FOUND, "not_found_error", message).code("peer_not_found")
+    }
+
+    /// As many as this server lets look are looking.
+    pub fn too_many_watchers(limit: usize) -> Self {
+        let message = format!("{limit} are watching the swarm here, which is the limit");
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+            .code("too_many_watchers")
+            .later(5)
+    }
+
     /// No such path.
     pub fn no_path(path: &str) -> Self {
         let message = format!("there is no {}", printable(path, 120));

@@ -11,6 +11,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 
 use crate::error::ApiError;
+use crate::swarm::is_open;
 
 /// Keys, as their hashes: comparing those tells nothing of how much of a guess was right.
 #[derive(Clone, Default)]
@@ -53,7 +54,7 @@ impl Keys {
 /// Who may ask.
 #[derive(Clone)]
 pub struct Guard {
-    /// Where there are any, every request but `/health` needs one.
+    /// Where there are any, every request needs one, but for `/health` and the files of the page.
     pub keys: Keys,
     /// Only requests to this machine's own address are answered: a web page that had its name resolved to it asks
     /// by that name.
@@ -71,6 +72,7 @@ impl Guard {
         }
         let open = self.keys.is_empty()
             || request.uri().path() == "/health"
+            || is_open(request.uri().path())
             || request.method() == Method::OPTIONS;
         if open || key(request.headers()).is_some_and(|key| self.keys.has(key)) {
             return Ok(());
@@ -147,7 +149,12 @@ mod tests {
         }
         assert_eq!(ask(&[("authorization", "Basic first")]), 401);
         assert_eq!(ask(&[]), 401);
-        assert_eq!(asked(&guard, "/health", &[]), 200);
+        for open in ["/health", "/", "/ui/main.js"] {
+            assert_eq!(asked(&guard, open, &[]), 200, "{open}");
+        }
+        for closed in ["/swarm", "/swarm/events", "/swarm/peers/x", "/uix", "//"] {
+            assert_eq!(asked(&guard, closed, &[]), 401, "{closed}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! | `answers` | what is asked, as a task that gives events |
 //! | `chat`, `completions`, `messages`, `listing` | the shapes of the answers |
 //! | `embeddings` | vectors instead of answers |
+//! | `swarm` | what there is to see: the page at `/`, `/swarm` and its events |
 //!
 //! It keeps no prompt and logs none. It does not know where models come from: that is behind [`Models`].
 
@@ -36,6 +37,7 @@ mod models;
 mod sampling;
 mod server;
 mod state;
+pub mod swarm;
 mod tools;
 
 pub use error::ApiError;

@@ -7,6 +7,7 @@ use futures::future::BoxFuture;
 use node::answer::Source;
 
 use crate::error::ApiError;
+use crate::swarm::Seeing;
 
 /// A model that can be asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +46,7 @@ pub struct Embeds {
 }
 
 /// Finds models and opens sessions with them. Everything in it may be called at the same time.
-pub trait Models: Send + Sync + 'static {
+pub trait Models: Seeing {
     /// The models of which every layer has a holder now.
     fn listed(&self) -> Vec<Listed>;
 

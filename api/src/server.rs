@@ -29,6 +29,7 @@ use crate::guard::{Guard, Keys, guard};
 use crate::impatient::Impatient;
 use crate::models::Models;
 use crate::state::State;
+use crate::swarm::{self, Watch};
 use crate::{chat, completions, embeddings, listing, messages};
 
 /// Connections at once; further ones wait in the system's queue.
@@ -111,6 +112,7 @@ pub struct Server {
     tls: Option<TlsAcceptor>,
     router: Router,
     drain: Duration,
+    closing: Cancel,
     ending: Cancel,
 }
 
@@ -125,7 +127,7 @@ impl Server {
             return Err(ServeError::Open(config.bind));
         }
         let tls = config.tls.as_ref().map(acceptor).transpose()?;
-        let ending = Cancel::new();
+        let (closing, ending) = (Cancel::new(), Cancel::new());
         let state = Arc::new(State {
             models,
             places: Arc::new(Semaphore::new(config.requests_max)),
@@ -133,6 +135,8 @@ impl Server {
             body_bytes_max: config.body_bytes_max,
             bodies: Semaphore::new(config.requests_max),
             max_tokens: config.max_tokens,
+            watch: Watch::default(),
+            closing: closing.clone(),
             ending: ending.clone(),
         });
         let guarded = Guard {
@@ -147,6 +151,7 @@ impl Server {
             tls,
             router,
             drain: config.drain,
+            closing,
             ending,
         })
     }
@@ -161,7 +166,6 @@ impl Server {
     /// Answers until `end`; then running answers have a moment to end by themselves.
     pub async fn run(self, end: impl Future<Output = ()>) {
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let closing = Cancel::new();
         let mut connections = JoinSet::new();
         tokio::pin!(end);
         loop {
@@ -176,10 +180,10 @@ impl Server {
                 continue;
             };
             let (tls, router) = (self.tls.clone(), self.router.clone());
-            connections.spawn(connection(stream, tls, router, closing.clone(), place));
+            connections.spawn(connection(stream, tls, router, self.closing.clone(), place));
         }
         drop(self.listener);
-        closing.set();
+        self.closing.set();
         let all = async { while connections.join_next().await.is_some() {} };
         tokio::pin!(all);
         if timeout(self.drain, &mut all).await.is_err() {
@@ -250,6 +254,7 @@ fn router(state: Arc<State>, guarded: Guard, cors: CorsLayer) -> Router {
         .route("/v1/messages", post(messages::message))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/v1/embeddings", post(embeddings::embed))
+        .merge(swarm::routes())
         .fallback(listing::no_path)
         .method_not_allowed_fallback(listing::no_method)
         .with_state(state)

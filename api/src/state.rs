@@ -6,6 +6,7 @@ use node::answer::Cancel;
 use tokio::sync::Semaphore;
 
 use crate::models::Models;
+use crate::swarm::Watch;
 
 /// Shared by all requests.
 pub struct State {
@@ -21,6 +22,10 @@ pub struct State {
     pub bodies: Semaphore,
     /// Tokens of an answer where the request does not say.
     pub max_tokens: u32,
+    /// What there is to see.
+    pub watch: Watch,
+    /// Set when nothing new is begun.
+    pub closing: Cancel,
     /// Set when running answers must end now.
     pub ending: Cancel,
 }

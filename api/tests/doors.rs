@@ -8,10 +8,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use api::swarm::{PeerDetail, Seeing, SwarmView};
 use api::{ApiError, Config, Found, Keys, Listed, Models, ServeError, Server, Tls};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use node::answer::Source;
+use node::control::NodeStatus;
 use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -31,6 +33,24 @@ struct Counted(Arc<AtomicUsize>);
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Seeing for Closed {
+    fn swarm(&self) -> SwarmView {
+        SwarmView::default()
+    }
+
+    fn peer<'a>(
+        &'a self,
+        peer: &'a str,
+        _: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<PeerDetail, ApiError>> {
+        async move { Err(ApiError::no_peer(peer)) }.boxed()
+    }
+
+    fn node(&self) -> BoxFuture<'_, Option<NodeStatus>> {
+        async { None }.boxed()
     }
 }
 

@@ -121,6 +121,11 @@ pub fn gaps(copies: &[usize]) -> Vec<Range<usize>> {
 
 /// Draws the picture into lines; `remarks` heads the remarks, `width` is that of the terminal.
 pub fn draw(n_layer: usize, rows: &[Row], remarks: &str, width: usize) -> Vec<Vec<Span>> {
+    draw_of(rows, &copies(n_layer, rows), remarks, width)
+}
+
+/// The same of some of the holders, where it is known how many each layer has in all.
+pub fn draw_of(rows: &[Row], copies: &[usize], remarks: &str, width: usize) -> Vec<Vec<Span>> {
     let label_width = rows
         .iter()
         .map(|row| row.label.chars().count())
@@ -135,7 +140,10 @@ pub fn draw(n_layer: usize, rows: &[Row], remarks: &str, width: usize) -> Vec<Ve
         .max()
         .unwrap_or(0)
         + 2;
-    let grid = Grid::new(n_layer, width.saturating_sub(label_width + remark_width));
+    let grid = Grid::new(
+        copies.len(),
+        width.saturating_sub(label_width + remark_width),
+    );
     let ruler = format!("{:<width$}", grid.ruler(), width = grid.width());
     let head = format!("{:label_width$}{ruler}  {remarks}", "");
     let mut lines = vec![vec![(Ink::Head, head)]];
@@ -147,7 +155,7 @@ pub fn draw(n_layer: usize, rows: &[Row], remarks: &str, width: usize) -> Vec<Ve
         line.push((Ink::Plain, format!("  {}", row.remark)));
         lines.push(line);
     }
-    lines.push(copies_line(&grid, &copies(n_layer, rows), label_width));
+    lines.push(copies_line(&grid, copies, label_width));
     lines
 }
 

@@ -34,7 +34,7 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use commands::{
     bench, chat, completions, doctor, gc, import, inspect, invite, join, models, node, pin, pull,
-    rm, route, run, serve, sign, status, verify,
+    rm, route, run, serve, sign, status, top, verify,
 };
 
 /// Run a language model that is too big for any one of your machines, on several of them.
@@ -65,6 +65,7 @@ enum Command {
     Chat(chat::Args),
     Serve(serve::Args),
     Status(status::Args),
+    Top(top::Args),
     Route(route::Args),
     Models(models::Args),
     Import(import::Args),
@@ -130,6 +131,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Chat(args) => chat::main(args),
         Command::Serve(args) => serve::main(args),
         Command::Status(args) => status::main(args),
+        Command::Top(args) => top::main(args),
         Command::Route(args) => route::main(args),
         Command::Models(args) => models::main(args),
         Command::Import(args) => import::main(args),

@@ -1,22 +1,27 @@
 //! The models of a swarm, as the HTTP server asks for them.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use api::swarm::{PeerDetail, Seeing, SwarmView, WhyView};
 use api::{ApiError, Embeds, Found, Listed, Models};
 use engine::{Pooling, Vocab};
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use node::SessionSpec;
 use node::answer::Source;
-use node::exact_batch;
+use node::control::{self, NodeStatus};
 use shard_registry::Manifest;
-use swarm_proto::ModelId;
+use swarm_proto::{ModelId, Peer};
 
 use crate::run_report::Privacy;
 use crate::session_args::TravelArgs;
 use crate::swarm::{Member, longest};
 
+/// Positions of the session that is meant where a peer is looked at: that of a usual question.
+pub const CTX_EXPLAINED: u32 = 2048;
 /// Descriptions kept: each has a tokenizer of some megabytes.
 const DESCRIBED_MAX: usize = 16;
 
@@ -87,6 +92,33 @@ impl Serving {
         Ok(described)
     }
 
+    /// What is known of a peer, and whether a session of this model would use it.
+    async fn looked_at(&self, peer: &str, asked: Option<&str>) -> Result<PeerDetail, ApiError> {
+        let id: Peer = peer.parse().map_err(|_| ApiError::no_peer(peer))?;
+        let client = &self.member.client;
+        let mut detail = PeerDetail::of(client, &id)?;
+        let why = async {
+            let model = self.found(asked).await?;
+            let n_ctx = CTX_EXPLAINED.min(model.n_ctx_max);
+            let spec = self.spec(&model, n_ctx).await?;
+            Ok(WhyView::of(client, &spec, &id))
+        };
+        let why: Result<WhyView, ApiError> = why.await;
+        let unknown = |error: ApiError| WhyView::unknown(asked.unwrap_or_default(), &error);
+        detail.why = Some(why.unwrap_or_else(unknown));
+        Ok(detail)
+    }
+
+    /// A session of a model.
+    async fn spec(&self, model: &Found, n_ctx: u32) -> Result<SessionSpec, ApiError> {
+        let id: ModelId = model
+            .id
+            .parse()
+            .map_err(|_| ApiError::internal("a model without an id"))?;
+        let manifest = self.described(id).await?.manifest;
+        Ok(self.travel.ask(n_ctx).spec(id, &manifest))
+    }
+
     async fn found(&self, asked: Option<&str>) -> Result<Arc<Found>, ApiError> {
         let served = self.member.report().models;
         let meant = self.member.meant(asked.or(self.model.as_deref()), &served);
@@ -107,17 +139,11 @@ impl Serving {
     }
 
     async fn opened(&self, model: &Found, n_ctx: u32) -> Result<Source, ApiError> {
-        let id: ModelId = model
-            .id
-            .parse()
-            .map_err(|_| ApiError::internal("a model without an id"))?;
-        let manifest = self.described(id).await?.manifest;
-        let spec = self.travel.ask(n_ctx).spec(id, &manifest);
+        let spec = self.spec(model, n_ctx).await?;
         let busy = |_: &[swarm_proto::LayerRange]| {};
         let client = &self.member.client;
         let session = client.open_waiting(&spec, self.queue, busy).await?;
-        let batch = exact_batch(manifest.tensors.iter().map(|tensor| tensor.ty));
-        Ok(Source::swarm(session, batch, None))
+        Ok(Source::swarm(session, spec.batch, None))
     }
 }
 
@@ -136,6 +162,30 @@ fn embeds(manifest: &Manifest) -> Result<Embeds, String> {
         )),
         Err(why) => Err(format!("{key}: {why}")),
     }
+}
+
+impl Seeing for Serving {
+    fn swarm(&self) -> SwarmView {
+        SwarmView::of(&self.member.client)
+    }
+
+    fn peer<'a>(
+        &'a self,
+        peer: &'a str,
+        model: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<PeerDetail, ApiError>> {
+        self.looked_at(peer, model).boxed()
+    }
+
+    fn node(&self) -> BoxFuture<'_, Option<NodeStatus>> {
+        node_of(self.member.settings.home.clone()).boxed()
+    }
+}
+
+/// How the node of a home is, where one runs.
+pub async fn node_of(home: PathBuf) -> Option<NodeStatus> {
+    let asked = tokio::task::spawn_blocking(move || control::ask(&home, &control::Request::Status));
+    asked.await.ok()?.ok()
 }
 
 impl Models for Serving {

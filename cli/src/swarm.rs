@@ -304,11 +304,17 @@ impl Member {
     /// The model that is meant, with its description and tokenizer, fetched by hash where they are
     /// not here already.
     pub async fn model(&self, asked: Option<&str>) -> anyhow::Result<SwarmModel> {
+        let wheel = terminal::wheel("fetching what describes the model");
+        let model = self.model_quietly(asked).await;
+        drop(wheel);
+        model
+    }
+
+    /// The same without a wheel on the terminal.
+    pub async fn model_quietly(&self, asked: Option<&str>) -> anyhow::Result<SwarmModel> {
         let served = self.report().models;
         let (id, name) = self.meant(asked, &served)?;
-        let wheel = terminal::wheel(format!("fetching what describes {name}"));
         let (manifest, vocab) = self.described(&id).await?;
-        drop(wheel);
         let n_ctx_max = longest(&manifest, served.iter().find(|model| model.id == id));
         Ok(SwarmModel {
             id,

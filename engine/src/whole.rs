@@ -6,9 +6,7 @@ use gguf::Header;
 
 use crate::PREFILL_CHUNK;
 use crate::blueprint::Blueprint;
-use crate::llama::{
-    self, Context, ContextOptions, FileModel, Model, Output, Rows, ThreadPool,
-};
+use crate::llama::{self, Context, ContextOptions, FileModel, Model, Output, Rows, ThreadPool};
 use crate::stage::{EngineError, Want};
 
 /// One `llama_model` of a whole file with one session. Token ids in, logits

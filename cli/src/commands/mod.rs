@@ -19,4 +19,5 @@ pub mod run;
 pub mod serve;
 pub mod sign;
 pub mod status;
+pub mod top;
 pub mod verify;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use node::{Explained, SessionSpec};
 use serde::Serialize;
-use shard_registry::route::{NoStandby, Other, WhyNot};
+use shard_registry::route::Other;
 use swarm_proto::{Hop, LayerRange, Peer};
 
 use crate::failure::Failure;
@@ -76,7 +76,7 @@ struct HopReport {
     #[serde(skip_serializing_if = "Option::is_none")]
     standby: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    no_standby: Option<&'static str>,
+    no_standby: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -203,7 +203,7 @@ fn hop_reports(
         overhead_ms: ms(parts.overhead),
         compute_ms: ms(parts.compute),
         standby: standby.as_ref().ok().map(ToString::to_string),
-        no_standby: standby.as_ref().err().map(|why| alone(*why)),
+        no_standby: standby.as_ref().err().map(ToString::to_string),
     })
     .collect()
 }
@@ -230,47 +230,8 @@ impl OtherReport {
             serves: list(&other.live),
             loading: list(&other.intended),
             age_s: age_s(other.peer),
-            why: why_not(other.why),
+            why: other.why.to_string(),
         }
-    }
-}
-
-fn why_not(why: WhyNot) -> String {
-    let time = figures::duration;
-    match why {
-        WhyNot::Leaving => "it is shutting down".into(),
-        WhyNot::Avoided => {
-            "left alone after failures (`shoal status --why`), or out of reach".into()
-        }
-        WhyNot::NotAllowed => "not on the list of trusted peers".into(),
-        WhyNot::OtherLayers(n) => format!(
-            "it says that the model has {}",
-            figures::plural(n.into(), "layer")
-        ),
-        WhyNot::Loading => "it serves nothing of it yet".into(),
-        WhyNot::NoRoom => "no free KV for this context".into(),
-        WhyNot::Usable => "it could be used, others are missing".into(),
-        WhyNot::Dearer { by, layers } if by.is_zero() => format!("no cheaper, for {layers}"),
-        WhyNot::Dearer { by, layers } => format!("{} dearer, at best for {layers}", time(by)),
-        WhyNot::NoHelp { saves, layers } => {
-            format!(
-                "no help: one more hop for {layers} would save {}",
-                time(saves)
-            )
-        }
-        WhyNot::Drawn { saves, layers } => format!(
-            "about as cheap ({} less for {layers}): the draw that spreads clients fell on another",
-            time(saves)
-        ),
-    }
-}
-
-fn alone(why: NoStandby) -> &'static str {
-    match why {
-        NoStandby::NobodyElse => "nobody else serves all these layers",
-        NoStandby::OtherBits => "who else serves them would compute other bits",
-        NoStandby::NoRoom => "who else serves them has no room to spare",
-        NoStandby::Taken => "who else serves them stands by elsewhere",
     }
 }
 
@@ -348,9 +309,11 @@ fn print_hops(report: &Report) -> anyhow::Result<()> {
             hop.compute_ms,
             hop.age_s
         ))?;
-        let standby = match (&hop.standby, hop.no_standby) {
+        let standby = match (&hop.standby, &hop.no_standby) {
             (Some(peer), _) => format!("stands by: {}", figures::short_peer(peer)),
-            (None, why) => format!("nobody stands by: {}", why.unwrap_or_default()),
+            (None, why) => {
+                format!("nobody stands by: {}", why.as_deref().unwrap_or_default())
+            }
         };
         terminal::say(paint(DIM, format!("  {:<9} {standby}", "")))?;
     }
@@ -390,42 +353,5 @@ impl OtherReport {
         let peer = figures::short_peer(&self.peer);
         let heard = paint(DIM, format!("heard {:.0} s ago", self.age_s));
         format!("{peer:<8} {what:<9} {}  {heard}", self.why)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_reason_is_a_sentence_of_its_own() {
-        let layers = LayerRange { start: 0, end: 2 };
-        let time = Duration::from_millis(2);
-        let all = [
-            WhyNot::Leaving,
-            WhyNot::Avoided,
-            WhyNot::NotAllowed,
-            WhyNot::OtherLayers(3),
-            WhyNot::Loading,
-            WhyNot::NoRoom,
-            WhyNot::Usable,
-            WhyNot::Dearer { by: time, layers },
-            WhyNot::Dearer {
-                by: Duration::ZERO,
-                layers,
-            },
-            WhyNot::NoHelp {
-                saves: time,
-                layers,
-            },
-            WhyNot::Drawn {
-                saves: time,
-                layers,
-            },
-        ];
-        let texts: std::collections::BTreeSet<String> =
-            all.iter().map(|why| why_not(*why)).collect();
-        assert_eq!(texts.len(), all.len());
-        assert!(texts.contains("2 ms dearer, at best for 0..2"), "{texts:?}");
     }
 }

@@ -209,6 +209,11 @@ impl<'a> Answering<'a> {
         }
     }
 
+    /// What it comes from.
+    pub fn source(&self) -> &Source {
+        self.source
+    }
+
     /// What came of it, when nothing more comes.
     pub fn end(self) -> Answer {
         let first = self.first.unwrap_or(self.last);

@@ -9,7 +9,7 @@ use swarm_proto::{Form, Hop, Want, WantRows};
 
 use super::cancel::Cancel;
 use super::fed::Fed;
-use crate::recovery::{Recovery, Session};
+use crate::recovery::{Listener, Recovery, Session};
 use crate::session::{ClientError, log_sum_exp};
 
 /// Saying goodbye to every hop may take this long; somebody may be waiting for it.
@@ -167,6 +167,13 @@ impl Source {
         match &self.kind {
             Kind::Swarm(session) => session.standbys(),
             Kind::Local(..) => self.left.clone().unwrap_or_default().standbys,
+        }
+    }
+
+    /// Tells `listener` at once when the route is lost and found again; never where this process is it.
+    pub fn on_event(&mut self, listener: Listener) {
+        if let Kind::Swarm(session) = &mut self.kind {
+            session.on_event(listener);
         }
     }
 

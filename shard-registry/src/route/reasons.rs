@@ -2,7 +2,7 @@
 //!
 //! Told by the planner's own table, only when somebody asks: planning itself does none of this.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use swarm_proto::{Advert, Hop, LayerRange, ModelAdvert, Peer};
 
@@ -104,6 +104,40 @@ pub enum WhyNot {
     },
 }
 
+impl fmt::Display for WhyNot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ms = |time: &Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
+        match self {
+            WhyNot::Leaving => f.write_str("it is shutting down"),
+            WhyNot::Avoided => {
+                f.write_str("left alone after failures (`shoal status --why`), or out of reach")
+            }
+            WhyNot::NotAllowed => f.write_str("not on the list of trusted peers"),
+            WhyNot::OtherLayers(1) => f.write_str("it says that the model has 1 layer"),
+            WhyNot::OtherLayers(n) => write!(f, "it says that the model has {n} layers"),
+            WhyNot::Loading => f.write_str("it serves nothing of it yet"),
+            WhyNot::NoRoom => f.write_str("no free KV for this context"),
+            WhyNot::Usable => f.write_str("it could be used, others are missing"),
+            WhyNot::Dearer { by, layers } if by.is_zero() => {
+                write!(f, "no cheaper, for {layers}")
+            }
+            WhyNot::Dearer { by, layers } => {
+                write!(f, "{} ms dearer, at best for {layers}", ms(by))
+            }
+            WhyNot::NoHelp { saves, layers } => write!(
+                f,
+                "no help: one more hop for {layers} would save {} ms",
+                ms(saves)
+            ),
+            WhyNot::Drawn { saves, layers } => write!(
+                f,
+                "about as cheap ({} ms less for {layers}): the draw that spreads clients fell on another",
+                ms(saves)
+            ),
+        }
+    }
+}
+
 /// Why nobody stands by for a hop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NoStandby {
@@ -115,6 +149,17 @@ pub enum NoStandby {
     NoRoom,
     /// Those who do stand by for other hops, or too many stand by already.
     Taken,
+}
+
+impl fmt::Display for NoStandby {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            NoStandby::NobodyElse => "nobody else serves all these layers",
+            NoStandby::OtherBits => "who else serves them would compute other bits",
+            NoStandby::NoRoom => "who else serves them has no room to spare",
+            NoStandby::Taken => "who else serves them stands by elsewhere",
+        })
+    }
 }
 
 /// What the planner counts for each hop of a route; `None` when it uses a peer or layer that may not be used.
@@ -548,5 +593,37 @@ mod tests {
         full.models[0].free_cells = 15 * 1024;
         assert_eq!(reason(vec![full]), (false, NoStandby::NoRoom));
         assert!(reason(vec![advert(2, &[whole], 1000.0)]).0);
+    }
+
+    #[test]
+    fn every_reason_is_a_sentence_of_its_own() {
+        let layers = LayerRange { start: 0, end: 2 };
+        let time = Duration::from_millis(2);
+        let all = [
+            WhyNot::Leaving,
+            WhyNot::Avoided,
+            WhyNot::NotAllowed,
+            WhyNot::OtherLayers(3),
+            WhyNot::Loading,
+            WhyNot::NoRoom,
+            WhyNot::Usable,
+            WhyNot::Dearer { by: time, layers },
+            WhyNot::Dearer {
+                by: Duration::ZERO,
+                layers,
+            },
+            WhyNot::NoHelp {
+                saves: time,
+                layers,
+            },
+            WhyNot::Drawn {
+                saves: time,
+                layers,
+            },
+        ];
+        let texts: std::collections::BTreeSet<String> =
+            all.iter().map(ToString::to_string).collect();
+        assert_eq!(texts.len(), all.len());
+        assert!(texts.contains("2 ms dearer, at best for 0..2"), "{texts:?}");
     }
 }

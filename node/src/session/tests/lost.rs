@@ -279,7 +279,7 @@ async fn nobody_takes_over_the_session_of_another() {
     let mut all = Vec::new();
     decode(&mut session, &mut all, &prompt(20, 8), 2).await;
     let shape = Shape {
-        n_embd: None,
+        n_embd: N_EMBD,
         n_vocab: N_VOCAB,
     };
     let thefts = [
