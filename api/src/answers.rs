@@ -6,7 +6,7 @@
 //!                                                                                   any ─▶ Failed
 //! ```
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use engine::{SampleError, Sampler, SamplerOptions, Vocab};
@@ -16,11 +16,14 @@ use node::answer::{
 };
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::timeout;
+use tracing::{Instrument, Span};
 
 use crate::ask::{Ask, Prompt};
 use crate::error::ApiError;
 use crate::extra::Extra;
+use crate::metrics::{Counted, Outcome};
 use crate::models::Found;
+use crate::observe::told_later;
 use crate::state::State;
 use crate::swarm::Seen;
 use crate::tools::{Call, Spoken, Tools};
@@ -168,7 +171,10 @@ impl Answers {
     /// # Errors
     /// As many requests as this server takes are running.
     pub fn begin(state: &Arc<State>, ask: Ask) -> Result<Self, ApiError> {
-        let place = place(state)?;
+        let place = place(state).inspect_err(|full| {
+            state.metrics.ended(Outcome::Failed(full));
+        })?;
+        told_later();
         let (events, receive) = mpsc::channel(EVENTS_MAX);
         let cancel = Cancel::new();
         let run = Run {
@@ -176,10 +182,12 @@ impl Answers {
             ask,
             asked: Instant::now(),
             seen: state.watch.live.enter(),
+            usage: Mutex::default(),
             cancel: cancel.clone(),
             events,
         };
-        tokio::spawn(run.finish(place));
+        let place = (place, state.metrics.running());
+        tokio::spawn(run.finish(place).in_current_span());
         Ok(Self {
             events: receive,
             _hang_up: HangUp(cancel),
@@ -258,12 +266,14 @@ struct Run {
     ask: Ask,
     asked: Instant,
     seen: Seen,
+    /// Tokens so far.
+    usage: Mutex<Usage>,
     cancel: Cancel,
     events: mpsc::Sender<Event>,
 }
 
 impl Run {
-    async fn finish(self, place: OwnedSemaphorePermit) {
+    async fn finish(self, place: (OwnedSemaphorePermit, Counted)) {
         let work = self.work();
         tokio::pin!(work);
         let ended = tokio::select! {
@@ -280,8 +290,12 @@ impl Run {
             Err(Ends::With(error)) => self.seen.failed(error),
             Err(Ends::Unheard) => {}
         }
+        self.log(match &ended {
+            Ok(()) => Outcome::Answered,
+            Err(Ends::With(error)) => Outcome::Failed(error),
+            Err(Ends::Unheard) => Outcome::HungUp,
+        });
         if let Err(Ends::With(error)) = ended {
-            tracing::debug!(%error, "not answered");
             let _ = self.send(Event::Failed(error)).await;
         }
     }
@@ -291,37 +305,61 @@ impl Run {
         let model = self.or_hung_up(found).await??;
         let (prompts, tools) = (self.ask.prompts.clone(), self.ask.tools.clone());
         let prompts = tokenize(prompts, self.ask.param, tools, &model).await?;
-        let mut usage = Usage {
-            prompt_tokens: prompts.iter().map(Vec::len).sum(),
-            completion_tokens: 0,
-        };
-        self.seen.model(&model.name, &model.id, usage.prompt_tokens);
+        let prompt_tokens = prompts.iter().map(Vec::len).sum();
+        self.used(|usage| usage.prompt_tokens = prompt_tokens);
+        Span::current().record("model", &*model.name);
+        self.seen.model(&model.name, &model.id, prompt_tokens);
         for (at, prompt) in (0u32..).zip(&prompts) {
             let positions = n_ctx(prompt.len(), self.max_tokens(), model.n_ctx_max);
+            let waiting = self.state.metrics.waiting();
             let opened = self.state.models.open(&model, positions);
             let mut source = self.or_hung_up(opened).await??;
             self.seen.opened(&mut source, prompt.len());
+            waiting.opened();
+            let _session = self.state.metrics.session();
             if at == 0 {
                 self.send(Event::Begun(Begun {
                     model: model.name.clone(),
                     model_id: model.id.clone(),
-                    prompt_tokens: usage.prompt_tokens,
+                    prompt_tokens,
                 }))
                 .await?;
             }
             let first = at.saturating_mul(self.ask.n);
             let answered = self.answers(&model, &mut source, prompt, first).await;
+            self.state.metrics.recovered(&source);
             source.close().await;
-            usage.completion_tokens += answered?;
+            answered?;
         }
+        let usage = self.used(|_| ());
+        self.send(Event::Over(usage)).await
+    }
+
+    /// Changes what was used, and gives it.
+    fn used(&self, change: impl FnOnce(&mut Usage)) -> Usage {
+        let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut usage);
+        *usage
+    }
+
+    /// The one line of this request: how it went, and no word of it.
+    fn log(&self, how: Outcome<'_>) {
+        let usage = self.used(|_| ());
+        self.state.metrics.used(usage);
+        self.state.metrics.ended(how);
+        let error = match how {
+            Outcome::Failed(error) => Some(error),
+            Outcome::Answered | Outcome::HungUp => None,
+        };
         tracing::info!(
-            model = %model.name,
+            outcome = how.name(),
+            status = error.map_or(200, |error| error.status().as_u16()),
+            code = error.map(ApiError::name),
             prompt_tokens = usage.prompt_tokens,
             tokens = usage.completion_tokens,
             ms = self.asked.elapsed().as_millis() as u64,
-            "answered"
+            "request"
         );
-        self.send(Event::Over(usage)).await
     }
 
     /// `n` answers to one prompt, which is computed once.
@@ -331,10 +369,10 @@ impl Run {
         source: &mut Source,
         prompt: &[u32],
         first_index: u32,
-    ) -> Result<usize, Ends> {
+    ) -> Result<(), Ends> {
         let opened = Instant::now();
         let seed = self.ask.sampling.seed.unwrap_or_else(rand::random);
-        let (mut tokens, mut after_prompt) = (0, None);
+        let mut after_prompt = None;
         for at in 0..self.ask.n {
             let seed = seed.wrapping_add(at);
             let index = first_index.saturating_add(at);
@@ -342,7 +380,6 @@ impl Run {
                 .answer(model, source, prompt, after_prompt.take(), seed, index)
                 .await?;
             after_prompt = row;
-            tokens += answer.tokens.len();
             let models = &*self.state.models;
             let times = (self.asked, opened);
             let extra = Extra::new(models, model, source, &answer, seed, times);
@@ -354,7 +391,7 @@ impl Run {
             };
             self.send(Event::Ended { index, ended }).await?;
         }
-        Ok(tokens)
+        Ok(())
     }
 
     /// One answer, what it calls, and the row that follows the prompt, for the next one.
@@ -385,8 +422,13 @@ impl Run {
         };
         let mut answering = Answering::new(source, &mut sampler, question);
         let (mut after_prompt, mut spoken) = (None, Spoken::default());
+        let mut clock = self.state.metrics.clock((index == 0).then_some(self.asked));
         while let Some(piece) = answering.next().await? {
             (self.seen).piece(answering.source(), piece.token.is_some());
+            if piece.token.is_some() {
+                clock.token();
+                self.used(|usage| usage.completion_tokens += 1);
+            }
             let chance = self.chance(vocab, &piece);
             let Piece { mut text, row, .. } = piece;
             if !self.ask.tools.is_empty() {

@@ -9,13 +9,14 @@ use data_encoding::BASE64;
 use node::answer::{Cancel, Source, n_ctx};
 use serde_json::{Value, json};
 
-use crate::answers::{place, tokenize};
+use crate::answers::{Usage, place, tokenize};
 use crate::ask::{Prompt, prompts};
 use crate::body;
 use crate::error::ApiError;
 use crate::extra::Extra;
 use crate::fields::Fields;
 use crate::models::{Embeds, Found};
+use crate::observe::told_later;
 use crate::state::State as Shared;
 use crate::tools::Tools;
 
@@ -62,6 +63,7 @@ pub async fn embed(
 ) -> Result<Response, ApiError> {
     let ask = Ask::read(&body::read(request, &state).await?)?;
     let _place = place(&state)?;
+    let _running = state.metrics.running();
     // Who hangs up drops this, and with it the session on every hop.
     tokio::select! {
         done = embedded(&state, ask) => done,
@@ -77,7 +79,10 @@ async fn embedded(state: &Shared, ask: Ask) -> Result<Response, ApiError> {
     let inputs = tokenize(inputs, "input", Tools::default(), &model).await?;
     let longest = inputs.iter().map(Vec::len).max().unwrap_or(1);
     let positions = n_ctx(longest, 0, model.n_ctx_max);
+    let waiting = state.metrics.waiting();
     let mut source = state.models.open(&model, positions).await?;
+    waiting.opened();
+    let _session = state.metrics.session();
     let opened = Instant::now();
     let vectors = vectors(&mut source, &inputs, embeds).await;
     let tokens: usize = inputs.iter().map(Vec::len).sum();
@@ -85,12 +90,17 @@ async fn embedded(state: &Shared, ask: Ask) -> Result<Response, ApiError> {
     let extra = Extra::of_embeddings(&*state.models, &model, &source, times);
     source.close().await;
     let vectors = vectors?;
+    state.metrics.used(Usage {
+        prompt_tokens: tokens,
+        completion_tokens: 0,
+    });
+    told_later();
     tracing::info!(
-        model = %model.name,
+        status = 200,
         prompt_tokens = tokens,
         texts = vectors.len(),
         ms = asked.elapsed().as_millis() as u64,
-        "embedded"
+        "request"
     );
     let data: Vec<Value> = vectors
         .iter()

@@ -197,6 +197,11 @@ impl ApiError {
         self.status
     }
 
+    /// One word for logs: of the message a client may have put some of the words there.
+    pub fn name(&self) -> &'static str {
+        self.code.unwrap_or(self.kind)
+    }
+
     /// Both dialects in one: Anthropic's has a `type` outside and reads only what it knows inside.
     pub fn json(&self) -> Value {
         json!({

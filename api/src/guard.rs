@@ -1,55 +1,16 @@
 //! Who may ask: keys, and where there are none, only programs of this machine, no web pages.
 
-use std::collections::HashSet;
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::header::{AUTHORIZATION, HOST};
-use axum::http::{HeaderMap, Method};
+use axum::http::Method;
+use axum::http::header::HOST;
 use axum::middleware::Next;
 use axum::response::Response;
+use node::keys::{Keys, is_own_name, key_of};
 
 use crate::error::ApiError;
 use crate::swarm::is_open;
-
-/// Keys, as their hashes: comparing those tells nothing of how much of a guess was right.
-#[derive(Clone, Default)]
-pub struct Keys(HashSet<blake3::Hash>);
-
-impl Keys {
-    /// These keys; empty ones are none.
-    pub fn new<K: AsRef<str>>(keys: impl IntoIterator<Item = K>) -> Self {
-        let keys = keys.into_iter();
-        let hash = |key: K| {
-            let key = key.as_ref().trim();
-            (!key.is_empty()).then(|| blake3::hash(key.as_bytes()))
-        };
-        Self(keys.filter_map(hash).collect())
-    }
-
-    /// Keys from the text of a file: one a line, `#` begins a remark.
-    pub fn of_file(text: &str) -> Self {
-        Self::new(
-            text.lines()
-                .filter(|line| !line.trim_start().starts_with('#')),
-        )
-    }
-
-    /// Adds those of another list.
-    pub fn add(&mut self, other: Keys) {
-        self.0.extend(other.0);
-    }
-
-    /// Whether anybody may ask.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    fn has(&self, key: &str) -> bool {
-        self.0.contains(&blake3::hash(key.trim().as_bytes()))
-    }
-}
 
 /// Who may ask.
 #[derive(Clone)]
@@ -74,7 +35,7 @@ impl Guard {
             || request.uri().path() == "/health"
             || is_open(request.uri().path())
             || request.method() == Method::OPTIONS;
-        if open || key(request.headers()).is_some_and(|key| self.keys.has(key)) {
+        if open || key_of(request.headers()).is_some_and(|key| self.keys.has(key)) {
             return Ok(());
         }
         Err(ApiError::unauthorized())
@@ -92,26 +53,6 @@ pub async fn guard(
 ) -> Result<Response, ApiError> {
     guard.check(&request)?;
     Ok(next.run(request).await)
-}
-
-/// As OpenAI's clients send it, or Anthropic's.
-fn key(headers: &HeaderMap) -> Option<&str> {
-    let bearer = headers.get(AUTHORIZATION).and_then(|value| {
-        let (scheme, key) = value.to_str().ok()?.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then_some(key)
-    });
-    let plain = || headers.get("x-api-key").and_then(|key| key.to_str().ok());
-    bearer.or_else(plain)
-}
-
-/// `localhost` or an address of the loopback, with or without a port.
-fn is_own_name(host: &str) -> bool {
-    let name = match host.strip_prefix('[') {
-        Some(rest) => rest.split(']').next().unwrap_or(""),
-        None => host.split(':').next().unwrap_or(""),
-    };
-    name.eq_ignore_ascii_case("localhost")
-        || name.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 #[cfg(test)]

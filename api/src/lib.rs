@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `server`, `impatient` | sockets, TLS, the end |
 //! | `guard`, `body` | who may ask, and how much at once |
+//! | `observe`, `metrics` | what is counted, logged and traced of a request: no word of it |
 //! | `fields`, `ask`, `messages_in`, `sampling`, `tools` | from JSON to what is asked, each mistake by name |
 //! | `answers` | what is asked, as a task that gives events |
 //! | `chat`, `completions`, `messages`, `listing` | the shapes of the answers |
@@ -33,7 +34,9 @@ mod impatient;
 mod listing;
 mod messages;
 mod messages_in;
+mod metrics;
 mod models;
+mod observe;
 mod sampling;
 mod server;
 mod state;
@@ -41,6 +44,7 @@ pub mod swarm;
 mod tools;
 
 pub use error::ApiError;
-pub use guard::{Guard, Keys};
+pub use guard::Guard;
 pub use models::{Embeds, Found, Listed, Models};
+pub use node::keys::Keys;
 pub use server::{Config, ServeError, Server, Tls};

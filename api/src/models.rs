@@ -5,6 +5,7 @@ use std::sync::Arc;
 use engine::{Pooling, Vocab};
 use futures::future::BoxFuture;
 use node::answer::Source;
+use node::metrics::Metrics;
 
 use crate::error::ApiError;
 use crate::swarm::Seeing;
@@ -60,6 +61,11 @@ pub trait Models: Seeing {
     ///
     /// Dropping the future, or the source, frees what it holds at every peer.
     fn open<'a>(&'a self, model: &'a Found, n_ctx: u32) -> BoxFuture<'a, Result<Source, ApiError>>;
+
+    /// What this process counts: the server adds to it, and shows it at `/metrics`.
+    fn metrics(&self) -> Metrics {
+        Metrics::new("api")
+    }
 
     /// Who can read what is asked: `open`, `trusted` or `local`.
     fn privacy(&self) -> &'static str;

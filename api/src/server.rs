@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::http::{HeaderName, HeaderValue, Method, header};
-use axum::middleware::{from_fn_with_state, map_response};
-use axum::response::Response;
+use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use node::answer::Cancel;
+use node::keys::Keys;
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -25,9 +25,11 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
-use crate::guard::{Guard, Keys, guard};
+use crate::guard::{Guard, guard};
 use crate::impatient::Impatient;
+use crate::metrics::{self, ApiMetrics};
 use crate::models::Models;
+use crate::observe::observe;
 use crate::state::State;
 use crate::swarm::{self, Watch};
 use crate::{chat, completions, embeddings, listing, messages};
@@ -129,6 +131,7 @@ impl Server {
         let tls = config.tls.as_ref().map(acceptor).transpose()?;
         let (closing, ending) = (Cancel::new(), Cancel::new());
         let state = Arc::new(State {
+            metrics: ApiMetrics::new(&models.metrics(), config.requests_max),
             models,
             places: Arc::new(Semaphore::new(config.requests_max)),
             places_max: config.requests_max,
@@ -247,6 +250,7 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, clos
 fn router(state: Arc<State>, guarded: Guard, cors: CorsLayer) -> Router {
     Router::new()
         .route("/health", get(listing::health))
+        .route("/metrics", get(metrics::metrics))
         .route("/v1/models", get(listing::models))
         .route("/v1/models/{*name}", get(listing::model))
         .route("/v1/chat/completions", post(chat::chat))
@@ -257,20 +261,10 @@ fn router(state: Arc<State>, guarded: Guard, cors: CorsLayer) -> Router {
         .merge(swarm::routes())
         .fallback(listing::no_path)
         .method_not_allowed_fallback(listing::no_method)
-        .with_state(state)
+        .with_state(Arc::clone(&state))
         .layer(from_fn_with_state(Arc::new(guarded), guard))
         .layer(cors)
-        .layer(map_response(with_id))
-}
-
-/// Clients name it when something goes wrong.
-async fn with_id(mut response: Response) -> Response {
-    let id = format!("{:016x}", rand::random::<u64>());
-    if let Ok(id) = HeaderValue::from_str(&id) {
-        let name = HeaderName::from_static("x-request-id");
-        response.headers_mut().insert(name, id);
-    }
-    response
+        .layer(from_fn_with_state(state, observe))
 }
 
 fn cors(origins: &[String]) -> Result<CorsLayer, ServeError> {

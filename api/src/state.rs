@@ -5,6 +5,7 @@ use std::sync::Arc;
 use node::answer::Cancel;
 use tokio::sync::Semaphore;
 
+use crate::metrics::ApiMetrics;
 use crate::models::Models;
 use crate::swarm::Watch;
 
@@ -12,6 +13,8 @@ use crate::swarm::Watch;
 pub struct State {
     /// Where models come from.
     pub models: Arc<dyn Models>,
+    /// What is counted.
+    pub metrics: ApiMetrics,
     /// One permit for each answer that may run.
     pub places: Arc<Semaphore>,
     /// How many there are.

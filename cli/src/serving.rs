@@ -13,6 +13,7 @@ use futures::future::BoxFuture;
 use node::SessionSpec;
 use node::answer::Source;
 use node::control::{self, NodeStatus};
+use node::metrics::Metrics;
 use shard_registry::Manifest;
 use swarm_proto::{ModelId, Peer};
 
@@ -211,6 +212,10 @@ impl Models for Serving {
 
     fn open<'a>(&'a self, model: &'a Found, n_ctx: u32) -> BoxFuture<'a, Result<Source, ApiError>> {
         self.opened(model, n_ctx).boxed()
+    }
+
+    fn metrics(&self) -> Metrics {
+        self.member.metrics.clone()
     }
 
     fn privacy(&self) -> &'static str {

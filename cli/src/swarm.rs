@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use engine::Vocab;
 use node::config::{Settings, SwarmArgs};
+use node::metrics::Metrics;
 use node::telemetry::{self, Telemetry, TelemetryConfig};
 use node::{
     Access, Client, Event, Identity, KnownPeers, NetConfig, OpenError, PeerBook, Privacy, Session,
@@ -113,8 +114,11 @@ impl Swarm {
         let client = Client::connect(config, privacy, Some(&known)).await?;
         let client = client.with_book(PeerBook::of_home(&settings.home, &settings.swarm));
         drop(wheel);
+        let metrics = Metrics::new("shoal");
+        metrics.register_net(client.net());
         Ok(Member {
             client,
+            metrics,
             known,
             settings,
             trace: tracing::info_span!("client"),
@@ -142,6 +146,8 @@ pub struct Member {
     pub settings: Settings,
     /// Peers met before, and from now on.
     known: KnownPeers,
+    /// What this process counts.
+    pub metrics: Metrics,
     /// The root of the trace that the hops continue.
     trace: tracing::Span,
     telemetry: Telemetry,
@@ -247,6 +253,7 @@ impl Member {
             client: Client::over(node.net().clone(), privacy).with_book(book),
             known: KnownPeers::new(&settings.home, &settings.swarm),
             settings,
+            metrics: node.metrics().clone(),
             trace: tracing::info_span!("client"),
             telemetry: Telemetry::default(),
             _lock: None,

@@ -157,6 +157,8 @@ pub struct FileConfig {
     pub disk: Option<String>,
     pub cpu_share: Option<u32>,
     pub quiet_hours: Option<String>,
+    pub metrics: Option<String>,
+    pub metrics_key_file: Option<PathBuf>,
 }
 
 impl FileConfig {

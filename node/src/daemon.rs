@@ -1,15 +1,22 @@
 //! The daemon: flags, logging, signals, exit codes around a `SwarmNode`. Prints nothing: who starts it gets the ready
 //! line's facts, may run something beside the node, and ends it before the node.
 
-use std::{ops::Range, process::ExitCode, time::Duration};
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use crate::{
     Hosted,
-    config::{ConfigError, Settings, SwarmArgs, parse_bytes, parse_layers},
+    config::{ConfigError, FileConfig, Settings, SwarmArgs, parse_bool, parse_bytes, parse_layers},
     cpu_share::CpuShare,
+    keys::Keys,
     load::LoadError,
+    metrics::{MetricsAddr, ServerError},
     quiet_hours::QuietHours,
-    swarm_node::{NodeConfig, StartError, SwarmNode},
+    swarm_node::{NodeConfig, ServeMetrics, StartError, SwarmNode},
     telemetry::{self, Telemetry, TelemetryConfig, TelemetryError},
     transfer::Limits,
 };
@@ -68,6 +75,26 @@ pub struct Args {
     /// Hours of the day, by this machine's clock, in which the node is paused, for example 22:00-07:00,12:30-13:30.
     #[arg(long, value_name = "HOURS", env = "SHOAL_QUIET_HOURS")]
     pub quiet_hours: Option<QuietHours>,
+    /// Serve what this node counts to Prometheus at this port or address, under /metrics: 9464 is
+    /// http://127.0.0.1:9464/metrics. Other machines can read it only if you say so here, and then with a key.
+    #[arg(
+        long,
+        value_name = "[HOST:]PORT",
+        env = "SHOAL_METRICS",
+        help_heading = "Metrics"
+    )]
+    pub metrics: Option<MetricsAddr>,
+    /// A file of keys, one a line, of which whoever reads metrics must have one (Authorization: Bearer KEY).
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "SHOAL_METRICS_KEY_FILE",
+        help_heading = "Metrics"
+    )]
+    pub metrics_key_file: Option<PathBuf>,
+    /// Let other machines read metrics without a key.
+    #[arg(long, env = "SHOAL_METRICS_WITHOUT_KEY", value_parser = parse_bool, help_heading = "Metrics")]
+    pub metrics_without_key: bool,
     /// Print one line of JSON on standard output once sessions are served.
     #[arg(long)]
     pub ready_json: bool,
@@ -88,6 +115,9 @@ pub struct Ready {
     /// Where it answers HTTP, if it does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub api: Option<String>,
+    /// Where its metrics are, if they are served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<String>,
 }
 
 /// A model that is served.
@@ -113,6 +143,14 @@ pub enum DaemonError {
         /// What it says.
         value: String,
         /// Why that is wrong.
+        reason: String,
+    },
+    /// The file with keys for metrics.
+    #[error("{}: {reason}", .path.display())]
+    Keys {
+        /// Which.
+        path: PathBuf,
+        /// Why it is of no use.
         reason: String,
     },
     /// No model was named.
@@ -149,12 +187,14 @@ impl DaemonError {
             self,
             DaemonError::Config(_)
                 | DaemonError::Value { .. }
+                | DaemonError::Keys { .. }
                 | DaemonError::NoModel
                 | DaemonError::LayersOfMany { .. }
                 | DaemonError::Telemetry(_)
-                | DaemonError::Start(StartError::Load(
-                    LoadError::Unknown(_) | LoadError::Layers { .. }
-                ))
+                | DaemonError::Start(
+                    StartError::Load(LoadError::Unknown(_) | LoadError::Layers { .. })
+                        | StartError::Metrics(ServerError::Open(_))
+                )
         );
         ExitCode::from(if usage { 2 } else { 1 })
     }
@@ -221,6 +261,7 @@ impl Daemon {
             addrs: self.node.net().listen_addrs(),
             models: self.node.hosted().iter().map(model).collect(),
             api: None,
+            metrics: self.node.metrics_url(),
         };
         for ReadyModel { model, layers } in &facts.models {
             tracing::info!(peer = %facts.peer, model, layers, addrs = ?facts.addrs, "serving");
@@ -300,10 +341,9 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
             .map(|addr| String::from(*addr))
             .collect();
     }
-    let announce = if args.announce.is_empty() {
-        file.announce.clone()
-    } else {
-        args.announce.clone()
+    let announce = match args.announce.is_empty() {
+        true => file.announce.clone(),
+        false => args.announce.clone(),
     };
     let models = match args.model.is_empty() {
         true => file.model.clone(),
@@ -331,8 +371,42 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
         },
         cpu_share,
         quiet_hours,
+        metrics: serve_metrics(args, file)?,
         settings,
     })
+}
+
+fn serve_metrics(args: &Args, file: &FileConfig) -> Result<Option<ServeMetrics>, DaemonError> {
+    let metrics = match (args.metrics, &file.metrics) {
+        (None, Some(text)) => Some(filed("metrics", text, |text| text.parse())?),
+        (flag, _) => flag,
+    };
+    let keys = match args
+        .metrics_key_file
+        .as_ref()
+        .or(file.metrics_key_file.as_ref())
+    {
+        Some(file) => metrics_keys(file)?,
+        None => Keys::default(),
+    };
+    Ok(metrics.map(|at| ServeMetrics {
+        at,
+        keys,
+        without_key: args.metrics_without_key,
+    }))
+}
+
+fn metrics_keys(file: &Path) -> Result<Keys, DaemonError> {
+    let wrong = |reason: String| DaemonError::Keys {
+        path: file.to_owned(),
+        reason,
+    };
+    let text = std::fs::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
+    let keys = Keys::of_file(&text);
+    if keys.is_empty() {
+        return Err(wrong("there is no key in it".into()));
+    }
+    Ok(keys)
 }
 
 fn filed<T>(

@@ -13,6 +13,7 @@ use std::{collections::HashMap, time::Duration};
 use shard_registry::Snapshot;
 use swarm_proto::{Fault, Hop, LayerRange, ModelId, Peer, Want};
 use tokio::time::{Instant, sleep_until, timeout_at};
+use tracing::{Instrument, Span};
 
 use crate::{
     peer_book::PeerBook,
@@ -77,6 +78,8 @@ pub struct Session {
     recoveries: Vec<Recovery>,
     stuck: Stuck,
     listener: Option<Listener>,
+    /// In which it was opened: what comes later is part of the same trace.
+    span: Span,
 }
 
 /// Losses one after the other without an answer between them.
@@ -99,6 +102,7 @@ impl Session {
             recoveries: Vec::new(),
             stuck: Stuck::default(),
             listener: None,
+            span: Span::current(),
         };
         let hops = session.inner.route().hops.clone();
         session.note_classes(&hops);
@@ -108,6 +112,11 @@ impl Session {
     /// Tells `listener` of failures and recoveries from now on.
     pub fn on_event(&mut self, listener: Listener) {
         self.listener = Some(listener);
+    }
+
+    /// The span in which it was opened.
+    pub(crate) fn span(&self) -> &Span {
+        &self.span
     }
 
     /// What was got over so far.
@@ -269,12 +278,15 @@ impl Session {
         self.inner
             .tolerate(if exact { 0.0 } else { CLASSES_DIFFER });
         let opener = self.routes.opener();
-        opener.reopen(&mut self.inner, route.clone()).await?;
+        let reopened = opener.reopen(&mut self.inner, route.clone());
+        reopened.instrument(self.span.clone()).await?;
         Ok(exact)
     }
 
     fn recovered(&mut self, recovery: Recovery) {
-        tracing::info!(took = ?recovery.took, replaced = recovery.replaced, "went on along another route");
+        self.span.in_scope(|| {
+            tracing::info!(took = ?recovery.took, replaced = recovery.replaced, "went on along another route");
+        });
         self.tell(Event::Recovered(&recovery));
         self.recoveries.push(recovery);
     }

@@ -27,8 +27,10 @@ use crate::{
     cpu_share::CpuShare,
     hosting::{self, Board, Hosted, Place},
     identity::{Identity, IdentityError},
+    keys::Keys,
     known_peers::KnownPeers,
     load::{self, Found, LoadError},
+    metrics::{self, Metrics, MetricsAddr, MetricsServer},
     net::{Net, NetConfig, NetError, Proto, Shelf},
     peer_book::PeerBook,
     quiet_hours::QuietHours,
@@ -69,6 +71,19 @@ pub struct NodeConfig {
     pub cpu_share: CpuShare,
     /// Hours of the day in which it is paused.
     pub quiet_hours: QuietHours,
+    /// Where what it counts is served; none: nowhere.
+    pub metrics: Option<ServeMetrics>,
+}
+
+/// Where a node's metrics are served, and to whom.
+#[derive(Debug, Clone)]
+pub struct ServeMetrics {
+    /// Where.
+    pub at: MetricsAddr,
+    /// Keys of which every request must have one, if there are any.
+    pub keys: Keys,
+    /// Serve others than this machine without asking for a key.
+    pub without_key: bool,
 }
 
 /// Why a node did not start.
@@ -106,6 +121,9 @@ pub enum StartError {
     /// The stage refuses what was loaded for it.
     #[error("the first layers cannot be served: {0}")]
     Engine(#[from] EngineError),
+    /// What it counts cannot be served.
+    #[error(transparent)]
+    Metrics(#[from] metrics::ServerError),
     /// The stage's thread.
     #[error("cannot start the stage worker: {0}")]
     Worker(std::io::Error),
@@ -120,6 +138,8 @@ pub struct SwarmNode {
     transfer: Transfer,
     sessions: Sessions,
     hosted: Vec<Hosted>,
+    metrics: Metrics,
+    metrics_server: Option<MetricsServer>,
     tasks: Vec<JoinHandle<()>>,
     /// The stage worker died.
     died: CancellationToken,
@@ -138,6 +158,17 @@ impl SwarmNode {
         let identity = Identity::load_or_create(&home)?;
         let lock = lock(&home)?;
         let control = Control::open(&home, identity.peer(), config.quiet_hours.clone());
+        let metrics = Metrics::new("shoal-node");
+        control.counts(&metrics);
+        // From the start: loading takes a while, and is something to see.
+        let server = match config.metrics.clone() {
+            None => None,
+            Some(ServeMetrics {
+                at,
+                keys,
+                without_key,
+            }) => Some(MetricsServer::start(at, keys, without_key, metrics.clone()).await?),
+        };
         let store = Store::open(&home.join("store"))?;
         let mut known = Vec::new();
         for model in config.models.clone() {
@@ -149,8 +180,17 @@ impl SwarmNode {
             }
         }
         let net = Net::start(net_config(&config, identity)).await?;
+        metrics.register_net(&net);
         match Self::serve(&config, store, known, net.clone(), (lock, control)).await {
-            Ok(node) => Ok(node),
+            Ok(node) => {
+                let sessions = node.sessions.metrics();
+                metrics.register(|registry| sessions.register(registry));
+                Ok(Self {
+                    metrics,
+                    metrics_server: server,
+                    ..node
+                })
+            }
             Err(error) => {
                 net.shutdown().await;
                 Err(error)
@@ -215,6 +255,8 @@ impl SwarmNode {
             transfer,
             sessions,
             hosted,
+            metrics: Metrics::default(),
+            metrics_server: None,
             tasks,
             died,
             _control: control,
@@ -240,6 +282,16 @@ impl SwarmNode {
     /// What it serves.
     pub fn hosted(&self) -> &[Hosted] {
         &self.hosted
+    }
+
+    /// What this process counts.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Where that is served, if it is.
+    pub fn metrics_url(&self) -> Option<String> {
+        self.metrics_server.as_ref().map(MetricsServer::url)
     }
 
     /// Sessions that are open.
@@ -419,6 +471,7 @@ mod tests {
             transfer: transfer::Limits::default(),
             cpu_share: CpuShare::default(),
             quiet_hours: QuietHours::default(),
+            metrics: None,
         };
         SwarmNode::start(config).await.unwrap()
     }

@@ -92,20 +92,24 @@ pub fn init(config: &TelemetryConfig) -> Result<Telemetry, TelemetryError> {
             filter: text,
             reason: e.to_string(),
         })?;
-    let provider = config
-        .otlp
-        .as_deref()
-        .map(|url| provider(url, config.service))
-        .transpose()?;
+    let env = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
+    let url = config.otlp.clone().or_else(|| endpoint(env));
+    let exporting = url.as_deref().map(|url| provider(url, config.service));
+    let provider = exporting.transpose()?;
     let traces = provider.as_ref().map(|provider| {
         // Spans of ours from info on; libp2p's would drown them.
         let ours = tracing_subscriber::filter::filter_fn(|meta| {
             *meta.level() <= tracing::Level::INFO
-                && ["node", "engine", "cli", "shoal"]
+                && ["node", "engine", "api", "cli", "shoal"]
                     .iter()
                     .any(|t| meta.target().starts_with(t))
         });
+        // What a span costs when it is entered is paid for each frame.
         tracing_opentelemetry::layer()
+            .with_context_activation(false)
+            .with_tracked_inactivity(false)
+            .with_threads(false)
+            .with_location(false)
             .with_tracer(provider.tracer(config.service))
             .with_filter(ours)
     });
@@ -129,6 +133,14 @@ fn logs(json: bool) -> Box<dyn Layer<Registry> + Send + Sync> {
         .boxed()
 }
 
+/// Where the environment says that traces go, by the names that every OpenTelemetry program reads.
+fn endpoint(env: impl Fn(&str) -> Option<String>) -> Option<String> {
+    if env("OTEL_SDK_DISABLED").is_some_and(|off| off.eq_ignore_ascii_case("true")) {
+        return None;
+    }
+    env("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT").or_else(|| env("OTEL_EXPORTER_OTLP_ENDPOINT"))
+}
+
 fn provider(url: &str, service: &'static str) -> Result<SdkTracerProvider, TelemetryError> {
     let wrong = |reason: String| TelemetryError::Otlp {
         url: url.into(),
@@ -139,8 +151,12 @@ fn provider(url: &str, service: &'static str) -> Result<SdkTracerProvider, Telem
         .with_endpoint(url)
         .build()
         .map_err(|e| wrong(e.to_string()))?;
-    let resource = Resource::builder()
-        .with_service_name(service)
+    // OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME are read first, OTEL_TRACES_SAMPLER below.
+    let mut resource = Resource::builder();
+    if std::env::var_os("OTEL_SERVICE_NAME").is_none() {
+        resource = resource.with_service_name(service);
+    }
+    let resource = resource
         .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
         .build();
     Ok(SdkTracerProvider::builder()
@@ -213,6 +229,38 @@ mod tests {
             span_from(Some(&TraceParent::new([0; 16], [0; 8], true)))
                 .in_scope(|| assert!(current_traceparent().is_some()));
         });
+    }
+
+    #[test]
+    fn the_environment_says_where_traces_go() {
+        let of = |pairs: &'static [(&str, &str)]| {
+            endpoint(move |name: &str| {
+                let pair = pairs.iter().find(|(known, _)| *known == name);
+                pair.map(|(_, value)| String::from(*value))
+            })
+        };
+        assert_eq!(of(&[]), None);
+        let all = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://a:4317");
+        let traces = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://b:4317");
+        assert_eq!(
+            of(&[("OTEL_EXPORTER_OTLP_ENDPOINT", "http://a:4317")]).as_deref(),
+            Some(all.1)
+        );
+        assert_eq!(
+            of(&[
+                ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://a:4317"),
+                ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://b:4317"),
+            ])
+            .as_deref(),
+            Some(traces.1)
+        );
+        assert_eq!(
+            of(&[
+                ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://a:4317"),
+                ("OTEL_SDK_DISABLED", "true"),
+            ]),
+            None
+        );
     }
 
     #[test]

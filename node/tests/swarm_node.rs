@@ -56,6 +56,7 @@ async fn serve_all(
         transfer: Default::default(),
         cpu_share: Default::default(),
         quiet_hours: Default::default(),
+        metrics: None,
     };
     (SwarmNode::start(config).await.expect("node starts"), home)
 }

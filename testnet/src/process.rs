@@ -37,6 +37,9 @@ pub struct Ready {
     /// Where it answers HTTP, if it was told to.
     #[serde(default)]
     pub api: Option<String>,
+    /// Where its metrics are, if it serves them.
+    #[serde(default)]
+    pub metrics: Option<String>,
 }
 
 /// A model that a node serves.

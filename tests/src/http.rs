@@ -1,6 +1,7 @@
 //! `shoal serve` as a child, or a node's own API, and just enough HTTP to ask it byte by byte: tests see what is on the wire.
 
 use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -21,6 +22,7 @@ pub struct Api {
     pub addr: SocketAddr,
     /// The same, as clients take it.
     pub url: String,
+    log: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Api {
@@ -42,12 +44,21 @@ impl Api {
             anyhow::bail!("it ended: {}", String::from_utf8_lossy(&output.stderr));
         }
         // What it logs is read to the end: a full pipe would stop it.
-        let mut log = child.stderr.take().context("no stderr")?;
-        tokio::spawn(async move { tokio::io::copy(&mut log, &mut tokio::io::sink()).await });
+        let mut said = child.stderr.take().context("no stderr")?;
+        let log: Arc<Mutex<Vec<u8>>> = Arc::default();
+        let into = Arc::clone(&log);
+        tokio::spawn(async move {
+            let mut some = vec![0; 16 << 10];
+            while let Ok(n @ 1..) = said.read(&mut some).await {
+                let mut log = into.lock().unwrap_or_else(PoisonError::into_inner);
+                log.extend_from_slice(&some[..n]);
+            }
+        });
         let ready: Value = serde_json::from_str(&line)?;
         let url = ready["url"].as_str().context("no url")?.to_owned();
         Ok(Self {
             child: Some(child),
+            log,
             ..Self::at(&url)?
         })
     }
@@ -61,6 +72,7 @@ impl Api {
             child: None,
             addr: url.split("://").nth(1).context("no address")?.parse()?,
             url: url.to_owned(),
+            log: Arc::default(),
         })
     }
 
@@ -133,6 +145,12 @@ impl Api {
         // A server that refuses a body may stop reading it.
         let _ = stream.write_all(body).await;
         Ok(stream)
+    }
+
+    /// What it has said on standard error so far.
+    pub fn log(&self) -> String {
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&log).into_owned()
     }
 
     /// Ends it as Ctrl-C does.

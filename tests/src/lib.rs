@@ -2,7 +2,9 @@
 //!
 //! Nothing here is asserted; errors come back with what the processes said.
 
+pub mod collector;
 pub mod http;
+pub mod metrics;
 pub mod room;
 
 use std::fs::File;

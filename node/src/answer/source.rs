@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use engine::{Candidates, Want as Output, WholeModel};
 use swarm_proto::{Form, Hop, Want, WantRows};
+use tokio::time::Instant;
 
 use super::cancel::Cancel;
 use super::fed::Fed;
+use crate::phases::{Phase, Phases, Sums};
 use crate::recovery::{Listener, Recovery, Session};
 use crate::session::{ClientError, log_sum_exp};
 
@@ -43,6 +45,7 @@ pub struct Source {
     /// What goes on when the swarm cannot.
     spare: Option<Box<dyn Spare>>,
     left: Option<Left>,
+    phases: Phases,
 }
 
 pub(super) enum Kind {
@@ -94,6 +97,7 @@ impl Source {
     pub fn swarm(session: Session, batch: u16, spare: Option<Box<dyn Spare>>) -> Self {
         Self {
             spare,
+            phases: Phases::within(session.span().clone()),
             ..Self::new(Kind::Swarm(Box::new(session)), batch)
         }
     }
@@ -118,6 +122,7 @@ impl Source {
             batch,
             spare: None,
             left: None,
+            phases: Phases::default(),
         }
     }
 
@@ -235,7 +240,8 @@ impl Source {
     }
 
     /// Frees the KV on every hop, within a deadline.
-    pub async fn close(self) {
+    pub async fn close(mut self) {
+        self.phases.end();
         self.kind.close().await;
     }
 
@@ -250,7 +256,7 @@ impl Source {
             Kind::Swarm(session) => tokio::select! {
                 biased;
                 () = cancel.wait() => Err(SourceError::Interrupted),
-                row = over_swarm(session, tokens, form) => row,
+                row = over_swarm(session, tokens, form, &mut self.phases) => row,
             },
             Kind::Local(model, row) => {
                 tokio::task::block_in_place(|| here(model, row, pos, tokens, form, cancel))
@@ -310,10 +316,26 @@ impl Kind {
     }
 }
 
-async fn over_swarm(session: &mut Session, tokens: &[u32], form: Form) -> Result<Row, SourceError> {
+async fn over_swarm(
+    session: &mut Session,
+    tokens: &[u32],
+    form: Form,
+    phases: &mut Phases,
+) -> Result<Row, SourceError> {
     let rows = WantRows::Last;
+    phases.begin(Phase::of(tokens.len(), true), false);
+    let begun = Instant::now();
     session.feed(tokens, Want { rows, form }).await?;
     let logits = session.next_logits().await?;
+    let compute = Duration::from_micros(logits.spent_us.into());
+    let times = Sums {
+        frames: 1,
+        rows: tokens.len() as u64,
+        compute,
+        elsewhere: begun.elapsed().saturating_sub(compute),
+        ..Sums::default()
+    };
+    phases.add(times, false);
     let candidates = match form {
         Form::Top(_) => Candidates::new(logits.top.clone())?,
         // Nothing is chosen from hidden rows: a row that is none is an error.

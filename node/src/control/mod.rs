@@ -31,7 +31,12 @@ use tokio::{
 };
 
 use crate::{
-    hosting::Board, net::Net, pause::Pause, quiet_hours::QuietHours, session::Sessions,
+    hosting::Board,
+    metrics::{Facts, Metrics, ServingMetrics},
+    net::Net,
+    pause::Pause,
+    quiet_hours::QuietHours,
+    session::Sessions,
     transfer::Transfer,
 };
 
@@ -135,6 +140,13 @@ impl Control {
         &self.shared.pause
     }
 
+    /// Shows what the node does among what the process counts, as far as its parts are there.
+    pub(crate) fn counts(&self, metrics: &Metrics) {
+        let shared = Arc::downgrade(&self.shared);
+        let facts = ServingMetrics::new(move || shared.upgrade().map(|shared| shared.facts()));
+        metrics.register(|registry| registry.register_collector(Box::new(facts)));
+    }
+
     /// The network is there.
     pub(crate) fn knows(&self, net: &Net, transfer: &Transfer) {
         let mut parts = self.parts();
@@ -235,6 +247,18 @@ async fn serve(listener: UnixListener, shared: Arc<Shared>) {
 }
 
 impl Shared {
+    fn facts(&self) -> Facts {
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        let (sessions, board) = parts.serving.clone().unzip();
+        let board: Option<Board> = board;
+        Facts {
+            paused: self.pause.now().is_some(),
+            transfer: parts.transfer.clone(),
+            sessions,
+            models: board.map(|board| board.models()).unwrap_or_default(),
+        }
+    }
+
     async fn answer(&self, stream: UnixStream) -> io::Result<()> {
         let mut stream = BufReader::new(stream);
         let mut line = Vec::new();

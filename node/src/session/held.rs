@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     admit::admit,
-    failure::fail,
+    failure::{fail, is_goodbye, is_leaving},
     hop::{Chain, Lease, Served, Shared},
     relay::{Below, End, Relay},
     standby::{Fed, resume_at, streams_to},
@@ -210,6 +210,17 @@ pub(super) struct Held {
     pub(super) _lease: Lease,
 }
 
+/// How a session ended, in one word of a few.
+fn word(end: &End) -> &'static str {
+    match end {
+        End::Closed | End::Reopen(_) => "closed",
+        End::Failed(failure) if is_goodbye(failure) => "closed",
+        End::Failed(failure) if is_leaving(failure) => "handed_over",
+        End::UpstreamLost => "upstream_lost",
+        End::Failed(_) | End::BelowLost(_) => "failed",
+    }
+}
+
 /// The opening message, and the stream that it came on if that is a new one.
 type Again = (Open, Option<(Peer, Pipe)>);
 
@@ -225,6 +236,7 @@ enum Turn {
 impl Held {
     /// Runs the session to its end.
     pub(super) async fn run(mut self) {
+        self.shared.metrics.opened();
         let (stopping, goes) = (self.shared.stopping.clone(), self.desk.goes.clone());
         let end = tokio::select! {
             biased;
@@ -232,6 +244,7 @@ impl Held {
             () = stopping.cancelled() => End::Failed(self.shared.going_down(self.relay.at())),
             () = goes.cancelled() => self.handed_over(),
         };
+        self.shared.metrics.ended(word(&end));
         self.shared.log(self.relay.at(), &end);
         self.relay.finish(&end).await;
     }

@@ -149,6 +149,7 @@ pub(super) struct Shared {
     /// Where a session that comes back finds the task that holds it.
     desks: Desks,
     retained: Arc<Budget>,
+    pub(super) metrics: crate::metrics::SessionMetrics,
     /// Sessions fail for reasons of our own.
     failing: Seldom,
     /// No new sessions for now: the node is paused.
@@ -172,6 +173,7 @@ impl Sessions {
             pairing: Pairing::new(limits.parked_max, limits.parked_per_client_max),
             desks: Desks::default(),
             retained: Budget::new(limits.retained_memory, limits.retained_disk),
+            metrics: Default::default(),
             failing: Seldom::default(),
             paused: AtomicBool::new(false),
             draining: CancellationToken::new(),
@@ -214,6 +216,10 @@ impl Sessions {
     /// Sessions that are open or being opened.
     pub fn count(&self) -> usize {
         self.shared.upstreams.taken()
+    }
+
+    pub(crate) fn metrics(&self) -> &crate::metrics::SessionMetrics {
+        &self.shared.metrics
     }
 
     /// What sessions hold now.
@@ -328,6 +334,7 @@ impl Shared {
             }
             Err(Some(failure)) => {
                 tracing::debug!(peer = %from, failure = %failure.message, "session refused");
+                self.metrics.refused(&failure);
                 self.refuse(up, failure).await;
             }
             // The upstream is gone.
@@ -400,6 +407,7 @@ impl Shared {
                 retained: Retained::new(self.retained.clone()),
                 deadlines: limits.deadlines,
                 frames_in_flight: limits.frames_in_flight,
+                metrics: self.metrics.clone(),
             });
             Held {
                 shared: self,

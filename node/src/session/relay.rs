@@ -44,10 +44,11 @@ use super::{
     topk::{TopK, log_sum_exp},
     wire::{Pipe, WireError},
 };
-use crate::net::Stream;
+use crate::{metrics::SessionMetrics, net::Stream, phases::Phases};
 
 mod again;
 mod blame;
+mod counting;
 
 /// Unread acknowledgements that an upstream may pile up before we stop reading its frames.
 const ACK_BACKLOG_MAX: usize = 16 * 1024;
@@ -122,6 +123,7 @@ pub(super) struct Parts {
     pub(super) retained: Retained,
     pub(super) deadlines: Deadlines,
     pub(super) frames_in_flight: usize,
+    pub(super) metrics: SessionMetrics,
 }
 
 /// A frame in the worker.
@@ -157,6 +159,7 @@ pub(super) struct Relay {
     replay: Option<u32>,
     /// A payload that is kept but not sent, or sent again.
     scratch: Vec<u8>,
+    phases: Phases,
 }
 
 impl Relay {
@@ -182,6 +185,7 @@ impl Relay {
             timer: Box::pin(sleep_until(now)),
             replay: None,
             scratch: Vec::new(),
+            phases: Phases::default(),
             p: parts,
         };
         relay.say_opened();
@@ -296,6 +300,7 @@ impl Relay {
             let compute_us = micros(done.compute);
             step.record("compute_us", compute_us);
             step.record("queued_us", micros(done.queued));
+            self.count(&rows, &done);
             let pos_end = rows.pos0 + u32::from(rows.n_rows);
             let sent = self.encode(rows, &done.rows, compute_us)?;
             if self.spare.len() < self.p.frames_in_flight
@@ -556,6 +561,7 @@ impl Relay {
             compute_us = tracing::field::Empty,
             queued_us = tracing::field::Empty,
         );
+        self.count_begun(&rows);
         self.in_flight.push_back(InFlight { rows, step: span });
         let reply = self.reply.clone();
         let job = Job {

@@ -126,6 +126,7 @@ pub(super) struct Follower {
     scratch: Vec<u8>,
 }
 
+#[allow(clippy::large_enum_variant)] // one for a session, and never moved about
 enum State {
     Opening(BoxFuture<'static, Result<Next, Failure>>),
     Following(Pipe),

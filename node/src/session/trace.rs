@@ -6,8 +6,11 @@ use crate::telemetry;
 
 /// The span of a session on this hop, a child of the span that the open message names.
 pub(super) fn session_span(open: &Open) -> tracing::Span {
+    let layers = open.hops.get(usize::from(open.at));
+    let layers = layers.map(|hop| tracing::field::display(hop.layers));
     let span = tracing::info_span!(
         "session",
+        layers,
         session = %open.session,
         at = open.at,
         hops = open.hops.len(),

@@ -9,12 +9,16 @@ use std::{
     ops::Range,
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use swarm_proto::{FrameDecoder, FrameError, FrameLimits, Message, decode_header, encode_frame};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
+    time::Instant,
+};
 
-use crate::net::Stream;
+use crate::{metrics::TRAFFIC, net::Stream};
 
 /// Bytes asked of the stream at once: yamux sends at most 16 KiB a frame.
 const READ_BYTES: usize = 16 * 1024;
@@ -35,6 +39,15 @@ pub enum WireError {
     Torn,
 }
 
+/// How long a stream kept somebody waiting who had begun to read or to write.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Waited {
+    /// For the rest of a frame.
+    pub(super) wire_in: Duration,
+    /// For room.
+    pub(super) wire_out: Duration,
+}
+
 /// Frames in and out over one stream.
 pub(super) struct Pipe {
     io: Option<Stream>,
@@ -44,6 +57,10 @@ pub(super) struct Pipe {
     out: Vec<u8>,
     written: usize,
     flushed: bool,
+    /// Since when a part of a frame is here, and since when the stream takes nothing.
+    partial_since: Option<Instant>,
+    stuck_since: Option<Instant>,
+    waited: Waited,
     /// A frame that breaks our own limits: said by the next flush, so that pushing cannot fail.
     unsendable: Option<FrameError>,
 }
@@ -65,6 +82,9 @@ impl Pipe {
             out: Vec::new(),
             written: 0,
             flushed: true,
+            partial_since: None,
+            stuck_since: None,
+            waited: Waited::default(),
             unsendable: None,
         }
     }
@@ -106,6 +126,7 @@ impl Pipe {
     /// The same with a payload that is written straight into the buffer.
     pub(super) fn push_with(&mut self, header: &impl Message, payload: impl FnOnce(&mut Vec<u8>)) {
         self.flushed = false;
+        TRAFFIC.sent(1, 0);
         if let Err(e) = encode_frame(header, &mut self.out, payload) {
             self.unsendable = Some(e);
         }
@@ -134,11 +155,20 @@ impl Pipe {
         };
         while self.written < self.out.len() {
             match Pin::new(&mut *io).poll_write(cx, &self.out[self.written..]) {
-                Poll::Pending => return Poll::Pending,
+                Poll::Pending => {
+                    self.stuck_since.get_or_insert_with(Instant::now);
+                    return Poll::Pending;
+                }
                 Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                Poll::Ready(Ok(n)) => self.written += n,
+                Poll::Ready(Ok(n)) => {
+                    TRAFFIC.sent(0, n);
+                    self.written += n;
+                }
             }
+        }
+        if let Some(since) = self.stuck_since.take() {
+            self.waited.wire_out = self.waited.wire_out.saturating_add(since.elapsed());
         }
         self.out.clear();
         self.out.shrink_to(KEEP_BYTES);
@@ -162,7 +192,14 @@ impl Pipe {
             if let Some((header, payload)) = self.decoder.next()? {
                 let header = decode_header(self.decoder.bytes(header))?;
                 self.payload = payload;
+                TRAFFIC.came(1, 0);
+                if let Some(since) = self.partial_since.take() {
+                    self.waited.wire_in = self.waited.wire_in.saturating_add(since.elapsed());
+                }
                 return Poll::Ready(Ok(Some(header)));
+            }
+            if !self.decoder.is_empty() {
+                self.partial_since.get_or_insert_with(Instant::now);
             }
             let Some(io) = &mut self.io else {
                 return Poll::Pending;
@@ -175,9 +212,17 @@ impl Pipe {
                     let torn = !self.decoder.is_empty();
                     return Poll::Ready(if torn { Err(WireError::Torn) } else { Ok(None) });
                 }
-                Poll::Ready(Ok(())) => self.decoder.push(buf.filled()),
+                Poll::Ready(Ok(())) => {
+                    TRAFFIC.came(0, buf.filled().len());
+                    self.decoder.push(buf.filled());
+                }
             }
         }
+    }
+
+    /// How long it waited since this was last asked.
+    pub(super) fn take_waited(&mut self) -> Waited {
+        std::mem::take(&mut self.waited)
     }
 
     /// The payload of the last frame.
