@@ -1,5 +1,5 @@
 //! Two hundred clients at once, half of whom hang up wherever they are: nobody who stays is treated badly, and when
-//! they are gone nothing of them is left.
+//! they are gone nothing of them is left, on the server and on the nodes: no session, KV, file or memory.
 //!
 //! `SHOAL_CROWD_S=120` in the environment says for how long, `SHOAL_CROWD_SEED` what it is drawn from.
 
@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
+use testnet::swarm::Swarm;
 use tests::http::Api;
+use tests::metrics::{scrape, scrape_nodes, sum};
 use tests::{PATIENCE, serve, until};
 use tokio::io::AsyncReadExt;
 use tokio::time::{sleep, timeout};
@@ -19,7 +21,11 @@ const PROMPT: &str = "Once upon a time there was a little";
 /// Far above what is aimed at (100 ms on a quiet machine): one that runs other tests too is slow, not wrong.
 const HEALTH_P99_MAX: Duration = Duration::from_secs(3);
 /// What a crowd may leave behind: the allocator keeps some of what was used.
-const GROWTH_MAX_KIB: u64 = 128 << 10;
+const GROWTH_MAX_MIB: f64 = 128.0;
+/// Files that a process may have more than before.
+const FILES_MORE: f64 = 4.0;
+/// A session whose client is lost is kept so long for it to come back (20 s).
+const GONE_WITHIN: Duration = Duration::from_secs(40);
 
 fn number(name: &str, usual: u64) -> u64 {
     let said = std::env::var(name).ok().and_then(|text| text.parse().ok());
@@ -86,15 +92,44 @@ async fn health(api: Arc<Api>, end: Instant) -> Result<Vec<Duration>> {
     Ok(took)
 }
 
-/// Open files and resident memory of the server, in KiB.
-fn held(api: &Api) -> Result<(usize, u64)> {
-    let pid = api.child.as_ref().and_then(|child| child.id());
-    let process = format!("/proc/{}", pid.context("it has ended")?);
-    let files = std::fs::read_dir(format!("{process}/fd"))?.count();
-    let status = std::fs::read_to_string(format!("{process}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.split_whitespace().next());
-    Ok((files, kib.context("no VmRSS")?.parse()?))
+/// What a process holds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Holds {
+    sessions: f64,
+    kv_bytes: f64,
+    files: f64,
+    resident_mib: f64,
+}
+
+impl Holds {
+    fn of(metrics: &str) -> Self {
+        let sessions = [
+            "shoal_client_sessions",
+            "shoal_sessions_open",
+            "shoal_stage_sessions",
+        ];
+        Self {
+            sessions: sessions.iter().map(|name| sum(metrics, name)).sum(),
+            kv_bytes: sum(metrics, "shoal_stage_kv_bytes"),
+            files: sum(metrics, "process_open_fds"),
+            resident_mib: sum(metrics, "process_resident_memory_bytes") / f64::from(1 << 20),
+        }
+    }
+
+    /// Whether nothing of the crowd is left, memory aside; a few files may be peers that came to know each other.
+    fn as_before(&self, before: &Self) -> bool {
+        self.sessions == 0.0
+            && self.kv_bytes <= before.kv_bytes
+            && self.files <= before.files + FILES_MORE
+    }
+}
+
+/// What the server holds, and each node.
+async fn held(api: &Api, swarm: &Swarm) -> Result<Vec<Holds>> {
+    let mut all = vec![Holds::of(&scrape(&api.url).await?)];
+    let nodes = scrape_nodes(swarm).await?;
+    all.extend(nodes.iter().map(|node| Holds::of(node)));
+    Ok(all)
 }
 
 #[cfg(target_os = "linux")]
@@ -102,7 +137,7 @@ fn held(api: &Api) -> Result<(usize, u64)> {
 async fn a_crowd_that_comes_and_goes_leaves_nothing_behind() -> Result<()> {
     let seed = number("SHOAL_CROWD_SEED", 1);
     let lasting = Duration::from_secs(number("SHOAL_CROWD_S", 8));
-    let mut swarm = serve("demo", &["0..4", "4..8"], &[]).await?;
+    let mut swarm = serve("demo", &["0..4", "4..8"], &["--metrics", "0"]).await?;
     swarm.client("client").until_covered(8, PATIENCE).await?;
     let api = Api::start(&swarm.client("api"), &["--queue", "1", "--requests", "32"]).await?;
     let api = Arc::new(api);
@@ -113,7 +148,11 @@ async fn a_crowd_that_comes_and_goes_leaves_nothing_behind() -> Result<()> {
     until("the server knows a whole model", PATIENCE, ready).await?;
     let ask = json!({"prompt": PROMPT, "max_tokens": 24, "temperature": 0});
     let before = api.post("/v1/completions", &ask).await?.json(200)?;
-    let (files, kib) = held(&api)?;
+    let quiet = async || {
+        let held = held(&api, &swarm).await.ok()?;
+        held.iter().all(|it| it.sessions == 0.0).then_some(held)
+    };
+    let held_before = until("the first answer is over everywhere", PATIENCE, quiet).await?;
 
     let end = Instant::now() + lasting;
     let clients = (0..CLIENTS).map(|n| client(Arc::clone(&api), Dice(seed * 1000 + n), end));
@@ -127,8 +166,14 @@ async fn a_crowd_that_comes_and_goes_leaves_nothing_behind() -> Result<()> {
     }
     let p99 = took.get(took.len() * 99 / 100).context("no health")?;
     println!(
-        "seed {seed}: {seen:?}, /health p99 {p99:?} of {}",
-        took.len()
+        "seed {seed}, {} s: {} answered, {} refused with 429, {} hung up; /health p50 {:?}, p99 {p99:?}, longest {:?} of {}",
+        lasting.as_secs(),
+        seen.get(&200).unwrap_or(&0),
+        seen.get(&429).unwrap_or(&0),
+        seen.get(&0).unwrap_or(&0),
+        took[took.len() / 2],
+        took[took.len() - 1],
+        took.len(),
     );
     ensure!(
         seen.keys().all(|status| [0, 200, 429].contains(status)),
@@ -140,19 +185,38 @@ async fn a_crowd_that_comes_and_goes_leaves_nothing_behind() -> Result<()> {
     );
     ensure!(*p99 < HEALTH_P99_MAX, "/health took {p99:?}");
 
-    let left = async || {
+    let gone = async || {
         let health = api.get("/health").await.ok()?.json(200).ok()?;
-        (health["answering"] == 0 && held(&api).ok()?.0 <= files + 4).then_some(())
+        let now = held(&api, &swarm).await.ok()?;
+        let gone = now
+            .iter()
+            .zip(&held_before)
+            .all(|(now, before)| now.as_before(before));
+        (health["answering"] == 0 && gone).then_some(now)
     };
-    until("everybody is gone", Duration::from_secs(20), left).await?;
+    let held_after = until("everybody is gone", GONE_WITHIN, gone).await;
+    let held_after = match held_after {
+        Ok(held) => held,
+        Err(error) => {
+            let now = held(&api, &swarm).await?;
+            return Err(error.context(format!("before: {held_before:?}, now: {now:?}")));
+        }
+    };
     let after = api.post("/v1/completions", &ask).await?.json(200)?;
     assert_eq!(after["choices"], before["choices"]);
-    let (_, kib_after) = held(&api)?;
-    println!("resident: {kib} KiB before, {kib_after} KiB after");
-    ensure!(
-        kib_after < kib + GROWTH_MAX_KIB,
-        "{kib} KiB before, {kib_after} KiB after"
-    );
+    for (who, (before, after)) in held_before.iter().zip(&held_after).enumerate() {
+        let who = if who == 0 {
+            "server".into()
+        } else {
+            format!("node {who}")
+        };
+        println!("{who}: before {before:?}");
+        println!("{who}: after  {after:?}");
+        ensure!(
+            after.resident_mib < before.resident_mib + GROWTH_MAX_MIB,
+            "{who} grew from {before:?} to {after:?}"
+        );
+    }
     swarm.stop().await;
     Ok(())
 }
