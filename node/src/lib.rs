@@ -8,6 +8,7 @@ pub mod control;
 pub mod cpu_share;
 pub mod daemon;
 pub mod demo;
+mod experience;
 mod hosting;
 pub mod identity;
 pub mod keys;

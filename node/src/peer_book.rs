@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use swarm_proto::{Peer, SwarmId};
 use tokio::time::Instant;
 
-use crate::{net::now_ms, swarm_file::SwarmFile};
+use crate::{experience::Experience, net::now_ms, swarm_file::SwarmFile};
 
 /// Folder in the home directory.
 const FOLDER: &str = "peer-book";
@@ -67,6 +67,7 @@ struct Page {
 pub struct PeerBook {
     pages: Arc<Mutex<HashMap<Peer, Page>>>,
     file: Option<SwarmFile>,
+    experience: Experience,
 }
 
 impl PeerBook {
@@ -90,6 +91,7 @@ impl PeerBook {
         Self {
             pages: Arc::new(Mutex::new(pages.take(PEERS_MAX).map(page).collect())),
             file: Some(file),
+            experience: Experience::of_home(home, swarm),
         }
     }
 
@@ -116,6 +118,7 @@ impl PeerBook {
     /// # Errors
     /// The home cannot be written.
     pub fn save(&self) -> io::Result<()> {
+        self.experience.save()?;
         let Some(file) = &self.file else {
             return Ok(());
         };
@@ -125,6 +128,11 @@ impl PeerBook {
         }
         peers.truncate(PEERS_MAX);
         file.write(peers)
+    }
+
+    /// How fast peers were seen to be.
+    pub(crate) fn experience(&self) -> &Experience {
+        &self.experience
     }
 
     /// A peer failed us, as we saw ourselves.

@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{Instrument, Span};
 
 use crate::{
+    experience::{STEPS, quick},
     peer_book::PeerBook,
     routes::{Routes, SessionSpec},
     session::{ClientError, ClientSession, LogitsRow, Route},
@@ -182,6 +183,9 @@ impl Session {
                 Err(error) if error.is_recoverable() => self.recover(error).await?,
                 row => {
                     self.stuck = Stuck::default();
+                    if self.inner.steps().len() >= STEPS {
+                        self.note_steps();
+                    }
                     return row;
                 }
             }
@@ -200,6 +204,14 @@ impl Session {
         self.inner.close().await;
     }
 
+    /// What the last tokens tell of the hops.
+    fn note_steps(&mut self) {
+        if let Some(step) = quick(self.inner.take_steps()) {
+            let hops = &self.inner.route().hops;
+            self.routes.saw(&self.spec, hops, step);
+        }
+    }
+
     fn book(&self) -> &PeerBook {
         &self.routes.opener().book
     }
@@ -211,6 +223,8 @@ impl Session {
     }
 
     async fn recover(&mut self, first: ClientError) -> Result<(), ClientError> {
+        // What comes now is of another route.
+        self.note_steps();
         let begin = Instant::now();
         let deadline = self.stuck.begin(begin) + self.spec.patience;
         sleep_until((begin + self.stuck.pause()).min(deadline)).await;

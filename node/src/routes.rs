@@ -13,7 +13,8 @@ use gguf::TensorType;
 use shard_registry::{
     Manifest, Snapshot,
     route::{
-        NoStandby, Other, Priced, Query, others, plan, price, spread, standbys, why_no_standby,
+        Doubt, NoStandby, Other, Priced, Query, doubts, others, plan, price, seen_at_least, spread,
+        standbys, why_no_standby,
     },
 };
 use swarm_proto::{
@@ -174,8 +175,18 @@ pub struct Explained {
     pub standbys: Vec<Result<Peer, NoStandby>>,
     /// Everybody else who names the model.
     pub others: Vec<Other>,
+    /// Whose claims are not counted as they stand, because they were seen to be slower.
+    pub doubts: Vec<Doubt>,
     /// By the adverts nobody has room for some layers, so it is planned as if they had.
     pub as_if_idle: bool,
+}
+
+/// What was measured from here.
+struct Measured {
+    /// Round trips, in µs.
+    rtts: Vec<(Peer, u32)>,
+    /// Layer-tokens a second that peers showed.
+    seen: Vec<(Peer, f32)>,
 }
 
 /// Plans routes and opens sessions along them; clones share the view.
@@ -281,8 +292,8 @@ impl Routes {
             Err(none) => (Err(none), Vec::new()),
         };
         let avoid: Vec<Peer> = spec.avoid.iter().chain(&left_alone).copied().collect();
-        let rtts = self.rtts();
-        let query = self.query(spec, &avoid, &rtts);
+        let measured = self.measured(spec);
+        let query = self.query(spec, &avoid, &measured);
         let route = hops.as_deref().ok();
         let mut priced = route.and_then(|hops| price(&snapshot, &query, hops));
         let as_if_idle = route.is_some() && priced.is_none();
@@ -301,6 +312,7 @@ impl Routes {
         };
         let standbys = (0..route.len()).map(standby).collect();
         Explained {
+            doubts: doubts(&snapshot, &query),
             standbys,
             priced,
             others,
@@ -331,11 +343,11 @@ impl Routes {
         seed: u64,
     ) -> Result<Vec<Hop>, ClientError> {
         let avoid: Vec<Peer> = spec.avoid.iter().chain(avoid).copied().collect();
-        let rtts = self.rtts();
+        let measured = self.measured(spec);
         let query = Query {
             jitter: JITTER,
             seed,
-            ..self.query(spec, &avoid, &rtts)
+            ..self.query(spec, &avoid, &measured)
         };
         let planned = match spread(snapshot, &query) {
             Err(none) if !none.full.is_empty() => spread(&idle(snapshot), &query),
@@ -364,8 +376,8 @@ impl Routes {
         let gone = self.view.unreachable();
         let never: Vec<Peer> = [&spec.avoid, avoid, &gone].concat();
         let alone = self.opener.book.left_alone();
-        let (rtts, snapshot) = (self.rtts(), self.view.adverts());
-        let found = |avoid: &[Peer]| standbys(&snapshot, &self.query(spec, avoid, &rtts), hops);
+        let (measured, snapshot) = (self.measured(spec), self.view.adverts());
+        let found = |avoid: &[Peer]| standbys(&snapshot, &self.query(spec, avoid, &measured), hops);
         let any = found(&never);
         let good = match alone.is_empty() {
             true => any.clone(),
@@ -390,17 +402,30 @@ impl Routes {
         }
     }
 
-    fn rtts(&self) -> Vec<(Peer, u32)> {
+    /// A token of a session along `hops` took `step`: the hops had at least some speed each.
+    pub(crate) fn saw(&self, spec: &SessionSpec, hops: &[Hop], step: Duration) {
+        let measured = self.measured(spec);
+        let query = self.query(spec, &[], &measured);
+        let seen = seen_at_least(&self.view.adverts(), &query, hops, step);
+        for (peer, speed) in seen {
+            self.opener.book.experience().note(peer, spec.model, speed);
+        }
+    }
+
+    fn measured(&self, spec: &SessionSpec) -> Measured {
         let micros = |d: Duration| u32::try_from(d.as_micros()).unwrap_or(u32::MAX);
         let rtts = self.view.rtts().into_iter();
-        rtts.map(|(peer, rtt)| (peer, micros(rtt))).collect()
+        Measured {
+            rtts: rtts.map(|(peer, rtt)| (peer, micros(rtt))).collect(),
+            seen: self.opener.book.experience().seen(&spec.model),
+        }
     }
 
     fn query<'a>(
         &'a self,
         spec: &SessionSpec,
         avoid: &'a [Peer],
-        rtts: &'a [(Peer, u32)],
+        measured: &'a Measured,
     ) -> Query<'a> {
         Query {
             frame_bytes: spec.dtype.row_len(spec.n_embd) as u64,
@@ -410,7 +435,8 @@ impl Routes {
                 Privacy::Open => None,
                 Privacy::Trusted(list) => Some(list),
             },
-            rtts,
+            rtts: &measured.rtts,
+            seen: &measured.seen,
             ..Query::new(spec.model, spec.n_layer)
         }
     }

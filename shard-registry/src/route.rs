@@ -28,12 +28,14 @@ mod reasons;
 mod reference;
 mod rooms;
 mod search;
+mod seen;
 mod standby;
 mod table;
 #[cfg(test)]
 mod tests;
 
 pub use self::reasons::{NoStandby, Other, Parts, Priced, WhyNot, others, price, why_no_standby};
+pub use self::seen::{Doubt, doubts, seen_at_least};
 pub use self::standby::standbys;
 use self::{
     search::Search,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use node::{Explained, SessionSpec};
 use serde::Serialize;
-use shard_registry::route::Other;
+use shard_registry::route::{Doubt, Other};
 use swarm_proto::{Hop, LayerRange, Peer};
 
 use crate::failure::Failure;
@@ -61,6 +61,17 @@ struct Report {
     /// By the adverts some layers have no room; the hops say themselves whether they are full.
     as_if_idle: bool,
     others: Vec<OtherReport>,
+    /// Peers that were seen to be slower than they claim.
+    doubts: Vec<DoubtReport>,
+}
+
+/// In layer-tokens a second.
+#[derive(Serialize)]
+struct DoubtReport {
+    peer: String,
+    claims: f32,
+    seen: f32,
+    counted: f32,
 }
 
 #[derive(Serialize)]
@@ -182,6 +193,7 @@ impl Report {
             missing: missing.collect(),
             as_if_idle: explained.as_if_idle,
             others: others.into_iter().map(|(_, report)| report).collect(),
+            doubts: explained.doubts.iter().map(DoubtReport::new).collect(),
         }
     }
 }
@@ -268,6 +280,7 @@ fn print(report: &Report, explain: bool) -> anyhow::Result<()> {
     if explain {
         print_hops(report)?;
         print_others(report)?;
+        print_doubts(report)?;
     }
     Ok(())
 }
@@ -343,6 +356,41 @@ fn print_others(report: &Report) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn print_doubts(report: &Report) -> anyhow::Result<()> {
+    if report.doubts.is_empty() {
+        return Ok(());
+    }
+    terminal::say("")?;
+    terminal::say(paint(BOLD, "slower than they claim"))?;
+    for doubt in &report.doubts {
+        terminal::say(format!("  {}", doubt.line()))?;
+    }
+    let about = "  layers a second for one row, in the answers to this home of the last minutes";
+    terminal::say(paint(DIM, about))?;
+    Ok(())
+}
+
+impl DoubtReport {
+    fn new(doubt: &Doubt) -> Self {
+        Self {
+            peer: doubt.peer.to_string(),
+            claims: doubt.claimed,
+            seen: doubt.seen,
+            counted: doubt.counted,
+        }
+    }
+
+    fn line(&self) -> String {
+        format!(
+            "{:<8} claims {:.0}, seen {:.0}: counted as {:.0}",
+            figures::short_peer(&self.peer),
+            self.claims,
+            self.seen,
+            self.counted
+        )
+    }
+}
+
 impl OtherReport {
     fn line(&self) -> String {
         let what = match (&self.serves[..], &self.loading[..]) {
@@ -353,5 +401,25 @@ impl OtherReport {
         let peer = figures::short_peer(&self.peer);
         let heard = paint(DIM, format!("heard {:.0} s ago", self.age_s));
         format!("{peer:<8} {what:<9} {}  {heard}", self.why)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_claim_that_is_not_believed_is_told_beside_what_was_seen() {
+        let doubt = DoubtReport::new(&Doubt {
+            peer: Peer([1; 32]),
+            claimed: 5000.0,
+            seen: 40.4,
+            counted: 80.8,
+        });
+        let line = doubt.line();
+        assert!(
+            line.ends_with("claims 5000, seen 40: counted as 81"),
+            "{line}"
+        );
     }
 }

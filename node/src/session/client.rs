@@ -46,6 +46,8 @@ use again::History;
 /// Frames sent and not yet acknowledged by the first hop: enough to keep its queue full while the
 /// acknowledgements travel, few enough that a truncation does not wait for a long prompt.
 const WINDOW_FRAMES: usize = 8;
+/// Tokens whose time is kept.
+const STEPS_MAX: usize = 32;
 /// Bytes of logits that wait for `next_logits` before reading stops, and with it the whole chain.
 const ROWS_BYTES_MAX: usize = 32 << 20;
 /// How long the client waits for the hop that failed to be named, once the tail's stream ended.
@@ -86,6 +88,10 @@ pub struct ClientSession {
     /// Every row asked for before this position came.
     answered: u32,
     outbox: Outbox,
+    /// The row that was asked for alone, and when.
+    asked_alone: Option<(u32, Instant)>,
+    /// How long the answers to such rows took, the last ones.
+    steps: VecDeque<Duration>,
     /// Rows that the tail owes: position and form, in order.
     asked: VecDeque<(u32, Form)>,
     ready: VecDeque<LogitsRow>,
@@ -164,6 +170,8 @@ impl ClientSession {
             stale: 0,
             answered: 0,
             outbox: Outbox::default(),
+            asked_alone: None,
+            steps: VecDeque::new(),
             asked: VecDeque::new(),
             ready: VecDeque::new(),
             ready_bytes: 0,
@@ -246,6 +254,16 @@ impl ClientSession {
     /// Safe: a row is taken whole or not at all.
     pub async fn next_logits(&mut self) -> Result<LogitsRow, ClientError> {
         poll_fn(|cx| self.poll_row(cx)).await
+    }
+
+    /// How long the last tokens took, of those that were alone under way.
+    pub(crate) fn steps(&self) -> &VecDeque<Duration> {
+        &self.steps
+    }
+
+    /// The same, which are forgotten by that.
+    pub(crate) fn take_steps(&mut self) -> Vec<Duration> {
+        self.steps.drain(..).collect()
     }
 
     /// Gives a row's buffers back, so that the next row allocates nothing.
@@ -358,6 +376,7 @@ impl ClientSession {
         }
         let driven = self.drive_inner(cx);
         if let Err(e) = &driven {
+            self.asked_alone = None;
             self.failed = Some(e.clone());
         }
         driven
@@ -431,6 +450,12 @@ impl ClientSession {
         }
         self.asked.pop_front();
         self.progress = Instant::now();
+        if let Some((_, since)) = self.asked_alone.take_if(|(pos, _)| *pos == row.pos) {
+            if self.steps.len() == STEPS_MAX {
+                self.steps.pop_front();
+            }
+            self.steps.push_back(self.progress - since);
+        }
         let answered = Answered::of(&row);
         match self.stale.checked_sub(1) {
             Some(left) => self.stale = left,
@@ -496,6 +521,9 @@ impl ClientSession {
             }
             let n_rows = chunk.tokens.len() as u32;
             let end = chunk.pos0 + n_rows;
+            let alone = n_rows == 1 && self.asked.is_empty() && self.queue.is_empty();
+            let asks = chunk.want.rows != WantRows::None;
+            self.asked_alone = (alone && asks).then(|| (chunk.pos0, Instant::now()));
             self.outbox.sent(end);
             match chunk.want.rows {
                 WantRows::None => {}

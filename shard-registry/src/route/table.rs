@@ -17,7 +17,7 @@ const UPLINK_UNKNOWN: f64 = 2.5e6;
 /// Layers a second of a peer that did not measure it: a slow one's, so that measured peers win.
 const LAYER_TOKENS_UNKNOWN: f64 = 200.0;
 /// Compute counts for more than its measured time: a machine under load is slower than idle.
-const COMPUTE_WEIGHT: f64 = 1.5;
+pub(super) const COMPUTE_WEIGHT: f64 = 1.5;
 /// Larger than any real cost, small enough to add up.
 const COST_MAX: u64 = 1 << 50;
 /// The largest part of one: so many can be added up.

@@ -1,10 +1,12 @@
 //! Routes are as cheap as the cheapest, on random swarms of several kinds, and found again when adverts change.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use swarm_proto::{Advert, Hash, LayerRange, Measured, ModelAdvert, ModelId, Peer};
+use swarm_proto::{Advert, Hash, Hop, LayerRange, Measured, ModelAdvert, ModelId, Peer};
 
-use super::{Query, estimate, plan, reference::cheapest, spread, table::scramble};
+use super::{
+    Query, doubts, estimate, plan, reference::cheapest, seen_at_least, spread, table::scramble,
+};
 use crate::adverts::Snapshot;
 
 const MODEL: ModelId = ModelId(Hash([7; 32]));
@@ -318,4 +320,73 @@ fn what_is_drawn_is_not_much_dearer() {
             );
         }
     }
+}
+
+/// Three peers of one building: two that hold the first half and one that holds the second; all claim 1000.
+fn halves() -> (Snapshot, Vec<(Peer, u32)>) {
+    let kind = Kind {
+        space: Space::Building,
+        n_peers: 3,
+        ..MAP
+    };
+    let (swarm, _) = kind.swarm(1);
+    let near: Vec<(Peer, u32)> = (0..3).map(|n| (peer(n), 200)).collect();
+    let swarm = swarm.with(|advert| {
+        let second = advert.peer == peer(2);
+        let (start, end) = if second { (12, 24) } else { (0, 12) };
+        advert.models[0].live = vec![LayerRange { start, end }];
+        advert.models[0].layer_tokens_s = Some(Measured {
+            value: 1000.0,
+            age_s: 0,
+        });
+        advert.queue = 0;
+        advert.rtts = near.clone();
+    });
+    (swarm, near)
+}
+
+#[test]
+fn a_slow_token_is_shared_by_nobody_who_is_fast_elsewhere() {
+    let (swarm, near) = halves();
+    let query = MAP.query(&near);
+    let hop = |n: u64, start, end| Hop {
+        peer: peer(n),
+        addrs: Vec::new(),
+        layers: LayerRange { start, end },
+    };
+    let seen = |first: u64, step_ms: u64| {
+        let hops = [hop(first, 0, 12), hop(2, 12, 24)];
+        seen_at_least(&swarm, &query, &hops, Duration::from_millis(step_ms))
+    };
+    // As fast as they say: 24 layers, and a little for the ways between.
+    for (_, speed) in seen(1, 25) {
+        assert!((900.0..=1000.0).contains(&speed), "{speed}");
+    }
+    // The first is slow: nobody can tell which of them, so both are at least as fast as this.
+    let slow = seen(0, 412);
+    for (_, speed) in &slow {
+        assert!((29.0..32.0).contains(speed), "{speed}");
+    }
+    // Less than no time is left where the ways are dearer than the token: they are as fast as they say.
+    assert!(seen(1, 0).iter().all(|(_, speed)| *speed <= 1001.0));
+    // With the best that was seen of each, the slow one is left.
+    let best = [slow[0], seen(1, 25)[0], seen(1, 25)[1]];
+    let wiser = Query {
+        seen: &best,
+        ..query.clone()
+    };
+    let doubted = doubts(&swarm, &wiser);
+    assert_eq!(doubted.len(), 1);
+    assert_eq!((doubted[0].peer, doubted[0].claimed), (peer(0), 1000.0));
+    assert!((doubted[0].counted - 2.0 * doubted[0].seen).abs() < 0.01);
+    assert_eq!(plan(&swarm, &wiser).expect("a route").hops[0].peer, peer(1));
+    // What is claimed below what was seen stays.
+    let more = best.map(|(peer, speed)| (peer, speed * 1e6));
+    let faster = Query {
+        seen: &more,
+        ..query.clone()
+    };
+    assert_eq!(plan(&swarm, &faster), plan(&swarm, &query));
+    let stranger = [hop(9, 0, 24)];
+    assert!(seen_at_least(&swarm, &query, &stranger, Duration::from_secs(1)).is_empty());
 }
