@@ -182,7 +182,9 @@ fn variables_in_documents_exist() {
         command.get_subcommands().for_each(|it| envs(it, found));
     }
     let mut known = BTreeSet::new();
-    PROGRAMS.map(|name| envs(&crate::program(name), &mut known));
+    for name in PROGRAMS {
+        envs(&crate::program(name), &mut known);
+    }
     // Of the tests.
     known.extend(["SHOAL_WRITE_DOCS", "SHOAL_REAL_CLIENTS", "SHOAL_CROWD_S"].map(String::from));
     for path in SHOWN.iter().chain(&["deploy/shoal.env"]) {
@@ -302,7 +304,9 @@ fn examples_in_help_exist() {
         }
         command.get_subcommands().for_each(check);
     }
-    PROGRAMS.map(|name| check(&crate::program(name)));
+    for name in PROGRAMS {
+        check(&crate::program(name));
+    }
 }
 
 #[test]
