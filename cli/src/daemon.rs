@@ -20,7 +20,7 @@ use crate::failure::Failure;
 use crate::serving::Serving;
 use crate::session_args::TravelArgs;
 use crate::swarm::Member;
-use crate::terminal;
+use crate::{supervisor, terminal};
 
 /// Flags of a node, and of what it answers itself.
 #[derive(clap::Args)]
@@ -81,7 +81,9 @@ async fn run(args: Args) -> anyhow::Result<()> {
         // Whoever asked for the line and left does not stop the node.
         let _ = terminal::say(line);
     }
+    supervisor::ready();
     let ended = daemon.until_told().await;
+    supervisor::stopping();
     let drained = async {
         if let Some(server) = server {
             server.end().await;

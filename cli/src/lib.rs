@@ -7,6 +7,8 @@ mod choose_model;
 mod commands;
 mod conversation;
 mod daemon;
+#[cfg(test)]
+mod documented;
 mod failure;
 mod fallback;
 mod figures;
@@ -23,6 +25,7 @@ mod prompt;
 mod run_report;
 mod serving;
 mod session_args;
+mod supervisor;
 mod swarm;
 mod swarm_report;
 mod terminal;
@@ -33,8 +36,8 @@ use std::process::ExitCode;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use commands::{
-    bench, chat, completions, doctor, gc, import, inspect, invite, join, models, node, pin, pull,
-    rm, route, run, serve, sign, status, top, verify,
+    bench, chat, completions, doctor, gc, import, inspect, invite, join, man, models, node, pin,
+    pull, rm, route, run, serve, sign, status, top, verify,
 };
 
 /// Run a language model that is too big for any one of your machines, on several of them.
@@ -82,6 +85,7 @@ enum Command {
     Doctor(doctor::Args),
     Bench(bench::Args),
     Completions(completions::Args),
+    Man(man::Args),
 }
 
 /// Serve layers of a language model to a swarm.
@@ -101,6 +105,17 @@ Examples:
 
 Settings come from flags, then SHOAL_* variables, then config.toml, then defaults. Ctrl-C and SIGTERM withdraw its
 advert, let running answers and sessions end for a few seconds and stop it.";
+
+/// What is installed.
+const PROGRAMS: [&str; 2] = ["shoal", "shoal-node"];
+
+/// One of [`PROGRAMS`], with all its flags.
+fn program(name: &str) -> clap::Command {
+    match name {
+        "shoal-node" => NodeCli::command(),
+        _ => Cli::command(),
+    }
+}
 
 /// The program `shoal`.
 pub fn shoal() -> ExitCode {
@@ -148,5 +163,6 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Doctor(args) => doctor::main(args),
         Command::Bench(args) => bench::main(args),
         Command::Completions(args) => completions::main(args),
+        Command::Man(args) => man::main(args),
     }
 }

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use testnet::client::{Ask, Client};
 use tests::{PATIENCE, serve, until};
@@ -79,6 +80,52 @@ async fn a_pull_that_is_killed_goes_on_and_the_model_runs_from_what_came() -> Re
         staged.same(&whole),
         "staged: {staged:?}\nfrom shards: {whole:?}"
     );
+    swarm.stop().await;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_model_that_is_removed_while_it_is_pulled_is_said_to_be() -> Result<()> {
+    let mut swarm = serve("demo", &["0..8"], &["--upload-limit", "3M"]).await?;
+    let client = swarm.client("fresh");
+    client.until_covered(8, PATIENCE).await?;
+    let store = swarm.folder().join("fresh").join("store");
+    let pulling = client.start(&pull(&client, &[]))?;
+    until("some of it is here", PATIENCE, async || {
+        (here(&store) > SOME_BYTES).then_some(())
+    })
+    .await?;
+    let removed: Value = client
+        .json(&["rm", "demo", "--json"].map(str::to_owned), PATIENCE)
+        .await?;
+    ensure!(removed["model"].is_string(), "{removed}");
+    let ended = pulling.wait_with_output().await?;
+    let said = String::from_utf8_lossy(&ended.stderr);
+    ensure!(ended.status.code() == Some(1), "{said}");
+    for words in ["was removed from this machine", "try:", "shoal gc"] {
+        ensure!(said.contains(words), "no {words:?} in: {said}");
+    }
+    swarm.stop().await;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_pull_that_is_broken_off_by_hand_says_so_by_its_code() -> Result<()> {
+    let mut swarm = serve("demo", &["0..8"], &["--upload-limit", "1M"]).await?;
+    let client = swarm.client("fresh");
+    client.until_covered(8, PATIENCE).await?;
+    let store = swarm.folder().join("fresh").join("store");
+    for signal in [Signal::INT, Signal::TERM] {
+        let mut pulling = client.start(&pull(&client, &[]))?;
+        until("some of it is here", PATIENCE, async || {
+            (here(&store) > 0).then_some(())
+        })
+        .await?;
+        let pid = i32::try_from(pulling.id().context("it has ended")?)?;
+        kill_process(Pid::from_raw(pid).context("no process")?, signal)?;
+        let ended = pulling.wait().await?;
+        ensure!(ended.code() == Some(130), "{signal:?}: {ended}");
+    }
     swarm.stop().await;
     Ok(())
 }

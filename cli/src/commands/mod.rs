@@ -9,6 +9,7 @@ pub mod import;
 pub mod inspect;
 pub mod invite;
 pub mod join;
+pub mod man;
 pub mod models;
 pub mod node;
 pub mod pin;

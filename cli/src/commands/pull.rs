@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use download::Source;
 use node::config::{parse_bytes, parse_layers};
-use node::transfer::{Limits, Transfer};
+use node::transfer::{Limits, Transfer, TransferError};
 use serde::Serialize;
 use shard_registry::blobs::Quota;
-use shard_registry::{AliasName, Manifest, Resolved, ShardEntry, Store};
+use shard_registry::{AliasName, Manifest, Resolved, ShardEntry, Store, StoreError};
 use swarm_proto::{LayerRange, ModelId};
 
 use crate::choose_model::choose;
@@ -132,8 +132,11 @@ async fn fetch(args: &Args, member: &Member) -> anyhow::Result<Report> {
     // Before its bytes: what is broken off has a name.
     let name = call(args.name.clone(), called, &store, id)?;
     transfer.check_room(&shards).await?;
-    let (bytes, fetched_bytes) = fetch_all(&transfer, id, &manifest, &shards).await?;
-    let here = store.here(id)?;
+    let fetched = fetch_all(&transfer, id, &manifest, &shards).await;
+    let (bytes, fetched_bytes) = fetched.map_err(|error| removed(error, &args.model))?;
+    let here = store
+        .here(id)
+        .map_err(|error| removed(error.into(), &args.model))?;
     Ok(Report {
         model: id.to_string(),
         name,
@@ -143,6 +146,25 @@ async fn fetch(args: &Args, member: &Member) -> anyhow::Result<Report> {
         fetched_bytes,
         shards: shards.len(),
     })
+}
+
+/// A model that is not there any more was taken away meanwhile: nothing is wrong with what was fetched.
+fn removed(error: anyhow::Error, name: &str) -> anyhow::Error {
+    let of_store = match error.downcast_ref::<TransferError>() {
+        Some(TransferError::Store(error)) => Some(error),
+        _ => error.downcast_ref::<StoreError>(),
+    };
+    if !matches!(of_store, Some(StoreError::Missing { .. })) {
+        return error;
+    }
+    let name = figures::printable(name, 80);
+    Failure::new(format!(
+        "{name} was removed from this machine while it was fetched"
+    ))
+    .try_this(format!(
+        "`shoal pull {name}` to have it after all, or `shoal gc` to remove what came since"
+    ))
+    .into()
 }
 
 /// Bytes of all shards, and of those that were not here.

@@ -12,7 +12,7 @@ use crate::run_report::Privacy;
 use crate::serving::Serving;
 use crate::session_args::SessionArgs;
 use crate::swarm::Swarm;
-use crate::terminal;
+use crate::{supervisor, terminal};
 
 /// Answer HTTP requests as OpenAI's API does, out of the swarm.
 #[derive(clap::Args)]
@@ -86,7 +86,12 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let bound = Server::bind(config, models).await;
     let server = bound.map_err(|error| explained(error, "--bind"))?;
     args.say_ready(&server.url(), api::Models::listed(&*serving).len())?;
-    server.run(interrupt.wait()).await;
+    supervisor::ready();
+    let told = async {
+        interrupt.wait().await;
+        supervisor::stopping();
+    };
+    server.run(told).await;
     if let Some(serving) = Arc::into_inner(serving) {
         serving.member.leave().await;
     }
