@@ -18,7 +18,7 @@ fn layers(start: u16, end: u16) -> LayerRange {
 
 fn held(model: u8, n_layer: u16, live: &[LayerRange]) -> ModelAdvert {
     ModelAdvert {
-        model: ModelId::from(swarm_proto::Hash([model; 32])),
+        model: ModelId(swarm_proto::Hash([model; 32])),
         name: "demo".into(),
         n_layer,
         live: live.to_vec(),
