@@ -83,6 +83,7 @@ export function bytes(n) {
 
 /** A time in words, short. */
 export function time(seconds) {
+  if (seconds === 0) return "0 s";
   if (seconds < 0.0995) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
   if (seconds < 120) return `${Math.round(seconds)} s`;

@@ -1,6 +1,6 @@
 // One peer: what it says of itself, what was seen of it, and why it is or is not used.
 
-import { byId, el, text, short, range, figure, bytes, time, millis, whole } from "/ui/dom.js";
+import { byId, el, text, short, range, figure, bytes, time, millis, plural, whole } from "/ui/dom.js";
 import { ask, refusal } from "/ui/source.js";
 import { definitions } from "/ui/tiles.js";
 
@@ -63,7 +63,7 @@ function detail(peer) {
   parts.push(section("It says", definitions([
     ["program", peer.agent || "–"],
     ["heard", `${time(peer.heard_s_ago)} ago`],
-    ["queue", `${whole(peer.queue)} frames`],
+    ["queue", plural(peer.queue, "frame")],
     ["uplink", peer.uplink_bytes_s === null ? "not measured" : `${bytes(peer.uplink_bytes_s)}/s${ago(peer.uplink_s_ago)}`],
   ])));
   if (peer.neighbours.length) {

@@ -5,11 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 use testnet::client::Client;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::process::Child;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::PATIENCE;
@@ -231,6 +232,36 @@ impl Response {
         let read = |line: &&str| Ok(serde_json::from_str(line)?);
         data.iter().map(read).collect()
     }
+}
+
+/// Asks the demo model for a long answer as a stream, and reads nothing of it yet.
+///
+/// # Errors
+/// The server does not take it.
+pub async fn asking(api: &Api, tokens: u32, headers: &[&str]) -> Result<TcpStream> {
+    // It may not end by itself.
+    let ask = json!({
+        "model": "demo", "prompt": "Once upon a time", "max_tokens": tokens, "stream": true, "logit_bias": {"1": -100},
+    });
+    let json = "Content-Type: application/json";
+    let headers: Vec<&str> = headers.iter().copied().chain([json]).collect();
+    let body = ask.to_string();
+    api.send("POST", "/v1/completions", &headers, body.as_bytes())
+        .await
+}
+
+/// Asks for long answers one after the other, so many at a time, until the set is dropped.
+pub fn keep_asking(api: &Arc<Api>, how_many: usize) -> JoinSet<()> {
+    let mut all = JoinSet::new();
+    for _ in 0..how_many {
+        let api = Arc::clone(api);
+        all.spawn(async move {
+            while let Ok(mut stream) = asking(&api, 1800, &[]).await {
+                let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+            }
+        });
+    }
+    all
 }
 
 fn unchunked(mut rest: &str) -> Result<String> {

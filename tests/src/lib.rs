@@ -2,6 +2,7 @@
 //!
 //! Nothing here is asserted; errors come back with what the processes said.
 
+pub mod browser;
 pub mod collector;
 pub mod http;
 pub mod metrics;

@@ -408,9 +408,10 @@ impl Entry {
     fn token(&mut self, now: Instant, totals: &mut Totals) {
         if let (Some(first), Some(last)) = (self.first, self.last) {
             let gap = now - last;
-            let gaps = u32::try_from(self.view.tokens).unwrap_or(u32::MAX);
-            let usual = (last - first) / gaps.saturating_sub(1).max(1);
-            if gap > STALL && gap > usual * STALL_GAPS {
+            // The first gap is like any other: what is usual shows in the second.
+            let gaps = u32::try_from(self.view.tokens.saturating_sub(1)).unwrap_or(u32::MAX);
+            let usual = (last - first).checked_div(gaps);
+            if gap > STALL && usual.is_some_and(|usual| gap > usual * STALL_GAPS) {
                 self.view.stalls += 1;
                 totals.stalls += 1;
             }

@@ -126,12 +126,16 @@ fn main(frame: &mut Frame<'_>, area: Rect, app: &mut App) {
     let requests = request_lines(app, area.width);
     let wanted = requests.len().min(usize::from(area.height / 2));
     let below = u16::try_from(wanted).unwrap_or(0);
+    // The map is as high as it needs to be, and gives way to requests.
+    let needed = u16::try_from(app.rows().len() + 2).unwrap_or(u16::MAX);
+    let room = area.height.saturating_sub(below + 2).max(3);
     let parts = [
         Constraint::Length(1),
-        Constraint::Min(3),
-        Constraint::Length(below),
+        Constraint::Length(needed.min(room)),
+        Constraint::Length(1),
+        Constraint::Min(below),
     ];
-    let [about, map, under] = Layout::vertical(parts).areas(area);
+    let [about, map, _, under] = Layout::vertical(parts).areas(area);
     match app.model() {
         Some(model) => about_model(frame, about, model, app.sort),
         None => frame.render_widget(Paragraph::new(nobody(app)), about),
@@ -214,7 +218,11 @@ fn row(holder: &HolderView, peer: &PeerView) -> Row {
         _ if peer.heard_s_ago > OLD_S => "silent",
         _ => "",
     };
-    let rtt = peer.rtt_ms.map_or("–".into(), |ms| format!("{ms:.1} ms"));
+    let rtt = match peer.rtt_ms {
+        None => "–".into(),
+        Some(ms) if ms < 99.95 => format!("{ms:.1} ms"),
+        Some(ms) => format!("{ms:.0} ms"),
+    };
     let speed = figures::rate(holder.layer_tokens_s.map(f64::from));
     let heard = format!("{:.0} s", peer.heard_s_ago);
     Row {
@@ -383,7 +391,7 @@ fn keys(frame: &mut Frame<'_>, area: Rect, app: &App) {
         Pane::Map => &[
             ("q", "quit"),
             ("↑↓", "choose"),
-            ("Enter", "who and why"),
+            ("Enter", "why"),
             ("Tab", "model"),
             ("l s r h u", "sort"),
             ("?", "help"),

@@ -61,7 +61,12 @@ pub fn lines(peer: &str, detail: Option<&PeerDetail>) -> Vec<Line<'static>> {
     if it.models.is_empty() {
         lines.push("it holds nothing now: it is paused, or has just come".into());
     }
-    lines.push(Line::styled("it says", HEAD));
+    lines.extend(said_lines(it));
+    lines
+}
+
+fn said_lines(it: &PeerDetail) -> Vec<Line<'static>> {
+    let mut lines = vec![Line::styled("it says", HEAD)];
     lines.push(fact("program", printable(&it.agent, 64)));
     lines.push(fact(
         "heard",

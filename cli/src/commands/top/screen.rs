@@ -114,6 +114,7 @@ fn until_end(
     news: &Receiver<News>,
     wish: &mpsc::Sender<Wish>,
 ) -> anyhow::Result<()> {
+    let mut changed = true;
     loop {
         loop {
             match news.try_recv() {
@@ -123,12 +124,16 @@ fn until_end(
                 Ok(News::End) | Err(TryRecvError::Disconnected) => return Ok(()),
                 Err(TryRecvError::Empty) => break,
             }
+            changed = true;
         }
-        terminal.draw(|frame| draw(frame, &mut app))?;
+        if std::mem::take(&mut changed) {
+            terminal.draw(|frame| draw(frame, &mut app))?;
+        }
         if !event::poll(TICK)? {
             continue;
         }
         // A resize needs nothing but the next frame.
+        changed = true;
         let Event::Key(key) = event::read()? else {
             continue;
         };

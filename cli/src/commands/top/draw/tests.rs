@@ -202,7 +202,7 @@ fn a_thousand_peers_on_eighty_layers_scroll() {
     key(&mut app, KeyCode::PageUp);
     let shown = frame(&mut app, 80, 24);
     assert!(app.top < 1000 - app.page, "{} {}", app.top, app.page);
-    line(&shown, "…000999");
+    line(&shown, &format!("…{:06}", 999 - app.page));
     key(&mut app, KeyCode::Home);
     line(&frame(&mut app, 80, 24), "…000000");
 }
