@@ -37,6 +37,7 @@ impl WholeModel {
         let n_threads = n_threads.clamp(1, 512);
         let options = ContextOptions {
             n_ctx: n_ctx_class,
+            lanes: 1,
             n_batch: PREFILL_CHUNK,
             n_threads,
             enter: 0,
@@ -110,7 +111,9 @@ impl WholeModel {
             });
         }
         if pos0 < self.end {
-            self.context.truncate(pos0).map_err(EngineError::Backend)?;
+            self.context
+                .truncate(0, pos0)
+                .map_err(EngineError::Backend)?;
             self.end = pos0;
         }
         let output = match want {
@@ -118,8 +121,9 @@ impl WholeModel {
             Want::Last => Output::Last,
             Want::All => Output::All,
         };
+        let at: Vec<_> = (pos0..pos0 + n_rows).map(|pos| (0, pos)).collect();
         self.context
-            .run(&Rows::Tokens(tokens), tokens.len(), pos0, output, out)
+            .run(&Rows::Tokens(tokens), &at, output, out)
             .map_err(EngineError::Backend)?;
         self.end = pos0 + n_rows;
         Ok(())

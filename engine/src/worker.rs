@@ -1,13 +1,15 @@
 //! A stage on a thread of its own, fed by a bounded queue.
 //!
 //! ```text
-//! submit ─▶ queue (bounded, refuses visibly) ─▶ thread: stage.run ─▶ reply
+//! submit ─▶ queue (bounded, refuses visibly) ─▶ thread: stage.run, run_rows ─▶ reply
 //! close  ─▶ the slot's steps leave the queue, its KV is freed next
 //! ```
 //!
 //! The interface is messages only: nothing the stage owns leaves the thread.
-//! Single rows (decode) go before longer steps (prefill) of other sessions, a
-//! bounded number of times; the steps of one session keep their order.
+//! Single rows (decode) of sessions of one bench run in one pass, and go before
+//! longer steps (prefill) of other sessions, a bounded number of times; while
+//! others decode a longer step runs in parts. The steps of one session keep
+//! their order, and owners have their turns one after the other.
 //!
 //! The same queue and the same runner can do without the thread ([`Worker::by_hand`]): a simulator
 //! then says when a step runs, and how long it took.
@@ -19,13 +21,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::load::Loaded;
-use crate::stage::{EngineError, Held, Input, Slot, Stage, StageShape, StageStats, Step};
+use crate::stage::{EngineError, Held, Input, Slot, Stage, StageShape, StageStats, Step, Want};
 
 mod by_hand;
+mod pace;
 mod queue;
 
 pub use by_hand::WorkerByHand;
-use queue::{Item, Queue};
+use queue::{Item, Queue, Run, Taken, Worth};
 
 /// The worker stays awake while the next item usually comes within this time, as it does from a client on
 /// the same machine: waking a thread takes some 35 µs, and a frame needs several on its way.
@@ -68,6 +71,31 @@ pub enum Rows {
     Hidden(Vec<f32>),
 }
 
+impl Rows {
+    fn all(&self) -> Input<'_> {
+        match self {
+            Rows::Tokens(tokens) => Input::Tokens(tokens),
+            Rows::Hidden(rows) => Input::Hidden(rows),
+        }
+    }
+
+    /// `n` rows from the `from`th on, of `all`. What does not come out even is left for the stage to refuse.
+    fn part(&self, from: u32, n: u32, all: u32) -> Input<'_> {
+        if n == all {
+            return self.all();
+        }
+        let (from, n, all) = (from as usize, n as usize, all.max(1) as usize);
+        match self {
+            Rows::Tokens(tokens) => Input::Tokens(tokens.get(from..from + n).unwrap_or(tokens)),
+            Rows::Hidden(rows) => {
+                let width = rows.len() / all;
+                let part = rows.get(from * width..(from + n) * width);
+                Input::Hidden(part.unwrap_or(rows))
+            }
+        }
+    }
+}
+
 /// One step and where its result goes.
 pub struct Job {
     /// The step.
@@ -87,6 +115,15 @@ pub struct Done {
     pub compute: Duration,
     /// Time in the queue.
     pub queued: Duration,
+}
+
+/// For whom a session is opened, and what may be done with it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Share {
+    /// Whoever it is: owners have their turns one after the other, however many sessions each has.
+    pub owner: u64,
+    /// Its rows may run with those of others also where that changes bits, within the noise of the model's kernels.
+    pub fast: bool,
 }
 
 /// The queue is full; try again later or elsewhere.
@@ -184,15 +221,11 @@ impl Worker {
     /// # Errors
     /// [`Busy`] when the queue is full: the job is dropped, its reply too.
     pub fn submit(&self, job: Job) -> Result<(), Busy> {
-        let since = Instant::now();
-        self.shared().push(Item::Run {
-            job,
-            since,
-            overtaken: 0,
-        })
+        let run = Run::new(job, Instant::now());
+        self.shared().push(Item::Run(Box::new(run)))
     }
 
-    /// Queues [`Stage::open`].
+    /// Queues [`Stage::open_beside`] for nobody in particular, whose bits do not change.
     ///
     /// # Errors
     /// [`Busy`] when the queue is full.
@@ -202,9 +235,24 @@ impl Worker {
         layers: Range<u32>,
         waiter: impl SlotWaiter + 'static,
     ) -> Result<(), Busy> {
+        self.open_for(Share::default(), n_ctx, layers, waiter)
+    }
+
+    /// Queues [`Stage::open_beside`].
+    ///
+    /// # Errors
+    /// [`Busy`] when the queue is full.
+    pub fn open_for(
+        &self,
+        share: Share,
+        n_ctx: u32,
+        layers: Range<u32>,
+        waiter: impl SlotWaiter + 'static,
+    ) -> Result<(), Busy> {
         self.shared().push(Item::Open {
             n_ctx,
             layers,
+            share,
             waiter: Box::new(waiter),
         })
     }
@@ -307,8 +355,8 @@ impl Shared {
         }
     }
 
-    /// Waits on the thread for the next item, looking out for it for `awake` before sleeping.
-    fn pop(&self, asleep: &Condvar, awake: Duration) -> Option<Item> {
+    /// Waits on the thread for what is next, looking out for it for `awake` before sleeping.
+    fn pop(&self, asleep: &Condvar, awake: Duration, worth: Worth<'_>) -> Option<Taken> {
         let begun = Instant::now();
         let mut queue = self.lock();
         while queue.items.is_empty() && !queue.closed && begun.elapsed() < awake {
@@ -317,13 +365,17 @@ impl Shared {
             queue = self.lock();
         }
         loop {
-            if let Some(item) = queue.take() {
-                return Some(item);
-            }
-            if queue.closed {
-                return None;
-            }
-            queue = asleep.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            let now = Instant::now();
+            queue = match queue.take(Some(now), worth) {
+                Taken::Nothing if queue.closed => return None,
+                Taken::Nothing => asleep.wait(queue).unwrap_or_else(PoisonError::into_inner),
+                Taken::Wait(until) => {
+                    let wait = until.saturating_duration_since(now);
+                    let woken = asleep.wait_timeout(queue, wait);
+                    woken.unwrap_or_else(PoisonError::into_inner).0
+                }
+                taken => return Some(taken),
+            };
         }
     }
 }
@@ -340,10 +392,7 @@ impl Runner {
         let shared = Shared {
             shape: stage.shape(),
             queue_max: queue.max(1),
-            queue: Mutex::new(Queue {
-                stats: stage.stats(),
-                ..Queue::default()
-            }),
+            queue: Mutex::new(Queue::new(stage.stats())),
             wake,
         };
         Runner {
@@ -361,29 +410,50 @@ impl Runner {
         let mut awake = Duration::ZERO;
         loop {
             let begun = Instant::now();
-            let Some(item) = shared.pop(asleep, awake) else {
+            let stage = &self.stage;
+            let worth = |bench, rows| stage.worth_waiting(bench, rows);
+            let Some(taken) = shared.pop(asleep, awake, &worth) else {
                 return;
             };
             let soon = begun.elapsed() <= AWAKE_MAX;
             awake = if soon { AWAKE_MAX } else { Duration::ZERO };
-            if self.handle(item, None).is_err() {
+            if self.handle(taken, None).is_err() {
                 self.die();
                 return;
             }
         }
     }
 
-    /// Handles one item, which took the time that is given or measured; an error means the stage
+    /// Does what was taken, which took the time that is given or measured; an error means the stage
     /// panicked and is not to be used again.
-    fn handle(&mut self, item: Item, took: Option<Duration>) -> Result<(), ()> {
+    fn handle(&mut self, taken: Taken, took: Option<Duration>) -> Result<(), ()> {
+        match taken {
+            Taken::Item(item) => self.item(item),
+            Taken::Rows(runs) => self.rows(runs, took),
+            Taken::Long(run, rows) => self.long(run, rows, took),
+            Taken::Wait(_) | Taken::Nothing => Ok(()),
+        }
+    }
+
+    fn item(&mut self, item: Item) -> Result<(), ()> {
         match item {
             Item::Open { waiter, .. } if !waiter.waits() => Ok(()),
             Item::Open {
                 n_ctx,
                 layers,
+                share,
                 waiter,
             } => {
-                let opened = self.guarded(|stage| stage.open(n_ctx, layers));
+                let opened = self.guarded(|stage| {
+                    let slot = stage.open_beside(n_ctx, layers, share.fast)?;
+                    Ok((slot, stage.bench(slot)))
+                });
+                let opened = opened.map(|opened| {
+                    opened.map(|(slot, bench)| {
+                        self.shared.lock().seat(slot, bench, share.owner);
+                        slot
+                    })
+                });
                 self.finish(opened, Box::new(|slot| waiter.take(slot)))
             }
             Item::Close(slot) => {
@@ -397,34 +467,128 @@ impl Runner {
                 let changed = self.guarded(change);
                 self.finish(changed, reply)
             }
-            Item::Run { job, since, .. } => {
-                let queued = since.elapsed();
-                let mut rows = self.spare.pop().unwrap_or_default();
-                let begin = Instant::now();
-                let Job { step, input, reply } = job;
-                let ran = self.guarded(|stage| {
-                    let input = match &input {
-                        Rows::Tokens(tokens) => Input::Tokens(tokens),
-                        Rows::Hidden(rows) => Input::Hidden(rows),
-                    };
-                    stage.run(&step, &input, &mut rows)?;
-                    Ok(rows)
-                });
-                let compute = took.unwrap_or_else(|| begin.elapsed());
-                if let Rows::Hidden(buffer) = input
-                    && self.spare.len() < SPARE_MAX
-                {
-                    self.spare.push(buffer);
-                }
-                let done = ran.map(|ran| {
-                    ran.map(|rows| Done {
-                        rows,
-                        compute,
-                        queued,
-                    })
-                });
-                self.finish(done, reply)
+            Item::Run(run) => {
+                let rows = run.job.step.n_rows;
+                self.long(run, rows, None)
             }
+        }
+    }
+
+    /// Single rows in one pass.
+    fn rows(&mut self, runs: Vec<Run>, took: Option<Duration>) -> Result<(), ()> {
+        let begin = Instant::now();
+        let mut outs: Vec<Vec<f32>> = runs
+            .iter()
+            .map(|_| self.spare.pop().unwrap_or_default())
+            .collect();
+        let ran = self.guarded(|stage| {
+            let steps: Vec<_> = runs.iter().map(|run| run.job.step.clone()).collect();
+            let inputs: Vec<_> = runs.iter().map(|run| run.job.input.all()).collect();
+            Ok(match (&steps[..], &inputs[..], &mut outs[..]) {
+                ([step], [input], [out]) => vec![stage.run(step, input, out)],
+                (steps, inputs, outs) => stage.run_rows(steps, inputs, outs),
+            })
+        });
+        let end = Instant::now();
+        let compute = took.unwrap_or_else(|| end.saturating_duration_since(begin));
+        let slots: Vec<Slot> = runs.iter().map(|run| run.job.step.slot).collect();
+        let stats = ran.is_ok().then(|| self.stage.stats());
+        {
+            let mut queue = self.shared.lock();
+            queue.decoded(&slots, end, compute);
+            queue.stats = stats.unwrap_or_default();
+        }
+        let (results, panicked) = match ran {
+            Ok(Ok(results)) => (results, false),
+            Ok(Err(why)) => (vec![Err(why); runs.len()], false),
+            Err(()) => (vec![Err(EngineError::Stopped); runs.len()], true),
+        };
+        for ((run, rows), result) in runs.into_iter().zip(outs).zip(results) {
+            let Job { input, reply, .. } = run.job;
+            self.spare_input(input);
+            let queued = begin.saturating_duration_since(run.since);
+            reply(result.map(|()| Done {
+                rows,
+                compute,
+                queued,
+            }));
+        }
+        if panicked { Err(()) } else { Ok(()) }
+    }
+
+    /// So many rows of a longer step; its result when all ran.
+    fn long(&mut self, mut run: Box<Run>, rows: u32, took: Option<Duration>) -> Result<(), ()> {
+        let begin = Instant::now();
+        let whole = run.job.step.clone();
+        let last = run.done + rows >= whole.n_rows;
+        let want = if last || whole.want == Want::All {
+            whole.want
+        } else {
+            Want::None
+        };
+        let part = Step {
+            pos0: whole.pos0 + run.done,
+            n_rows: rows.min(whole.n_rows - run.done),
+            want,
+            ..whole.clone()
+        };
+        if run.done == 0 {
+            run.queued = begin.saturating_duration_since(run.since);
+        }
+        let mut out = self.spare.pop().unwrap_or_default();
+        let ran = self.guarded(|stage| {
+            let input = run.job.input.part(run.done, part.n_rows, whole.n_rows);
+            stage.run(&part, &input, &mut out)
+        });
+        let end = Instant::now();
+        let compute = took.unwrap_or_else(|| end.saturating_duration_since(begin));
+        self.shared.lock().prompted(part.n_rows, end, compute);
+        run.compute += compute;
+        let went_well = matches!(ran, Ok(Ok(())));
+        if went_well && run.done == 0 {
+            std::mem::swap(&mut run.rows, &mut out);
+        } else if went_well {
+            run.rows.extend_from_slice(&out);
+        }
+        self.spare_rows(out);
+        run.done += part.n_rows;
+        if went_well && !last {
+            let put_back = self.shared.lock().put_back(run);
+            return match put_back {
+                Ok(()) => Ok(()),
+                Err(run) => {
+                    (run.job.reply)(Err(EngineError::BadSlot(whole.slot)));
+                    Ok(())
+                }
+            };
+        }
+        let Run {
+            job,
+            rows,
+            compute,
+            queued,
+            ..
+        } = *run;
+        self.spare_input(job.input);
+        let done = ran.map(|ran| {
+            ran.map(|()| Done {
+                rows,
+                compute,
+                queued,
+            })
+        });
+        self.finish(done, job.reply)
+    }
+
+    fn spare_input(&mut self, input: Rows) {
+        if let Rows::Hidden(buffer) = input {
+            self.spare_rows(buffer);
+        }
+    }
+
+    fn spare_rows(&mut self, buffer: Vec<f32>) {
+        if self.spare.len() < SPARE_MAX {
+            self.spare.push(buffer);
         }
     }
 
@@ -476,7 +640,6 @@ mod tests {
 
     use super::*;
     use crate::chain::ChainStage;
-    use crate::stage::Want;
 
     fn reply<T: Send + 'static>() -> (Reply<T>, Receiver<Result<T, EngineError>>) {
         let (tx, rx) = channel();

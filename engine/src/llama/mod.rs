@@ -13,7 +13,7 @@ mod sampler;
 mod tap;
 mod vocab;
 
-pub(crate) use context::{Context, ContextOptions, Output, Rows, ThreadPool};
+pub(crate) use context::{Context, ContextOptions, LANES_MAX, Output, Rows, ThreadPool};
 pub(crate) use model::{FileModel, Model};
 pub(crate) use quant::{dequantize_row, quantize_file, quantize_rows};
 pub(crate) use sampler::{Chain, GrammarState, Link};
@@ -73,6 +73,14 @@ pub(crate) fn use_huge_pages(model: &Model) {
     pages::use_huge_pages(model);
     #[cfg(not(target_os = "linux"))]
     let _ = model;
+}
+
+/// Gives memory of keys and values that no position refers to back to the system, where that is possible.
+fn give_back(range: std::ops::Range<usize>) {
+    #[cfg(target_os = "linux")]
+    pages::give_back(range);
+    #[cfg(not(target_os = "linux"))]
+    drop(range);
 }
 
 /// A description of a backend device: name, what it is, free and total bytes.
