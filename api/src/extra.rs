@@ -26,6 +26,8 @@ pub struct Extra {
     peers_can_read_prompt: bool,
     /// Type of the activations between hops.
     wire: String,
+    /// Tokens of the prompt that were computed before, for an earlier answer to the same caller.
+    kept_tokens: usize,
     /// Seed of the dice.
     seed: u32,
     /// Speed after the first token.
@@ -92,6 +94,7 @@ impl Extra {
             privacy,
             peers_can_read_prompt: privacy != "local",
             wire: models.wire(),
+            kept_tokens: 0,
             seed,
             tokens_per_s: (answer.tokens_per_s() * 10.0).round() / 10.0,
             timings: Timings {
@@ -100,6 +103,14 @@ impl Extra {
                 decode_ms: ms(answer.decode),
                 total_ms: ms(asked.elapsed()),
             },
+        }
+    }
+
+    /// So many tokens of the prompt were there already.
+    pub fn kept(self, kept_tokens: usize) -> Self {
+        Self {
+            kept_tokens,
+            ..self
         }
     }
 }

@@ -92,6 +92,12 @@ pub async fn guard(
     Ok(next.run(request).await)
 }
 
+/// Whose request it is: the hash of its key, where it has one.
+pub fn caller(request: &Request) -> Option<[u8; 32]> {
+    let key = key(request.headers())?;
+    Some(*blake3::hash(key.trim().as_bytes()).as_bytes())
+}
+
 /// As OpenAI's clients send it, or Anthropic's.
 fn key(headers: &HeaderMap) -> Option<&str> {
     let bearer = headers.get(AUTHORIZATION).and_then(|value| {

@@ -38,5 +38,5 @@ mod tools;
 
 pub use error::ApiError;
 pub use guard::{Guard, Keys};
-pub use models::{Found, Listed, Models};
+pub use models::{Asked, Found, Listed, Models};
 pub use server::{Config, ServeError, Server, Tls};

@@ -33,6 +33,15 @@ pub struct Found {
     pub n_ctx_max: u32,
 }
 
+/// Who asks what.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// The hash of the key that was asked with.
+    pub caller: Option<[u8; 32]>,
+    /// The whole prompt.
+    pub prompt: &'a [u32],
+}
+
 /// Finds models and opens sessions with them. Everything in it may be called at the same time.
 pub trait Models: Send + Sync + 'static {
     /// The models of which every layer has a holder now.
@@ -48,6 +57,19 @@ pub trait Models: Send + Sync + 'static {
     ///
     /// Dropping the future, or the source, frees what it holds at every peer.
     fn open<'a>(&'a self, model: &'a Found, n_ctx: u32) -> BoxFuture<'a, Result<Source, ApiError>>;
+
+    /// A session that was kept of an earlier answer to the same caller and begins as `prompt` does, with room for
+    /// `n_ctx` positions.
+    fn kept(&self, model: &Found, asked: Asked<'_>, n_ctx: u32) -> Option<Source> {
+        let _ = (model, asked, n_ctx);
+        None
+    }
+
+    /// A session whose answer is complete: to be kept for the next turn, or closed.
+    fn keep<'a>(&'a self, model: &'a Found, asked: Asked<'a>, source: Source) -> BoxFuture<'a, ()> {
+        let _ = (model, asked);
+        Box::pin(source.close())
+    }
 
     /// Who can read what is asked: `open`, `trusted` or `local`.
     fn privacy(&self) -> &'static str;

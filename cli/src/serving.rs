@@ -2,17 +2,18 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use api::{ApiError, Found, Listed, Models};
+use api::{ApiError, Asked, Found, Listed, Models};
 use engine::Vocab;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use node::answer::Source;
 use node::exact_batch;
 use shard_registry::Manifest;
-use swarm_proto::ModelId;
+use swarm_proto::{ModelId, Numerics};
 
+use crate::kept::{Kept, Owner};
 use crate::run_report::Privacy;
 use crate::session_args::SessionArgs;
 use crate::swarm::{Member, longest};
@@ -30,6 +31,8 @@ pub struct Serving {
     pub model: Option<String>,
     /// How long a request waits for a place.
     pub queue: Duration,
+    /// Sessions whose answer is complete.
+    kept: Arc<Mutex<Kept<Source>>>,
     described: Mutex<HashMap<ModelId, Described>>,
     /// Held while a description is fetched: a crowd that comes first fetches it once.
     fetching: tokio::sync::Mutex<()>,
@@ -48,12 +51,14 @@ impl Serving {
         session: SessionArgs,
         model: Option<String>,
         queue: Duration,
+        keep: Duration,
     ) -> Self {
         Self {
             member,
             session,
             model,
             queue,
+            kept: Arc::new(Mutex::new(Kept::new(keep))),
             described: Mutex::new(HashMap::new()),
             fetching: tokio::sync::Mutex::new(()),
         }
@@ -116,13 +121,46 @@ impl Serving {
             .parse()
             .map_err(|_| ApiError::internal("a model without an id"))?;
         let manifest = self.described(id).await?.manifest;
-        let spec = self.session.ask(n_ctx).spec(id, &manifest);
-        let busy = |_: &[swarm_proto::LayerRange]| {};
+        // What hops allocate anyway, so that the next turn has room, too.
+        let n_ctx = n_ctx
+            .checked_next_power_of_two()
+            .unwrap_or(n_ctx)
+            .min(model.n_ctx_max);
+        let spec = self.session.ask(n_ctx, USUAL).spec(id, &manifest);
+        // Others wait for what we only keep.
+        let kept = Arc::clone(&self.kept);
+        let busy = move |_: &[swarm_proto::LayerRange]| drop(lock(&kept).clear());
         let client = &self.member.client;
         let session = client.open_waiting(&spec, self.queue, busy).await?;
         let batch = exact_batch(manifest.tensors.iter().map(|tensor| tensor.ty));
         Ok(Source::swarm(session, batch, None))
     }
+}
+
+/// What sessions are where nothing is said: many users ask at once.
+const USUAL: Numerics = Numerics::Fast;
+
+impl Serving {
+    /// Whose a kept session is; none where it is not kept. A row has other bits where it was computed in another
+    /// portion, for some types: then exact sessions begin anew.
+    fn owner(&self, model: &Found, asked: Asked<'_>) -> Option<Owner> {
+        let id = model.id.parse().ok()?;
+        let manifest = self.known(id)?.manifest;
+        let exact_types = exact_batch(manifest.tensors.iter().map(|tensor| tensor.ty)) > 1;
+        let fast = self.session.numerics.unwrap_or(USUAL) == Numerics::Fast;
+        (exact_types || fast).then_some((id, asked.caller))
+    }
+
+    /// Says goodbye to all that is kept.
+    pub async fn forget(&self) {
+        let gone = lock(&self.kept).clear();
+        futures::future::join_all(gone.into_iter().map(Source::close)).await;
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Single pushes and removals: no invariant spans a panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Models for Serving {
@@ -148,6 +186,31 @@ impl Models for Serving {
 
     fn open<'a>(&'a self, model: &'a Found, n_ctx: u32) -> BoxFuture<'a, Result<Source, ApiError>> {
         self.opened(model, n_ctx).boxed()
+    }
+
+    fn kept(&self, model: &Found, asked: Asked<'_>, n_ctx: u32) -> Option<Source> {
+        let owner = self.owner(model, asked)?;
+        lock(&self.kept).take(owner, asked.prompt, n_ctx, Instant::now())
+    }
+
+    fn keep<'a>(&'a self, model: &'a Found, asked: Asked<'a>, source: Source) -> BoxFuture<'a, ()> {
+        async move {
+            let Some(owner) = self.owner(model, asked) else {
+                return source.close().await;
+            };
+            let (gone, time) = {
+                let mut kept = lock(&self.kept);
+                (kept.keep(owner, source, Instant::now()), kept.time())
+            };
+            let kept = Arc::clone(&self.kept);
+            tokio::spawn(async move {
+                futures::future::join_all(gone.into_iter().map(Source::close)).await;
+                tokio::time::sleep(time).await;
+                let over = lock(&kept).expired(Instant::now());
+                futures::future::join_all(over.into_iter().map(Source::close)).await;
+            });
+        }
+        .boxed()
     }
 
     fn privacy(&self) -> &'static str {

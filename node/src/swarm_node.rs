@@ -466,6 +466,7 @@ mod tests {
             model,
             n_ctx: 16,
             dtype: Dtype::F32,
+            numerics: swarm_proto::Numerics::Exact,
             n_vocab,
         };
         let hop = Hop {

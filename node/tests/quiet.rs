@@ -81,6 +81,7 @@ async fn visit(client: &Net, server: &Net, closes: bool) {
         model: MODEL,
         n_ctx: 64,
         dtype: Dtype::F32,
+        numerics: swarm_proto::Numerics::Exact,
         n_vocab: N_VOCAB,
     };
     let hop = Hop {

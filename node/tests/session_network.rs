@@ -80,6 +80,7 @@ async fn open(client: &Net, nodes: &[Node], n_ctx: u32) -> ClientSession {
         model: MODEL,
         n_ctx,
         dtype: Dtype::F32,
+        numerics: swarm_proto::Numerics::Exact,
         n_vocab: nodes[0].worker.shape().n_vocab,
     };
     opener.open_route(kind, route(nodes)).await.unwrap()

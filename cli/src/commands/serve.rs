@@ -93,6 +93,11 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=3600))]
     queue: u32,
 
+    /// How long the session of a complete answer is kept for the conversation's next turn, which then computes only
+    /// what is new; 0 keeps none. It is its asker's alone, and gives way to whoever needs the room.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(..=500))]
+    keep: u32,
+
     /// How long running answers may go on after Ctrl-C.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=3600))]
     drain: u32,
@@ -129,12 +134,20 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let joined = args.swarm.join_early(args.session.trusted(), LOG);
     let member = interrupt.or_end(joined).await?;
     let queue = Duration::from_secs(args.queue.into());
-    let serving = Serving::new(member, args.session.clone(), args.model.clone(), queue);
+    let keep = Duration::from_secs(args.keep.into());
+    let serving = Serving::new(
+        member,
+        args.session.clone(),
+        args.model.clone(),
+        queue,
+        keep,
+    );
     let serving = Arc::new(serving);
     let models = Arc::clone(&serving) as Arc<dyn api::Models>;
     let server = Server::bind(config, models).await.map_err(explained)?;
     args.say_ready(&server.url(), api::Models::listed(&*serving).len())?;
     server.run(interrupt.wait()).await;
+    serving.forget().await;
     if let Some(serving) = Arc::into_inner(serving) {
         serving.member.leave().await;
     }

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use super::Job;
 use super::queue::Taken;
-use super::{Job, Runner};
+use super::runner::Runner;
 
 /// What runs a worker that was made by [`super::Worker::by_hand`]. Dropping it is the death of the
 /// stage: whoever waits for it is told so.

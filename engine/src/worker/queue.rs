@@ -389,6 +389,175 @@ mod tests {
     use crate::stage::{Step, Want};
     use crate::worker::{Reply, Rows};
 
+    const MS: Duration = Duration::from_millis(1);
+
+    fn run(slot: u64, pos0: u32, n_rows: u32, since: Instant) -> Item {
+        let step = Step {
+            slot: Slot(slot),
+            layers: 0..3,
+            pos0,
+            n_rows,
+            want: Want::None,
+        };
+        let job = Job {
+            step,
+            input: Rows::Tokens(vec![1; n_rows as usize]),
+            reply: Box::new(|_| ()),
+        };
+        Item::Run(Box::new(Run::new(job, since)))
+    }
+
+    /// Sessions by slot, bench and owner.
+    fn queue(seats: &[(u64, Option<u64>, u64)]) -> Queue {
+        let mut queue = Queue::default();
+        for (slot, bench, owner) in seats {
+            queue.seat(Slot(*slot), bench.map(Bench), *owner);
+        }
+        queue
+    }
+
+    /// As a name: the slots of rows, or the slot and the rows of a longer step.
+    fn named(taken: &Taken) -> String {
+        match taken {
+            Taken::Rows(runs) => {
+                let slots = runs.iter().map(|run| run.job.step.slot.0.to_string());
+                slots.collect::<Vec<_>>().join("+")
+            }
+            Taken::Long(run, rows) => format!("{}: {rows}", run.job.step.slot.0),
+            Taken::Item(_) => "item".into(),
+            Taken::Wait(_) => "wait".into(),
+            Taken::Nothing => "nothing".into(),
+        }
+    }
+
+    fn nobody(_: Bench, _: u32) -> Option<Duration> {
+        None
+    }
+
+    #[test]
+    fn rows_of_a_bench_go_together_one_of_each_session() {
+        let now = Instant::now();
+        let mut queue = queue(&[
+            (1, Some(7), 0),
+            (2, Some(7), 0),
+            (3, Some(8), 0),
+            (4, None, 0),
+            (5, None, 0),
+        ]);
+        for (at, slot) in (0u32..).zip([1, 1, 3, 2, 4, 5, 2]) {
+            queue.items.push_back(run(slot, at, 1, now + MS * at));
+        }
+        // The row of 9 waits behind its own prompt.
+        queue.seat(Slot(9), Some(Bench(7)), 0);
+        queue.items.push_back(run(9, 0, 8, now));
+        queue.items.push_back(run(9, 8, 1, now));
+        let mut order = Vec::new();
+        loop {
+            let taken = queue.take(Some(now + 9 * MS), &nobody);
+            if let Taken::Nothing = taken {
+                break;
+            }
+            order.push(named(&taken));
+        }
+        assert_eq!(order, ["1+2", "1+2", "3", "4", "5", "9: 8", "9"]);
+    }
+
+    #[test]
+    fn who_comes_along_each_time_is_waited_for_and_nobody_else() {
+        let mut now = Instant::now();
+        let mut queue = queue(&[(1, Some(7), 0), (2, Some(7), 0), (3, Some(7), 0)]);
+        let worth = |_: Bench, rows: u32| (rows >= 2).then_some(5 * MS);
+        for pos in 0..2 {
+            (1..=2).for_each(|slot| queue.items.push_back(run(slot, pos, 1, now)));
+            assert_eq!(named(&queue.take(Some(now), &worth)), "1+2");
+        }
+        queue.items.push_back(run(1, 2, 1, now));
+        let until = queue.take(Some(now), &worth);
+        assert!(matches!(until, Taken::Wait(until) if until == now + 5 * MS));
+        assert_eq!(named(&queue.take(Some(now), &nobody)), "1", "not worth it");
+        // It did not come along: it is not waited for until it does again.
+        queue.items.push_back(run(1, 3, 1, now));
+        assert_eq!(named(&queue.take(Some(now), &worth)), "1");
+        for pos in 4..6 {
+            (1..=2).for_each(|slot| queue.items.push_back(run(slot, pos, 1, now)));
+            assert_eq!(named(&queue.take(Some(now), &worth)), "1+2");
+        }
+        queue.items.push_back(run(2, 6, 1, now));
+        assert_eq!(named(&queue.take(Some(now), &worth)), "wait");
+        now += 5 * MS;
+        assert_eq!(named(&queue.take(Some(now), &worth)), "2");
+        // Nobody is waited for by hand, and nobody who left.
+        queue.items.push_back(run(2, 7, 1, now));
+        assert_eq!(named(&queue.take(None, &worth)), "2");
+        drop(queue.close(Slot(1)));
+        assert_eq!(named(&queue.take(Some(now), &worth)), "item");
+        queue.items.push_back(run(2, 8, 1, now));
+        assert_eq!(named(&queue.take(Some(now), &worth)), "2");
+    }
+
+    #[test]
+    fn an_owner_of_many_sessions_starves_nobody() {
+        let now = Instant::now();
+        let mut queue = queue(&[(1, None, 10), (2, None, 10), (3, None, 10), (4, None, 20)]);
+        let mut order = Vec::new();
+        for round in 0..4u32 {
+            for slot in 1..=4 {
+                queue.items.push_back(run(slot, round, 1, now + MS * round));
+            }
+        }
+        for _ in 0..6 {
+            order.push(named(&queue.take(Some(now), &nobody)));
+        }
+        assert_eq!(order, ["1", "4", "2", "4", "3", "4"]);
+        // Prompts, too.
+        let mut queue = super::tests::queue(&[(1, None, 10), (2, None, 10), (4, None, 20)]);
+        for slot in [1, 2, 1, 2, 4, 4] {
+            queue.items.push_back(run(slot, 0, 32, now));
+        }
+        let order: Vec<_> = (0..4)
+            .map(|_| named(&queue.take(Some(now), &nobody)))
+            .collect();
+        assert_eq!(order, ["1: 32", "4: 32", "2: 32", "4: 32"]);
+    }
+
+    #[test]
+    fn a_prompt_runs_in_parts_while_others_decode() {
+        let start = Instant::now();
+        let mut queue = queue(&[(1, Some(7), 10), (2, Some(8), 20)]);
+        queue.items.push_back(run(2, 0, 32, start));
+        assert_eq!(
+            named(&queue.take(Some(start), &nobody)),
+            "2: 32",
+            "nobody decodes"
+        );
+        queue.prompted(32, start, 160 * MS);
+        let mut now = start + MS;
+        for _ in 0..3 {
+            now += 100 * MS;
+            queue.decoded(&[Slot(1)], now, 20 * MS);
+        }
+        queue.items.push_back(run(2, 32, 32, now));
+        let taken = queue.take(Some(now), &nobody);
+        let Taken::Long(mut step, rows) = taken else {
+            panic!("{}", named(&taken));
+        };
+        assert!((8..=12).contains(&rows), "{rows}");
+        step.done = rows;
+        queue.prompted(rows, now, 60 * MS);
+        assert!(queue.put_back(step).is_ok());
+        assert_eq!(named(&queue.take(Some(now + 60 * MS), &nobody)), "wait");
+        // The token comes, and then the next part.
+        queue.items.push_back(run(1, 9, 1, now));
+        assert_eq!(named(&queue.take(Some(now + 70 * MS), &nobody)), "1");
+        queue.decoded(&[Slot(1)], now + 90 * MS, 20 * MS);
+        assert!(named(&queue.take(Some(now + 90 * MS), &nobody)).starts_with("2: "));
+        // Nobody decodes any more: the rest at once.
+        queue.items.push_back(run(2, 64, 32, now));
+        drop(queue.close(Slot(1)));
+        assert_eq!(named(&queue.take(Some(now), &nobody)), "item");
+        assert_eq!(named(&queue.take(Some(now + 91 * MS), &nobody)), "2: 32");
+    }
+
     #[test]
     fn opening_and_closing_are_not_overtaken_for_ever() {
         let slot = |n| Slot(n);

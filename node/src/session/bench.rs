@@ -201,6 +201,7 @@ async fn steps(
         model: MODEL,
         n_ctx,
         dtype: Dtype::F32,
+        numerics: swarm_proto::Numerics::Exact,
         n_vocab: N_VOCAB,
     };
     let mut session = opener.open_route(kind, route).await?;

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use swarm_proto::{
     Answer, Attach, Content, Dtype, Epoch, Failure, FailureCode, Fault, Hop, LayerRange, ModelId,
-    Open, Peer, SessionId, Standbys,
+    Numerics, Open, Peer, SessionId, Standbys,
 };
 use tokio::time::{Instant, sleep_until, timeout_at};
 
@@ -59,6 +59,8 @@ pub struct Kind {
     pub n_ctx: u32,
     /// How hidden states travel.
     pub dtype: Dtype,
+    /// What may be done with its numbers.
+    pub numerics: Numerics,
     /// Floats in a logits row, as the manifest says: a hop that says otherwise is at fault.
     pub n_vocab: u32,
 }
@@ -245,6 +247,7 @@ impl Opener {
             model: kind.model,
             n_ctx: kind.n_ctx,
             dtype: kind.dtype,
+            numerics: kind.numerics,
             hops: route.hops.clone(),
             at: 0,
             standbys: route.standbys.clone(),
@@ -263,6 +266,7 @@ impl Opener {
             standby: self.standby(&open, kind.n_vocab, None),
             route,
             dtype: kind.dtype,
+            numerics: kind.numerics,
             n_ctx: kind.n_ctx,
             n_vocab: kind.n_vocab,
             deadlines: self.deadlines,

@@ -31,6 +31,7 @@ async fn open(swarm: &Swarm, route: &Route) -> ClientSession {
         model: MODEL,
         n_ctx: 1024,
         dtype: swarm_proto::Dtype::Q8_0,
+        numerics: swarm_proto::Numerics::Exact,
         n_vocab: N_VOCAB,
     };
     swarm

@@ -259,6 +259,7 @@ impl Swarm {
             model: MODEL,
             n_ctx,
             dtype,
+            numerics: swarm_proto::Numerics::Exact,
             n_vocab: N_VOCAB,
         };
         opener.open_route(kind, route).await.unwrap()

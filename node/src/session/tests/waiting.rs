@@ -13,6 +13,7 @@ const KIND: Kind = Kind {
     model: MODEL,
     n_ctx: 256,
     dtype: Dtype::F32,
+    numerics: swarm_proto::Numerics::Exact,
     n_vocab: N_VOCAB,
 };
 const HOUR: Duration = Duration::from_secs(3600);
