@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use engine::{SampleError, Sampler, SamplerOptions, Vocab};
 use node::answer::{
-    Answer, Answering, Cancel, Piece, PromptError, Question, Row, Source, Stop, Words, n_ctx,
+    Answer, Answering, Cancel, Piece, PromptError, Question, Row, Source, Stop, Words, keep, n_ctx,
     not_empty, of_chat, of_text,
 };
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -22,7 +22,7 @@ use crate::ask::{Ask, Prompt};
 use crate::error::ApiError;
 use crate::extra::Extra;
 use crate::metrics::{Counted, Outcome};
-use crate::models::Found;
+use crate::models::{Asked, Found};
 use crate::observe::told_later;
 use crate::state::State;
 use crate::swarm::Seen;
@@ -312,8 +312,13 @@ impl Run {
         for (at, prompt) in (0u32..).zip(&prompts) {
             let positions = n_ctx(prompt.len(), self.max_tokens(), model.n_ctx_max);
             let waiting = self.state.metrics.waiting();
-            let opened = self.state.models.open(&model, positions);
-            let mut source = self.or_hung_up(opened).await??;
+            let models = &*self.state.models;
+            let caller = self.ask.caller;
+            let asked = Asked { caller, prompt };
+            let mut source = match models.kept(&model, asked, positions) {
+                Some(kept) => kept,
+                None => self.or_hung_up(models.open(&model, positions)).await??,
+            };
             self.seen.opened(&mut source, prompt.len());
             waiting.opened();
             let _session = self.state.metrics.session();
@@ -328,8 +333,13 @@ impl Run {
             let first = at.saturating_mul(self.ask.n);
             let answered = self.answers(&model, &mut source, prompt, first).await;
             self.state.metrics.recovered(&source);
-            source.close().await;
-            answered?;
+            match answered {
+                Ok(()) => models.keep(&model, asked, source).await,
+                Err(ends) => {
+                    source.close().await;
+                    return Err(ends);
+                }
+            }
         }
         let usage = self.used(|_| ());
         self.send(Event::Over(usage)).await
@@ -376,6 +386,7 @@ impl Run {
         for at in 0..self.ask.n {
             let seed = seed.wrapping_add(at);
             let index = first_index.saturating_add(at);
+            let kept_tokens = keep(source.held(), prompt);
             let (answer, calls, row) = self
                 .answer(model, source, prompt, after_prompt.take(), seed, index)
                 .await?;
@@ -383,6 +394,7 @@ impl Run {
             let models = &*self.state.models;
             let times = (self.asked, opened);
             let extra = Extra::new(models, model, source, &answer, seed, times);
+            let extra = extra.kept(kept_tokens);
             let ended = Ended {
                 stop: answer.stop,
                 stop_text: answer.stop_text,

@@ -12,6 +12,8 @@ use crate::tools::Tools;
 /// What is asked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ask {
+    /// The hash of the key that was asked with: what is kept of a conversation is its owner's alone.
+    pub caller: Option<[u8; 32]>,
     /// The model's name, if one was given.
     pub model: Option<String>,
     /// Prompts; each is answered `n` times.
@@ -56,6 +58,12 @@ const STOP_BYTES_MAX: usize = 1024;
 const COMPLETION_TOKENS: u32 = 16;
 
 impl Ask {
+    /// Asked by whom.
+    #[must_use]
+    pub fn of(self, caller: Option<[u8; 32]>) -> Self {
+        Self { caller, ..self }
+    }
+
     /// `POST /v1/chat/completions`.
     ///
     /// # Errors
@@ -167,6 +175,7 @@ impl Ask {
             Some(options) => Fields::of(options, "stream_options")?.flag("include_usage")?,
         };
         Ok(Self {
+            caller: None,
             model: fields.text("model")?,
             prompts,
             param,

@@ -12,6 +12,7 @@ use crate::ask::Ask;
 use crate::body::{self, Shape};
 use crate::error::ApiError;
 use crate::frame::{self, Frame};
+use crate::guard::caller;
 use crate::state::State as Shared;
 use crate::tools::Call;
 
@@ -20,7 +21,8 @@ pub async fn chat(
     State(state): State<Arc<Shared>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let ask = Ask::chat(&body::read(request, &state).await?)?;
+    let caller = caller(&request);
+    let ask = Ask::chat(&body::read(request, &state).await?)?.of(caller);
     let whole = |whole: &Whole| {
         Frame::new("chatcmpl-", "chat.completion", &whole.begun).whole(whole, choice_json)
     };

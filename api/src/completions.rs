@@ -12,6 +12,7 @@ use crate::ask::Ask;
 use crate::body::{self, Shape};
 use crate::error::ApiError;
 use crate::frame::{self, Frame};
+use crate::guard::caller;
 use crate::state::State as Shared;
 
 /// Goes on with a text.
@@ -19,7 +20,8 @@ pub async fn complete(
     State(state): State<Arc<Shared>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let ask = Ask::completion(&body::read(request, &state).await?)?;
+    let caller = caller(&request);
+    let ask = Ask::completion(&body::read(request, &state).await?)?.of(caller);
     let frame = |begun: &Begun| Frame::new("cmpl-", "text_completion", begun);
     let whole = |whole: &Whole| frame(&whole.begun).whole(whole, choice_json);
     let stream = |begun: &Begun, include_usage| TextStream {

@@ -26,6 +26,8 @@ pub struct Extra {
     peers_can_read_prompt: bool,
     /// Type of the activations between hops.
     wire: String,
+    /// Tokens of the prompt that were computed before, for an earlier answer to the same caller.
+    kept_tokens: usize,
     /// Seed of the dice; embeddings are made without.
     #[serde(skip_serializing_if = "Option::is_none")]
     seed: Option<u32>,
@@ -115,6 +117,7 @@ impl Extra {
             privacy,
             peers_can_read_prompt: privacy != "local",
             wire: models.wire(),
+            kept_tokens: 0,
             seed: None,
             tokens_per_s: None,
             timings: Timings {
@@ -123,6 +126,14 @@ impl Extra {
                 decode_ms: None,
                 total_ms: ms(asked.elapsed()),
             },
+        }
+    }
+
+    /// So many tokens of the prompt were there already.
+    pub fn kept(self, kept_tokens: usize) -> Self {
+        Self {
+            kept_tokens,
+            ..self
         }
     }
 }

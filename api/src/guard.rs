@@ -55,6 +55,11 @@ pub async fn guard(
     Ok(next.run(request).await)
 }
 
+/// Whose request it is: the hash of its key, where it has one.
+pub fn caller(request: &Request) -> Option<[u8; 32]> {
+    let key = key_of(request.headers())?;
+    Some(*blake3::hash(key.trim().as_bytes()).as_bytes())
+}
 #[cfg(test)]
 mod tests {
     use super::*;

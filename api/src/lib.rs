@@ -45,6 +45,6 @@ mod tools;
 
 pub use error::ApiError;
 pub use guard::Guard;
-pub use models::{Embeds, Found, Listed, Models};
+pub use models::{Asked, Embeds, Found, Listed, Models};
 pub use node::keys::Keys;
 pub use server::{Config, ServeError, Server, Tls};

@@ -12,6 +12,7 @@ use crate::answers::{Answers, Begun, Ended, Event, Usage, prompt_tokens};
 use crate::ask::Ask;
 use crate::body::{self, Shape};
 use crate::error::ApiError;
+use crate::guard::caller;
 use crate::state::State as Shared;
 use crate::tools::Call;
 
@@ -20,7 +21,8 @@ pub async fn message(
     State(state): State<Arc<Shared>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let ask = Ask::message(&body::read(request, &state).await?, true)?;
+    let caller = caller(&request);
+    let ask = Ask::message(&body::read(request, &state).await?, true)?.of(caller);
     let stream = ask.stream;
     let mut answers = Answers::begin(&state, ask)?;
     if stream {

@@ -46,6 +46,15 @@ pub struct Embeds {
     pub n_embd: u32,
 }
 
+/// Who asks what.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// The hash of the key that was asked with.
+    pub caller: Option<[u8; 32]>,
+    /// The whole prompt.
+    pub prompt: &'a [u32],
+}
+
 /// Finds models and opens sessions with them. Everything in it may be called at the same time.
 pub trait Models: Seeing {
     /// The models of which every layer has a holder now.
@@ -65,6 +74,19 @@ pub trait Models: Seeing {
     /// What this process counts: the server adds to it, and shows it at `/metrics`.
     fn metrics(&self) -> Metrics {
         Metrics::new("api")
+    }
+
+    /// A session that was kept of an earlier answer to the same caller and begins as `prompt` does, with room for
+    /// `n_ctx` positions.
+    fn kept(&self, model: &Found, asked: Asked<'_>, n_ctx: u32) -> Option<Source> {
+        let _ = (model, asked, n_ctx);
+        None
+    }
+
+    /// A session whose answer is complete: to be kept for the next turn, or closed.
+    fn keep<'a>(&'a self, model: &'a Found, asked: Asked<'a>, source: Source) -> BoxFuture<'a, ()> {
+        let _ = (model, asked);
+        Box::pin(source.close())
     }
 
     /// Who can read what is asked: `open`, `trusted` or `local`.

@@ -69,6 +69,11 @@ pub struct ApiArgs {
     #[arg(long, env = "SHOAL_QUEUE", value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=3600))]
     queue: u32,
 
+    /// How long the session of a complete answer is kept for the conversation's next turn, which then computes only
+    /// what is new; 0 keeps none. It is its asker's alone, and gives way to whoever needs the room.
+    #[arg(long, env = "SHOAL_KEEP", value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(..=500))]
+    keep: u32,
+
     /// How long running answers may go on after Ctrl-C.
     #[arg(long, env = "SHOAL_DRAIN", value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=3600))]
     drain: u32,
@@ -98,6 +103,11 @@ impl ApiArgs {
     /// How long a request waits for a place.
     pub fn queue(&self) -> Duration {
         Duration::from_secs(self.queue.into())
+    }
+
+    /// How long sessions are kept for a next turn.
+    pub fn keep(&self) -> Duration {
+        Duration::from_secs(self.keep.into())
     }
 }
 

@@ -114,7 +114,8 @@ impl Beside {
         let member = Member::of_node(daemon.node(), daemon.settings().clone());
         let first = daemon.node().hosted().first();
         let model = first.map(|hosted| hosted.model.to_string());
-        let serving = Serving::new(member, args.travel.clone(), model, args.http.queue());
+        let (travel, http) = (args.travel.clone(), &args.http);
+        let serving = Serving::new(member, travel, model, http.queue(), http.keep());
         let serving = Arc::new(serving);
         let models = Arc::clone(&serving) as Arc<dyn Models>;
         let bound = Server::bind(config, models).await;
@@ -138,6 +139,7 @@ impl Beside {
         if let Err(error) = self.running.await {
             tracing::error!(%error, "the HTTP server did not end well");
         }
+        self.serving.forget().await;
         self.serving.member.remember();
     }
 }

@@ -16,6 +16,7 @@ mod generation;
 mod home;
 mod interrupt;
 mod journal;
+mod kept;
 mod layer_map;
 mod local_models;
 mod model_facts;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use engine::Vocab;
 use node::answer::{Source, Spare};
 use node::exact_batch;
+use swarm_proto::Numerics;
 
 use crate::fallback::{Fallback, WHY_CHARS_MAX};
 use crate::figures;
@@ -79,7 +80,9 @@ impl Opening<'_> {
         }
         let n_ctx = room(model.vocab.as_ref(), model.n_ctx_max)?;
         let connected = Instant::now();
-        let opened = member.open(&model, self.session.travel.ask(n_ctx)).await;
+        let opened = member
+            .open(&model, self.session.travel.ask(n_ctx, Numerics::Exact))
+            .await;
         let session = match (opened, &fallback) {
             (Ok(session), _) => session,
             (Err(error), Some(fallback)) => {

@@ -3,20 +3,22 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::swarm::{PeerDetail, Seeing, SwarmView, WhyView};
-use api::{ApiError, Embeds, Found, Listed, Models};
+use api::{ApiError, Asked, Embeds, Found, Listed, Models};
 use engine::{Pooling, Vocab};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use node::SessionSpec;
 use node::answer::Source;
 use node::control::{self, NodeStatus};
+use node::exact_batch;
 use node::metrics::Metrics;
 use shard_registry::Manifest;
-use swarm_proto::{ModelId, Peer};
+use swarm_proto::{ModelId, Numerics, Peer};
 
+use crate::kept::{Kept, Owner};
 use crate::run_report::Privacy;
 use crate::session_args::TravelArgs;
 use crate::swarm::{Member, longest};
@@ -36,6 +38,8 @@ pub struct Serving {
     pub model: Option<String>,
     /// How long a request waits for a place.
     pub queue: Duration,
+    /// Sessions whose answer is complete.
+    kept: Arc<Mutex<Kept<Source>>>,
     described: Mutex<HashMap<ModelId, Described>>,
     /// Held while a description is fetched: a crowd that comes first fetches it once.
     fetching: tokio::sync::Mutex<()>,
@@ -49,21 +53,26 @@ struct Described {
 
 impl Serving {
     /// Nothing is fetched yet.
-    pub fn new(member: Member, travel: TravelArgs, model: Option<String>, queue: Duration) -> Self {
+    pub fn new(
+        member: Member,
+        travel: TravelArgs,
+        model: Option<String>,
+        queue: Duration,
+        keep: Duration,
+    ) -> Self {
         Self {
             member,
             travel,
             model,
             queue,
+            kept: Arc::new(Mutex::new(Kept::new(keep))),
             described: Mutex::new(HashMap::new()),
             fetching: tokio::sync::Mutex::new(()),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<ModelId, Described>> {
-        self.described
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.described)
     }
 
     fn known(&self, id: ModelId) -> Option<Described> {
@@ -117,7 +126,7 @@ impl Serving {
             .parse()
             .map_err(|_| ApiError::internal("a model without an id"))?;
         let manifest = self.described(id).await?.manifest;
-        Ok(self.travel.ask(n_ctx).spec(id, &manifest))
+        Ok(self.travel.ask(n_ctx, USUAL).spec(id, &manifest))
     }
 
     async fn found(&self, asked: Option<&str>) -> Result<Arc<Found>, ApiError> {
@@ -140,8 +149,15 @@ impl Serving {
     }
 
     async fn opened(&self, model: &Found, n_ctx: u32) -> Result<Source, ApiError> {
+        // What hops allocate anyway, so that the next turn has room, too.
+        let n_ctx = n_ctx
+            .checked_next_power_of_two()
+            .unwrap_or(n_ctx)
+            .min(model.n_ctx_max);
         let spec = self.spec(model, n_ctx).await?;
-        let busy = |_: &[swarm_proto::LayerRange]| {};
+        // Others wait for what we only keep.
+        let kept = Arc::clone(&self.kept);
+        let busy = move |_: &[swarm_proto::LayerRange]| drop(lock(&kept).clear());
         let client = &self.member.client;
         let session = client.open_waiting(&spec, self.queue, busy).await?;
         Ok(Source::swarm(session, spec.batch, None))
@@ -189,6 +205,32 @@ pub async fn node_of(home: PathBuf) -> Option<NodeStatus> {
     asked.await.ok()?.ok()
 }
 
+/// What sessions are where nothing is said: many users ask at once.
+const USUAL: Numerics = Numerics::Fast;
+
+impl Serving {
+    /// Whose a kept session is; none where it is not kept. A row has other bits where it was computed in another
+    /// portion, for some types: then exact sessions begin anew.
+    fn owner(&self, model: &Found, asked: Asked<'_>) -> Option<Owner> {
+        let id = model.id.parse().ok()?;
+        let manifest = self.known(id)?.manifest;
+        let exact_types = exact_batch(manifest.tensors.iter().map(|tensor| tensor.ty)) > 1;
+        let fast = self.travel.numerics.unwrap_or(USUAL) == Numerics::Fast;
+        (exact_types || fast).then_some((id, asked.caller))
+    }
+
+    /// Says goodbye to all that is kept.
+    pub async fn forget(&self) {
+        let gone = lock(&self.kept).clear();
+        futures::future::join_all(gone.into_iter().map(Source::close)).await;
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Single pushes and removals: no invariant spans a panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Models for Serving {
     fn listed(&self) -> Vec<Listed> {
         let served = self.member.report().models;
@@ -216,6 +258,31 @@ impl Models for Serving {
 
     fn metrics(&self) -> Metrics {
         self.member.metrics.clone()
+    }
+
+    fn kept(&self, model: &Found, asked: Asked<'_>, n_ctx: u32) -> Option<Source> {
+        let owner = self.owner(model, asked)?;
+        lock(&self.kept).take(owner, asked.prompt, n_ctx, Instant::now())
+    }
+
+    fn keep<'a>(&'a self, model: &'a Found, asked: Asked<'a>, source: Source) -> BoxFuture<'a, ()> {
+        async move {
+            let Some(owner) = self.owner(model, asked) else {
+                return source.close().await;
+            };
+            let (gone, time) = {
+                let mut kept = lock(&self.kept);
+                (kept.keep(owner, source, Instant::now()), kept.time())
+            };
+            let kept = Arc::clone(&self.kept);
+            tokio::spawn(async move {
+                futures::future::join_all(gone.into_iter().map(Source::close)).await;
+                tokio::time::sleep(time).await;
+                let over = lock(&kept).expired(Instant::now());
+                futures::future::join_all(over.into_iter().map(Source::close)).await;
+            });
+        }
+        .boxed()
     }
 
     fn privacy(&self) -> &'static str {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use swarm_proto::Dtype;
+use swarm_proto::{Dtype, Numerics};
 
 use crate::run_report::Privacy;
 use crate::swarm::Ask;
@@ -36,6 +36,13 @@ pub struct TravelArgs {
     /// How activations travel between hops: f32 (exact), bf16 or q8_0 (a quarter of the bytes).
     #[arg(long, env = "SHOAL_WIRE", value_name = "TYPE", default_value_t = Dtype::F32)]
     pub wire: Dtype,
+
+    /// exact: each token has the bits that it has alone. fast: machines with several sessions may run their rows
+    /// together also where the model's quantisation (K quants) then gives slightly other numbers; many users at
+    /// once are served several times as fast. `run` and `chat` are exact, `serve` is fast, unless this says
+    /// otherwise; models in f32, q8_0 or q4_0 are exact both ways.
+    #[arg(long, env = "SHOAL_NUMERICS", value_name = "exact|fast")]
+    pub numerics: Option<Numerics>,
 
     /// Whether other holders of the hops' layers stand by, so that a lost hop costs no pause: auto (where
     /// there are any), off.
@@ -75,11 +82,12 @@ impl SessionArgs {
 }
 
 impl TravelArgs {
-    /// What these flags ask of a session of `n_ctx` positions.
-    pub fn ask(&self, n_ctx: u32) -> Ask {
+    /// What these flags ask of a session of `n_ctx` positions, where nothing is said with the `usual` numerics.
+    pub fn ask(&self, n_ctx: u32, usual: Numerics) -> Ask {
         Ask {
             n_ctx,
             dtype: self.wire,
+            numerics: self.numerics.unwrap_or(usual),
             standby: self.standby == Standby::Auto,
             patience: Duration::from_secs(self.wait.into()),
         }

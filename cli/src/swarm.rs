@@ -13,7 +13,7 @@ use node::{
     SessionSpec, SwarmNode,
 };
 use shard_registry::{Manifest, Resolved};
-use swarm_proto::{Dtype, LayerRange, ModelId};
+use swarm_proto::{Dtype, LayerRange, ModelId, Numerics};
 use tracing::Instrument;
 
 use crate::choose_model::choose;
@@ -188,6 +188,8 @@ pub struct Ask {
     pub n_ctx: u32,
     /// How rows travel between hops.
     pub dtype: Dtype,
+    /// What may be done with its numbers.
+    pub numerics: Numerics,
     /// Whether other peers stand by.
     pub standby: bool,
     /// How long to wait for a place, and for a lost route to come back.
@@ -199,6 +201,7 @@ impl Ask {
     pub fn spec(&self, id: ModelId, manifest: &Manifest) -> SessionSpec {
         SessionSpec {
             dtype: self.dtype,
+            numerics: self.numerics,
             standby: self.standby,
             patience: self.patience,
             ..SessionSpec::new(id, manifest, self.n_ctx)
@@ -210,6 +213,7 @@ impl Ask {
         Self {
             n_ctx,
             dtype: Dtype::F32,
+            numerics: Numerics::Exact,
             standby: false,
             patience: Duration::ZERO,
         }

@@ -7,7 +7,7 @@ mod stage_file;
 
 use std::collections::BTreeMap;
 
-use gguf::{Array, GgufError, Header, TensorInfo, Value};
+use gguf::{Array, GgufError, Header, TensorInfo, TensorType, Value};
 
 pub(crate) use stage_file::{Fill, StageFile};
 
@@ -225,6 +225,16 @@ impl Blueprint {
     /// The token embedding: rows of `n_embd`, `n_vocab` of them.
     pub(crate) fn embedding(&self) -> &TensorInfo {
         &self.embedding
+    }
+
+    /// Whether rows in one call get the same bits as one by one, by the kernels of this build: seen in calls of
+    /// less than 64 rows of these types, not of the K quants.
+    pub fn rows_are_exact(&self) -> bool {
+        let layers = self.layers.iter().flatten();
+        let mut all = layers.chain(&self.shared).chain(&self.head);
+        let exact =
+            |t: &TensorInfo| matches!(t.ty, TensorType::F32 | TensorType::Q8_0 | TensorType::Q4_0);
+        all.all(exact) && exact(&self.embedding)
     }
 
     /// Floats of a row inside the widest feed-forward part, in all the experts

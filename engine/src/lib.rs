@@ -45,11 +45,13 @@ pub use random_model::{
 };
 pub use sampler::{Candidates, Penalties, SampleError, Sampler, SamplerOptions};
 pub use source::{FileSource, TensorSource};
-pub use stage::{EngineError, Fault, Held, Input, Slot, Stage, StageShape, StageStats, Step, Want};
+pub use stage::{
+    Bench, EngineError, Fault, Held, Input, Slot, Stage, StageShape, StageStats, Step, Want,
+};
 pub use system::{Device, SystemInfo, numerics_class, physical_cores, system_info, threads_for};
 pub use vocab::{Detokenizer, TEXT_BYTES_MAX, Vocab, VocabError};
 pub use whole::{WholeModel, whole_embedding};
-pub use worker::{Busy, Done, Job, Reply, Rows, SlotWaiter, Worker, WorkerByHand};
+pub use worker::{Busy, Done, Job, Reply, Rows, Share, SlotWaiter, Worker, WorkerByHand};
 
 /// Most rows in one step. Below 64, where flash attention begins to tile, so
 /// that replaying a prompt on its chunks gives the same bits.

@@ -1,27 +1,36 @@
-//! The llama.cpp stage: a model per group of layers, a context per group and session.
+//! The llama.cpp stage: a model per group of layers, contexts for its sessions.
 //!
 //! ```text
 //! ids ─▶ embedding (ours) ─▶ layers a..c ─▶ c..e ─▶ … ─▶ ..b [─▶ head]
-//!                             └ a model, and per session a context with its KV
+//!                             └ a model, and contexts with the KV of one session or of several
 //! ```
 //!
 //! A session enters and leaves a group at any of its layers. Contexts come in
-//! size classes and are kept for the next session. Groups come and go while
-//! sessions run: a context keeps its model alive.
+//! size classes and are kept for the next session. Sessions of the same layers and
+//! class share contexts where their rows may run together ([`pack`]). Groups come
+//! and go while sessions run: a context keeps its model alive.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::PREFILL_CHUNK;
 use crate::blueprint::Blueprint;
 use crate::embedding::Embedding;
-use crate::llama::{self, Context, ContextOptions, Model, Output, ThreadPool};
+use crate::llama::{self, Context, Model, ThreadPool};
 use crate::load::{LoadError, Loaded, Weights};
 use crate::memory::{Need, WORK_FREE, positions_left};
 use crate::source::TensorSource;
-use crate::stage::{EngineError, Held, Input, Slot, Stage, StageShape, StageStats, Step, Want};
-use crate::stage::{all_finite, check_end, check_layers, check_step};
+use crate::stage::{
+    Bench, EngineError, Held, Input, Slot, Stage, StageShape, StageStats, Step, Want,
+};
+use crate::stage::{all_finite, check_step};
+
+mod costs;
+mod pack;
+mod places;
+
+use pack::{Pack, Row, pack_need};
 
 /// How to load a stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +65,11 @@ pub struct LlamaStage {
     groups: Vec<Group>,
     threads: Arc<ThreadPool>,
     sessions: BTreeMap<Slot, Session>,
+    packs: BTreeMap<Bench, Pack>,
+    /// Rows in one call have the same bits as one by one.
+    rows_are_exact: bool,
     next_slot: u64,
+    next_pack: u64,
     next_group: u64,
     /// Hidden rows between groups: written by one, read by the next.
     between: Vec<f32>,
@@ -77,6 +90,7 @@ struct Group {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Kind {
     class: u32,
+    lanes: u32,
     /// First layer and the one behind the last.
     layers: (u32, u32),
 }
@@ -84,18 +98,10 @@ struct Kind {
 struct Session {
     n_ctx: u32,
     layers: Range<u32>,
+    /// What it would take alone.
     need: Need,
-    parts: Vec<Part>,
-}
-
-/// A session in one group.
-struct Part {
-    /// The id of the stage's, which may be gone.
-    group: u64,
-    kind: Kind,
-    context: Context,
-    /// Positions held.
-    end: u32,
+    pack: Bench,
+    lane: u32,
 }
 
 impl LlamaStage {
@@ -128,7 +134,10 @@ impl LlamaStage {
             groups: Vec::new(),
             threads,
             sessions: BTreeMap::new(),
+            packs: BTreeMap::new(),
+            rows_are_exact: blueprint.rows_are_exact(),
             next_slot: 0,
+            next_pack: 0,
             next_group: 0,
             between: Vec::new(),
             stats,
@@ -219,7 +228,22 @@ impl LlamaStage {
     }
 
     fn open_need(&self) -> Need {
-        self.sessions.values().map(|session| session.need).sum()
+        let packs = self.packs.values();
+        packs.map(|pack| pack.need(&self.blueprint)).sum()
+    }
+
+    /// What packs of these parts with so many lanes take while so many are used.
+    fn need_of_lanes(
+        &self,
+        parts: &[(usize, Range<u32>)],
+        class: u32,
+        used: u32,
+        lanes: u32,
+    ) -> Need {
+        let groups = parts.iter().map(|(at, _)| &self.groups[*at].layers);
+        groups
+            .map(|group| pack_need(&self.blueprint, group, class, used, lanes))
+            .sum()
     }
 
     fn idle_need(&self) -> Need {
@@ -263,68 +287,53 @@ impl LlamaStage {
         }
     }
 
-    fn part(&self, group: usize, kind: Kind, kept: Option<Context>) -> Result<Part, EngineError> {
-        let group = &self.groups[group];
-        let context = match kept {
-            Some(mut context) => context.truncate(0).map(|()| context),
-            None => self.context(group, kind),
-        };
-        Ok(Part {
-            group: group.id,
-            kind,
-            context: context.map_err(EngineError::Backend)?,
-            end: 0,
-        })
+    /// Holds a step against its session; what it runs in.
+    fn checked(&self, step: &Step, input: &Input<'_>) -> Result<(Bench, u32), EngineError> {
+        let session = self.sessions.get(&step.slot);
+        let session = session.ok_or(EngineError::BadSlot(step.slot))?;
+        check_step(&self.shape, &session.layers, session.n_ctx, step, input)?;
+        let pack = self.packs.get(&session.pack);
+        let pack = pack.ok_or(EngineError::BadSlot(step.slot))?;
+        pack.check_end(session.lane, step)?;
+        Ok((session.pack, session.lane))
     }
 
-    fn context(&self, group: &Group, kind: Kind) -> Result<Context, String> {
-        let (start, end) = kind.layers;
-        let first = group.layers.start;
-        let head = end == self.shape.n_layer;
-        let options = ContextOptions {
-            n_ctx: kind.class,
-            n_batch: PREFILL_CHUNK,
-            n_threads: self.options.n_threads,
-            enter: start - first,
-            leave: (!head).then(|| end - 1 - first),
-        };
-        Context::new(&group.model, &options, &self.threads)
+    /// What enters layer 0, in `out`.
+    fn look_up(&mut self, input: &Input<'_>, out: &mut Vec<f32>) -> Result<(), EngineError> {
+        if let Input::Tokens(tokens) = *input {
+            let none = || EngineError::Backend("no embedding loaded".into());
+            let embedding = self.embedding.as_mut().ok_or_else(none)?;
+            embedding.look_up(tokens, out)?;
+        }
+        Ok(())
     }
-}
 
-impl Session {
-    fn run(
+    fn run_alone(
         &mut self,
-        shape: &StageShape,
-        embedding: Option<&mut Embedding>,
-        between: &mut Vec<f32>,
         step: &Step,
         input: &Input<'_>,
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError> {
-        check_step(shape, &self.layers, self.n_ctx, step, input)?;
-        for part in &self.parts {
-            check_end(step, part.kind.layers.0, part.end)?;
-        }
-        let mut rows = match *input {
-            Input::Hidden(rows) => Some(rows),
-            Input::Tokens(tokens) => {
-                let none = || EngineError::Backend("no embedding loaded".into());
-                between.clear();
-                embedding.ok_or_else(none)?.look_up(tokens, between)?;
-                None
-            }
+        let (pack, lane) = self.checked(step, input)?;
+        let mut between = std::mem::take(&mut self.between);
+        between.clear();
+        let hidden = match *input {
+            Input::Hidden(rows) => Ok(Some(rows)),
+            Input::Tokens(_) => self.look_up(input, &mut between).map(|()| None),
         };
-        let last = self.parts.len() - 1;
-        for (at, part) in self.parts.iter_mut().enumerate() {
-            part.run(rows.take().unwrap_or(between), step, out)?;
-            if at < last {
-                std::mem::swap(between, out);
-            }
-        }
-        // Broken weights show here rather than at the next hop. What enters is
-        // checked where it comes from the wire, and not again.
-        let hidden = step.layers.end < shape.n_layer || step.want == Want::Normed;
+        let ran = hidden.and_then(|hidden| match self.packs.get_mut(&pack) {
+            Some(pack) => pack.run(lane, step, hidden, &mut between, out),
+            None => Err(EngineError::BadSlot(step.slot)),
+        });
+        self.between = between;
+        ran?;
+        self.check_finite(step, out)
+    }
+
+    /// Broken weights show here rather than at the next hop. What enters is
+    /// checked where it comes from the wire, and not again.
+    fn check_finite(&self, step: &Step, out: &[f32]) -> Result<(), EngineError> {
+        let hidden = step.layers.end < self.shape.n_layer || step.want == Want::Normed;
         if hidden && !all_finite(out) {
             let Range { start, end } = step.layers;
             let why = format!("layers {start}..{end} gave values not finite");
@@ -332,36 +341,82 @@ impl Session {
         }
         Ok(())
     }
-}
 
-impl Part {
-    fn run(&mut self, hidden: &[f32], step: &Step, out: &mut Vec<f32>) -> Result<(), EngineError> {
-        if step.pos0 < self.end {
-            self.context
-                .truncate(step.pos0)
-                .map_err(EngineError::Backend)?;
+    fn counted(&mut self, step: &Step, ran: &Result<(), EngineError>, out: &mut Vec<f32>) {
+        match ran {
+            Ok(()) => {
+                self.stats.steps += 1;
+                self.stats.rows += u64::from(step.n_rows);
+            }
+            Err(_) => out.clear(),
         }
-        self.end = step.pos0;
-        let rows = llama::Rows::Hidden(hidden);
-        let output = match step.want {
-            Want::None => Output::None,
-            Want::Last => Output::Last,
-            Want::All => Output::All,
-            Want::Normed => Output::Normed,
-        };
-        self.context
-            .run(&rows, step.n_rows as usize, step.pos0, output, out)
-            .map_err(|why| self.repair(why))?;
-        self.end = step.pos0 + step.n_rows;
-        Ok(())
     }
 
-    /// After a failed call nobody knows what the KV holds behind `end`.
-    fn repair(&mut self, why: String) -> EngineError {
-        if self.context.truncate(self.end).is_err() {
-            self.end = 0;
+    /// Runs rows of sessions of one pack in as few calls as pay.
+    fn run_together(
+        &mut self,
+        steps: &[Step],
+        inputs: &[Input<'_>],
+        outs: &mut [Vec<f32>],
+    ) -> Vec<Result<(), EngineError>> {
+        let n_embd = self.shape.n_embd as usize;
+        let mut looked_up = Vec::new();
+        let mut results = vec![Ok(()); steps.len()];
+        // Who runs, by lane, and where the row lies that enters.
+        let mut running: Vec<(u32, usize, Option<usize>)> = Vec::new();
+        let mut bench = None;
+        for (at, (step, input)) in steps.iter().zip(inputs).enumerate() {
+            let from = looked_up.len();
+            let checked = self.checked(step, input);
+            let entered = checked.and_then(|place| {
+                self.look_up(input, &mut looked_up)?;
+                Ok(place)
+            });
+            match entered {
+                Ok((pack, lane)) => {
+                    bench = Some(pack);
+                    let from = (looked_up.len() > from).then_some(from);
+                    running.push((lane, at, from));
+                }
+                Err(why) => results[at] = Err(why),
+            }
         }
-        EngineError::Backend(why)
+        running.sort_unstable_by_key(|(lane, _, _)| *lane);
+        let mut free: Vec<Option<&mut Vec<f32>>> = outs.iter_mut().map(Some).collect();
+        let rows = running.iter().filter_map(|(lane, at, from)| {
+            let hidden = match (inputs[*at], from) {
+                (Input::Hidden(rows), _) => rows,
+                (Input::Tokens(_), Some(from)) => looked_up.get(*from..from + n_embd)?,
+                (Input::Tokens(_), None) => return None,
+            };
+            Some(Row {
+                lane: *lane,
+                step: &steps[*at],
+                hidden,
+                out: free.get_mut(*at)?.take()?,
+                result: Ok(()),
+            })
+        });
+        let mut rows: Vec<Row<'_>> = rows.collect();
+        if let Some(pack) = bench.and_then(|bench| self.packs.get_mut(&bench)) {
+            pack.run_rows(&mut rows);
+        }
+        let ran: Vec<_> = rows.into_iter().map(|row| row.result).collect();
+        for ((_, at, _), ran) in running.iter().zip(ran) {
+            results[*at] = ran.and_then(|()| self.check_finite(&steps[*at], &outs[*at]));
+        }
+        for ((step, ran), out) in steps.iter().zip(&results).zip(outs) {
+            self.counted(step, ran, out);
+        }
+        results
+    }
+}
+
+impl Kind {
+    /// What a context takes that nobody uses: one that has several lanes has given theirs back.
+    fn idle_need(self, blueprint: &Blueprint, group: &Range<u32>) -> Need {
+        let used = if self.lanes > 1 { 0 } else { 1 };
+        pack_need(blueprint, group, self.class, used, self.lanes)
     }
 }
 
@@ -377,7 +432,7 @@ impl Group {
     fn idle_need(&self, blueprint: &Blueprint) -> Need {
         let kinds = self.idle.iter();
         kinds
-            .flat_map(|(kind, idle)| idle.iter().map(|_| self.need(blueprint, kind.class)))
+            .flat_map(|(kind, idle)| idle.iter().map(|_| kind.idle_need(blueprint, &self.layers)))
             .sum()
     }
 
@@ -403,66 +458,40 @@ impl Stage for LlamaStage {
     }
 
     fn open(&mut self, n_ctx: u32, layers: Range<u32>) -> Result<Slot, EngineError> {
-        check_layers(&layers, &self.stats.held)?;
-        if n_ctx == 0 || n_ctx > self.shape.n_ctx_max {
-            return Err(EngineError::ContextLength {
-                n_ctx,
-                max: self.shape.n_ctx_max,
-            });
-        }
-        let class = self.blueprint.context_class(n_ctx);
-        let parts = self.parts(&layers);
-        let (open, need) = (self.open_need(), self.need(&parts, class));
-        if (open + need).counted() > self.options.kv_bytes_max {
-            let largest = self.sessions.values().map(|s| s.need.bytes()).max();
-            return Err(EngineError::Full {
-                needed: need.bytes(),
-                used: open.bytes(),
-                budget: self.options.kv_bytes_max,
-                sessions: self.sessions.len() as u32,
-                largest: largest.unwrap_or(0),
-            });
-        }
-        let kinds: Vec<(usize, Kind)> = parts
-            .into_iter()
-            .map(|(group, part)| {
-                let layers = (part.start, part.end);
-                (group, Kind { class, layers })
-            })
-            .collect();
-        // Those first, so that making room does not free them.
-        let kept: Vec<Option<Context>> = kinds
-            .iter()
-            .map(|(group, kind)| self.groups[*group].take(*kind))
-            .collect();
-        self.make_room(need);
-        let parts = kinds
-            .into_iter()
-            .zip(kept)
-            .map(|((group, kind), kept)| self.part(group, kind, kept))
-            .collect::<Result<_, _>>()?;
-        let slot = Slot(self.next_slot);
-        self.next_slot += 1;
-        let session = Session {
-            n_ctx,
-            layers,
-            need,
-            parts,
-        };
-        self.sessions.insert(slot, session);
-        self.count();
-        Ok(slot)
+        self.open_in(n_ctx, layers, false)
+    }
+
+    fn open_beside(
+        &mut self,
+        n_ctx: u32,
+        layers: Range<u32>,
+        fast: bool,
+    ) -> Result<Slot, EngineError> {
+        self.open_in(n_ctx, layers, fast || self.rows_are_exact)
+    }
+
+    fn bench(&self, slot: Slot) -> Option<Bench> {
+        let id = self.sessions.get(&slot)?.pack;
+        self.packs.get(&id)?.open.then_some(id)
+    }
+
+    fn worth_waiting(&self, bench: Bench, rows: u32) -> Option<Duration> {
+        let costs = &self.packs.get(&bench)?.costs;
+        let (together, one) = (costs.of(rows as usize), costs.of(1));
+        let worth = rows > 1 && together > 0.0 && together <= one * rows as f32 / 2.0;
+        worth.then(|| Duration::from_secs_f32(together.min(1.0)))
     }
 
     fn close(&mut self, slot: Slot) {
         let Some(session) = self.sessions.remove(&slot) else {
             return;
         };
-        for part in session.parts {
-            let group = self.groups.iter_mut().find(|group| group.id == part.group);
-            if let Some(group) = group {
-                let idle = &mut group.idle;
-                idle.entry(part.kind).or_default().push(part.context);
+        if let Some(pack) = self.packs.get_mut(&session.pack) {
+            pack.leave(session.lane);
+            if pack.used() == 0
+                && let Some(pack) = self.packs.remove(&session.pack)
+            {
+                self.keep(pack);
             }
         }
         self.make_room(Need::default());
@@ -476,18 +505,30 @@ impl Stage for LlamaStage {
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError> {
         out.clear();
-        let session = self.sessions.get_mut(&step.slot);
-        let session = session.ok_or(EngineError::BadSlot(step.slot))?;
-        let (embedding, between) = (self.embedding.as_mut(), &mut self.between);
-        let result = session.run(&self.shape, embedding, between, step, input, out);
-        match &result {
-            Ok(()) => {
-                self.stats.steps += 1;
-                self.stats.rows += u64::from(step.n_rows);
-            }
-            Err(_) => out.clear(),
+        let ran = self.run_alone(step, input, out);
+        self.counted(step, &ran, out);
+        ran
+    }
+
+    fn run_rows(
+        &mut self,
+        steps: &[Step],
+        inputs: &[Input<'_>],
+        outs: &mut [Vec<f32>],
+    ) -> Vec<Result<(), EngineError>> {
+        let mut benches = steps.iter().map(|step| self.bench(step.slot));
+        let first = benches.next().flatten();
+        let together = first.is_some() && benches.all(|bench| bench == first);
+        let twice = |(at, step): (usize, &Step)| steps[..at].iter().any(|s| s.slot == step.slot);
+        let alone = |step: &Step| step.n_rows == 1 && step.want != Want::Normed;
+        let single = steps.iter().all(alone) && !steps.iter().enumerate().any(twice);
+        outs.iter_mut().for_each(Vec::clear);
+        if together && single && steps.len() > 1 {
+            return self.run_together(steps, inputs, outs);
         }
-        result
+        let each = steps.iter().zip(inputs).zip(outs);
+        each.map(|((step, input), out)| self.run(step, input, out))
+            .collect()
     }
 
     fn add(&mut self, loaded: Loaded) -> Result<(), EngineError> {

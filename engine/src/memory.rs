@@ -21,6 +21,9 @@ const NODES_BYTES: u64 = 16 << 10;
 /// rows, and llama.cpp's table of cells.
 const POSITION_BYTES: u64 = 250;
 
+/// Bytes of such a position in a lane that nobody uses: the table alone, twice where there are windows.
+const EMPTY_POSITION_BYTES: u64 = 60;
+
 /// Bytes of contexts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Need {
@@ -84,8 +87,33 @@ impl Blueprint {
     /// A context of `class` positions for a group of layers, after a whole chunk
     /// of which every row's output was asked for.
     pub(crate) fn context_need(&self, group: &Range<u32>, class: u32) -> Need {
+        self.base_need(group) + self.lane_need(group, class)
+    }
+
+    /// What a lane of `class` positions takes of a context as long as a session uses it.
+    pub(crate) fn lane_need(&self, group: &Range<u32>, class: u32) -> Need {
         let cells: u64 = group.clone().map(|i| self.kv_cell_bytes(i)).sum();
-        let tables = POSITION_BYTES * if self.has_windows() { 2 } else { 1 };
+        Need {
+            kv: cells.saturating_mul(class.into()),
+            work: self.tables(POSITION_BYTES, class),
+        }
+    }
+
+    /// What it takes while nobody does.
+    pub(crate) fn empty_lane_need(&self, class: u32) -> Need {
+        Need {
+            kv: 0,
+            work: self.tables(EMPTY_POSITION_BYTES, class),
+        }
+    }
+
+    fn tables(&self, position: u64, class: u32) -> u64 {
+        let tables = if self.has_windows() { 2 } else { 1 };
+        position * tables * u64::from(class)
+    }
+
+    /// What a context takes whatever its positions.
+    pub(crate) fn base_need(&self, group: &Range<u32>) -> Need {
         let (n_layer, n_embd) = (u64::from(group.end - group.start), u64::from(self.n_embd()));
         let used = u64::from(self.n_expert_used().max(1));
         let mut row = 4 * self.n_ff() + (5 + used) * n_embd;
@@ -94,9 +122,8 @@ impl Blueprint {
             row += 2 * u64::from(self.n_vocab());
         }
         Need {
-            kv: cells.saturating_mul(class.into()),
+            kv: 0,
             work: CONTEXT_BYTES
-                + tables * u64::from(class)
                 + n_layer * NODES_BYTES * (2 + used)
                 + u64::from(PREFILL_CHUNK) * row * 4,
         }

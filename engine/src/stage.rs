@@ -11,6 +11,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::PREFILL_CHUNK;
 use crate::load::Loaded;
@@ -25,6 +26,10 @@ impl fmt::Display for Slot {
         write!(f, "slot {}", self.0)
     }
 }
+
+/// Sessions of a stage that can run together. Never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Bench(pub u64);
 
 /// Layers that a stage holds: spans in ascending order that do not touch. Holding layer 0 implies the
 /// embedding, holding the last implies the head. Cheap to clone.
@@ -172,6 +177,49 @@ pub trait Stage: Send {
     /// # Errors
     /// Layers that are not held, a context beyond the longest, or no room.
     fn open(&mut self, n_ctx: u32, layers: Range<u32>) -> Result<Slot, EngineError>;
+
+    /// As [`Stage::open`], for a session whose single rows may run together with those of others, where the stage
+    /// can do that: with the same bits as alone, or, where it is `fast`, with others within the noise of the
+    /// model's kernels.
+    ///
+    /// # Errors
+    /// As [`Stage::open`].
+    fn open_beside(
+        &mut self,
+        n_ctx: u32,
+        layers: Range<u32>,
+        fast: bool,
+    ) -> Result<Slot, EngineError> {
+        let _ = fast;
+        self.open(n_ctx, layers)
+    }
+
+    /// Which sessions this one can run together with: those of the same bench. None: it runs alone, and its
+    /// steps as they come. The steps of the others may also be run in parts.
+    fn bench(&self, slot: Slot) -> Option<Bench> {
+        let _ = slot;
+        None
+    }
+
+    /// How long a pass of so many rows of a bench takes, where waiting for so many is worth it: they take at most
+    /// half of what they take one by one. None where it is not, or nothing is known yet.
+    fn worth_waiting(&self, bench: Bench, rows: u32) -> Option<Duration> {
+        let _ = (bench, rows);
+        None
+    }
+
+    /// Runs single rows of different sessions of one bench, each as [`Stage::run`] would. There are as many inputs
+    /// and outs as steps; each step has its result.
+    fn run_rows(
+        &mut self,
+        steps: &[Step],
+        inputs: &[Input<'_>],
+        outs: &mut [Vec<f32>],
+    ) -> Vec<Result<(), EngineError>> {
+        let each = steps.iter().zip(inputs).zip(outs);
+        each.map(|((step, input), out)| self.run(step, input, out))
+            .collect()
+    }
 
     /// Gives a session's KV back. An unknown slot is no error.
     fn close(&mut self, slot: Slot);

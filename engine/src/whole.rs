@@ -47,6 +47,7 @@ impl WholeModel {
         let n_threads = n_threads.clamp(1, 512);
         let options = ContextOptions {
             n_ctx: n_ctx_class,
+            lanes: 1,
             n_batch: PREFILL_CHUNK,
             n_threads,
             enter: 0,
@@ -125,7 +126,9 @@ impl WholeModel {
             });
         }
         if pos0 < self.end {
-            self.context.truncate(pos0).map_err(EngineError::Backend)?;
+            self.context
+                .truncate(0, pos0)
+                .map_err(EngineError::Backend)?;
             self.end = pos0;
         }
         let output = match want {
@@ -134,8 +137,9 @@ impl WholeModel {
             Want::All => Output::All,
             Want::Normed => Output::Normed,
         };
+        let at: Vec<_> = (pos0..pos0 + n_rows).map(|pos| (0, pos)).collect();
         self.context
-            .run(&Rows::Tokens(tokens), tokens.len(), pos0, output, out)
+            .run(&Rows::Tokens(tokens), &at, output, out)
             .map_err(EngineError::Backend)?;
         self.end = pos0 + n_rows;
         Ok(())

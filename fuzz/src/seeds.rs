@@ -110,6 +110,7 @@ fn open() -> Open {
         model: ModelId(Hash([7; 32])),
         n_ctx: 4096,
         dtype: Dtype::Q8_0,
+        numerics: swarm_proto::Numerics::Exact,
         hops: vec![hop(1, 0, 2), hop(2, 2, 300), hop(3, 300, 301)],
         at: 1,
         standbys: Standbys {

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::{EngineError, Input, Loaded, Slot, Stage, StageShape, StageStats, Step, Want};
+use engine::{Bench, EngineError, Input, Loaded, Slot, Stage, StageShape, StageStats, Step, Want};
 use swarm_proto::Measured;
 
 use crate::cpu_share::CpuShare;
@@ -82,6 +82,17 @@ impl<S: Stage> Timed<S> {
             rested: Instant::now(),
         }
     }
+
+    /// Rests, then runs; how long that took, with the rest after it.
+    fn rested<T>(&mut self, run: impl FnOnce(&mut S) -> T) -> (T, Duration) {
+        std::thread::sleep(self.rested.saturating_duration_since(Instant::now()));
+        let start = Instant::now();
+        let ran = run(&mut self.stage);
+        let took = start.elapsed();
+        let rest = self.share.rest(took);
+        self.rested = Instant::now() + rest;
+        (ran, took + rest)
+    }
 }
 
 impl<S: Stage> Stage for Timed<S> {
@@ -91,6 +102,23 @@ impl<S: Stage> Stage for Timed<S> {
 
     fn open(&mut self, n_ctx: u32, layers: Range<u32>) -> Result<Slot, EngineError> {
         self.stage.open(n_ctx, layers)
+    }
+
+    fn open_beside(
+        &mut self,
+        n_ctx: u32,
+        layers: Range<u32>,
+        fast: bool,
+    ) -> Result<Slot, EngineError> {
+        self.stage.open_beside(n_ctx, layers, fast)
+    }
+
+    fn bench(&self, slot: Slot) -> Option<Bench> {
+        self.stage.bench(slot)
+    }
+
+    fn worth_waiting(&self, bench: Bench, rows: u32) -> Option<Duration> {
+        self.stage.worth_waiting(bench, rows)
     }
 
     fn close(&mut self, slot: Slot) {
@@ -103,16 +131,22 @@ impl<S: Stage> Stage for Timed<S> {
         input: &Input<'_>,
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError> {
-        std::thread::sleep(self.rested.saturating_duration_since(Instant::now()));
-        let start = Instant::now();
-        let ran = self.stage.run(step, input, out);
-        let took = start.elapsed();
-        let rest = self.share.rest(took);
-        self.rested = Instant::now() + rest;
+        let (ran, took) = self.rested(|stage| stage.run(step, input, out));
         if ran.is_ok() && step.n_rows == 1 {
-            self.speed.step(step.layers.len(), took + rest);
+            self.speed.step(step.layers.len(), took);
         }
         ran
+    }
+
+    fn run_rows(
+        &mut self,
+        steps: &[Step],
+        inputs: &[Input<'_>],
+        outs: &mut [Vec<f32>],
+    ) -> Vec<Result<(), EngineError>> {
+        // What a token waits for is a pass, however many rows are in it, but its cost is that of one row: others
+        // reckon with a stage that has nothing else to do.
+        self.rested(|stage| stage.run_rows(steps, inputs, outs)).0
     }
 
     fn add(&mut self, loaded: Loaded) -> Result<(), EngineError> {

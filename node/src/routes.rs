@@ -18,7 +18,8 @@ use shard_registry::{
     },
 };
 use swarm_proto::{
-    Advert, Dtype, Hop, LayerRange, ModelId, Peer, Standby, Standbys, session::STANDBYS_MAX,
+    Advert, Dtype, Hop, LayerRange, ModelId, Numerics, Peer, Standby, Standbys,
+    session::STANDBYS_MAX,
 };
 use tokio::{
     sync::watch,
@@ -121,6 +122,8 @@ pub struct SessionSpec {
     pub n_ctx: u32,
     /// How hidden states travel between hops.
     pub dtype: Dtype,
+    /// What may be done with its numbers.
+    pub numerics: Numerics,
     /// Peers not to use.
     pub avoid: Vec<Peer>,
     /// Whether other holders of the hops' layers are fed along, to take over at once.
@@ -146,6 +149,7 @@ impl SessionSpec {
             n_vocab: manifest.n_vocab,
             n_ctx,
             dtype: Dtype::F32,
+            numerics: Numerics::Exact,
             avoid: Vec::new(),
             standby: true,
             batch: exact_batch(manifest.tensors.iter().map(|tensor| tensor.ty)),
@@ -240,6 +244,7 @@ impl Routes {
             n_ctx: spec.n_ctx,
             dtype: spec.dtype,
             n_embd: spec.n_embd,
+            numerics: spec.numerics,
             n_vocab: spec.n_vocab,
         };
         let opened = self

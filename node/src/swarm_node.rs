@@ -521,6 +521,7 @@ mod tests {
             dtype: Dtype::F32,
             n_embd: shape.n_embd,
             n_vocab: shape.n_vocab,
+            numerics: swarm_proto::Numerics::Exact,
         };
         let hop = Hop {
             peer: node.peer(),

@@ -328,7 +328,7 @@ async fn a_protocol_not_offered_is_a_version_mismatch_that_says_what_is() {
         )
         .await;
     let refused = refused.expect_err("no session protocol there").to_string();
-    assert!(refused.contains("/shoal/t/session/1"), "{refused}");
+    assert!(refused.contains("/shoal/t/session/2"), "{refused}");
     assert!(refused.contains("/shoal/t/fetch/1"), "{refused}");
 }
 

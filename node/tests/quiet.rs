@@ -82,6 +82,7 @@ async fn visit(client: &Net, server: &Net, closes: bool) {
         n_ctx: 64,
         dtype: Dtype::F32,
         n_embd: 8,
+        numerics: swarm_proto::Numerics::Exact,
         n_vocab: N_VOCAB,
     };
     let hop = Hop {

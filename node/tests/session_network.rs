@@ -81,6 +81,7 @@ async fn open(client: &Net, nodes: &[Node], n_ctx: u32) -> ClientSession {
         n_ctx,
         dtype: Dtype::F32,
         n_embd: nodes[0].worker.shape().n_embd,
+        numerics: swarm_proto::Numerics::Exact,
         n_vocab: nodes[0].worker.shape().n_vocab,
     };
     opener.open_route(kind, route(nodes)).await.unwrap()

@@ -32,8 +32,8 @@ pub use protocol::PROTOCOL_VERSION;
 pub use publisher::{ModelSignature, ModelSignatureError};
 pub use session::{
     Answer, Attach, Content, Down, Dtype, DtypeError, Epoch, Failure, FailureCode, Fault, Form,
-    Hop, Logits, LogitsForm, Open, ROWS_MAX, Rows, SessionId, Standby, Standbys, TraceParent, Up,
-    Want, WantRows,
+    Hop, Logits, LogitsForm, Numerics, NumericsError, Open, ROWS_MAX, Rows, SessionId, Standby,
+    Standbys, TraceParent, Up, Want, WantRows,
 };
 pub use span::{LayerRange, LayerRangeError};
 pub use ticket::{Ticket, TicketError};

@@ -128,6 +128,55 @@ impl std::str::FromStr for Dtype {
     }
 }
 
+/// What may be done with the numbers of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Encode, Decode)]
+#[serde(rename_all = "lowercase")]
+pub enum Numerics {
+    /// Each row has the bits that it has alone.
+    #[default]
+    Exact,
+    /// Its rows may run with those of other sessions, and in other portions, also where the kernels of the model's
+    /// types then give other bits, within their noise.
+    Fast,
+}
+
+impl Numerics {
+    /// As the user writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Numerics::Exact => "exact",
+            Numerics::Fast => "fast",
+        }
+    }
+}
+
+impl fmt::Display for Numerics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Why a text names no numerics.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not a kind of numerics: exact or fast")]
+pub struct NumericsError {
+    /// What was given, shortened.
+    pub text: String,
+}
+
+impl std::str::FromStr for Numerics {
+    type Err = NumericsError;
+
+    fn from_str(text: &str) -> Result<Self, NumericsError> {
+        [Numerics::Exact, Numerics::Fast]
+            .into_iter()
+            .find(|numerics| numerics.name() == text)
+            .ok_or_else(|| NumericsError {
+                text: text.chars().take(32).collect(),
+            })
+    }
+}
+
 /// A W3C trace parent without its text form: version, trace id, span id, flags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct TraceParent(pub [u8; 25]);
@@ -241,6 +290,8 @@ pub struct Open {
     pub n_ctx: u32,
     /// How hidden states are written between hops.
     pub dtype: Dtype,
+    /// What may be done with its numbers.
+    pub numerics: Numerics,
     /// The whole route.
     pub hops: Vec<Hop>,
     /// Which hop this message is for.

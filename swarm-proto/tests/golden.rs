@@ -42,6 +42,7 @@ fn session_messages() {
         model: ModelId(Hash([0xab; 32])),
         n_ctx: 1024,
         dtype: Dtype::Q8_0,
+        numerics: Numerics::Fast,
         hops: vec![hop(1, "0..2"), hop(2, "2..300")],
         at: 1,
         standbys: Standbys {
@@ -57,7 +58,7 @@ fn session_messages() {
     };
     let addr = "12 2f6970342f312e322e332e342f7463702f39";
     let expected = format!(
-        "00 {S} 01 07 01 {} {} fb0004 02 02 {} 01 {addr} 00 02 {} 01 {addr} 02 fb2c01 01 \
+        "00 {S} 01 07 01 {} {} fb0004 02 01 02 {} 01 {addr} 00 02 {} 01 {addr} 02 fb2c01 01 \
          01 01 {} 01 {addr} 10 01 01 {} {} 01",
         "cc".repeat(32),
         "ab".repeat(32),
@@ -283,16 +284,16 @@ const TICKET: &str = "shoal192fa9Qn7g8GLekJ7URzchB9G3A4BnBic3Ri7m3QUnkK778CAhZWa
 fn names() {
     let swarm: SwarmId = "home".parse().unwrap();
     let model = ModelId(Hash([0xab; 32]));
-    assert_eq!(swarm.session_protocol(), "/shoal/home/session/1");
-    assert_eq!(swarm.answer_protocol(), "/shoal/home/answer/1");
-    assert_eq!(swarm.fetch_protocol(), "/shoal/home/fetch/1");
-    assert_eq!(swarm.transfer_protocol(), "/shoal/home/transfer/1");
-    assert_eq!(swarm.kad_protocol(), "/shoal/home/kad/1");
-    assert_eq!(swarm.identify_protocol(), "/shoal/home/1");
-    assert_eq!(swarm.advert_topic(), "shoal/home/adverts/1");
+    assert_eq!(swarm.session_protocol(), "/shoal/home/session/2");
+    assert_eq!(swarm.answer_protocol(), "/shoal/home/answer/2");
+    assert_eq!(swarm.fetch_protocol(), "/shoal/home/fetch/2");
+    assert_eq!(swarm.transfer_protocol(), "/shoal/home/transfer/2");
+    assert_eq!(swarm.kad_protocol(), "/shoal/home/kad/2");
+    assert_eq!(swarm.identify_protocol(), "/shoal/home/2");
+    assert_eq!(swarm.advert_topic(), "shoal/home/adverts/2");
     assert_eq!(
         swarm.model_advert_topic(&model),
-        format!("shoal/home/adverts/1/{model}")
+        format!("shoal/home/adverts/2/{model}")
     );
     // The libp2p specification's form: base58 of an identity multihash of the protobuf key.
     let peer = Peer([1; 32]);

@@ -152,6 +152,7 @@ fn open(layers: &[(u16, u16)]) -> Open {
         model: ModelId(Hash([0; 32])),
         n_ctx: 16,
         dtype: Dtype::F32,
+        numerics: swarm_proto::Numerics::Exact,
         hops: layers.iter().map(hop).collect(),
         at: 0,
         standbys: Standbys::default(),

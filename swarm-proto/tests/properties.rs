@@ -55,6 +55,7 @@ prop_compose! {
             model: ModelId(Hash(model)),
             n_ctx,
             dtype: [Dtype::F32, Dtype::Bf16, Dtype::Q8_0][epoch as usize % 3],
+            numerics: [Numerics::Exact, Numerics::Fast][epoch as usize % 2],
             at: at.index(hops.len()) as u8,
             hops,
             standbys: Standbys::default(),

@@ -139,7 +139,11 @@ async fn a_crowd_that_comes_and_goes_leaves_nothing_behind() -> Result<()> {
     let lasting = Duration::from_secs(number("SHOAL_CROWD_S", 8));
     let mut swarm = serve("demo", &["0..4", "4..8"], &["--metrics", "0"]).await?;
     swarm.client("client").until_covered(8, PATIENCE).await?;
-    let api = Api::start(&swarm.client("api"), &["--queue", "1", "--requests", "32"]).await?;
+    let api = Api::start(
+        &swarm.client("api"),
+        &["--queue", "1", "--requests", "32", "--keep", "0"],
+    )
+    .await?;
     let api = Arc::new(api);
     let ready = async || {
         let health = api.get("/health").await.ok()?.json(200).ok()?;

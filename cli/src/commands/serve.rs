@@ -80,7 +80,8 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let joined = args.swarm.join_early(args.session.trusted(), LOG);
     let member = interrupt.or_end(joined).await?;
     let travel = args.session.travel.clone();
-    let serving = Serving::new(member, travel, args.model.clone(), args.api.queue());
+    let (model, http) = (args.model.clone(), &args.api);
+    let serving = Serving::new(member, travel, model, http.queue(), http.keep());
     let serving = Arc::new(serving);
     let models = Arc::clone(&serving) as Arc<dyn api::Models>;
     let bound = Server::bind(config, models).await;
@@ -92,6 +93,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         supervisor::stopping();
     };
     server.run(told).await;
+    serving.forget().await;
     if let Some(serving) = Arc::into_inner(serving) {
         serving.member.leave().await;
     }

@@ -1,5 +1,6 @@
-//! A context: one model, one session, its KV.
+//! A context: one model, the KV of one session or of several, a lane each.
 
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -11,8 +12,10 @@ use super::{Model, log};
 /// How a context is made.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ContextOptions {
-    /// Positions.
+    /// Positions of each lane.
     pub n_ctx: u32,
+    /// Sequences that lie side by side, each with a KV of its own, at most [`LANES_MAX`].
+    pub lanes: u32,
     /// Most rows in a call.
     pub n_batch: u32,
     /// Compute threads.
@@ -23,6 +26,11 @@ pub(crate) struct ContextOptions {
     /// computed. `None`: logits.
     pub leave: Option<u32>,
 }
+
+/// Most lanes of a context. The repacked kernels of most quantised types take rows by four, and four of them
+/// cost less than two; only lanes that follow each other run in one call, and among four there are few gaps.
+/// One where memory that nobody uses cannot be given back: there each lane would be paid for.
+pub(crate) const LANES_MAX: u32 = if cfg!(target_os = "linux") { 4 } else { 1 };
 
 /// What a call computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,8 +89,8 @@ struct Batch {
     seq_id: Vec<*mut i32>,
     output: Vec<i8>,
     token: Vec<i32>,
-    /// What every element of `seq_id` points to.
-    _zero: Shared<i32>,
+    /// What the elements of `seq_id` point to: the numbers of the lanes.
+    ids: Vec<Shared<i32>>,
 }
 
 /// An owned `llama_context`.
@@ -98,6 +106,9 @@ pub(crate) struct Context {
     /// Whether rows behind the last norm are as long.
     one_width: bool,
     n_vocab: usize,
+    lanes: u32,
+    /// Where keys and values lie, lane after lane; empty with one lane.
+    kv: Vec<Range<usize>>,
     // Both outlive `ptr`: dropped after it, in order of declaration.
     _model: Model,
     _threads: Arc<ThreadPool>,
@@ -117,7 +128,7 @@ pub(crate) enum Rows<'a> {
 }
 
 impl Context {
-    /// A context for one sequence.
+    /// A context, empty. Lanes that nobody uses take no memory.
     pub(crate) fn new(
         model: &Model,
         options: &ContextOptions,
@@ -126,9 +137,11 @@ impl Context {
         log::clear();
         let n_layer = model.n_layer();
         let enter = options.enter.checked_sub(1);
-        let tap = (enter.is_some() || options.leave.is_some())
-            .then(|| Shared::new(Tap::new(enter, options.leave)));
-        if tap.is_some() && n_layer > LAYERS_MAX {
+        let inside = enter.is_some() || options.leave.is_some();
+        let lanes = options.lanes.clamp(1, LANES_MAX);
+        // With several lanes also to see where they lie.
+        let tap = (inside || lanes > 1).then(|| Shared::new(Tap::new(enter, options.leave)));
+        if inside && n_layer > LAYERS_MAX {
             return Err(format!("a model of {n_layer} layers is not entered inside"));
         }
         // Only the last layer computes no more rows than are declared as outputs.
@@ -138,11 +151,13 @@ impl Context {
         };
         // SAFETY: no arguments.
         let mut params = unsafe { sys::llama_context_default_params() };
-        params.n_ctx = options.n_ctx;
+        params.n_ctx = options.n_ctx.saturating_mul(lanes);
         params.n_batch = options.n_batch;
         params.n_ubatch = options.n_batch;
-        params.n_outputs_max = u32::from(tapped == Output::Last);
-        params.n_seq_max = 1;
+        // At least one for each lane, or it aborts.
+        params.n_outputs_max = if tapped == Output::Last { lanes } else { 0 };
+        params.n_seq_max = lanes;
+        params.kv_unified = false;
         params.n_threads = options.n_threads as i32;
         params.n_threads_batch = options.n_threads as i32;
         params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_ENABLED;
@@ -163,18 +178,52 @@ impl Context {
         let pool = threads.ptr.as_ptr();
         // SAFETY: both live, and the pool outlives the context.
         unsafe { sys::llama_attach_threadpool(ptr.as_ptr(), pool, pool) };
-        Ok(Context {
+        let mut context = Context {
             ptr,
             tap,
             tapped,
             normed: false,
-            batch: Batch::new(options.n_batch as usize),
+            batch: Batch::new(options.n_batch as usize, lanes),
             n_embd: model.n_embd() as usize,
             one_width: model.n_embd_out() == model.n_embd(),
             n_vocab: model.n_vocab() as usize,
+            lanes,
+            kv: Vec::new(),
             _model: Arc::clone(model),
             _threads: Arc::clone(threads),
-        })
+        };
+        if lanes > 1 {
+            context.find_lanes()?;
+            (0..lanes).for_each(|lane| context.release(lane));
+        }
+        Ok(context)
+    }
+
+    /// llama.cpp does not say where keys and values lie, but shows them to the evaluation callback: one row is
+    /// computed to see them.
+    fn find_lanes(&mut self) -> Result<(), String> {
+        let row = vec![0.0; self.n_embd];
+        let Some(tap) = self.tap.as_ref().map(Shared::as_ptr) else {
+            return Ok(());
+        };
+        // SAFETY: ours, and no call is in progress that would touch it.
+        unsafe { (*tap).look() };
+        let decoded = self.decode(&Rows::Hidden(&row), &[(0, 0)], Output::None);
+        // SAFETY: the context lives; after this nothing computes.
+        unsafe { sys::llama_synchronize(self.ptr.as_ptr()) };
+        // SAFETY: ours, and the call is over.
+        self.kv = unsafe { (*tap).looked() };
+        decoded?;
+        self.truncate(0, 0)
+    }
+
+    /// Gives the memory of an empty lane back to the system; it is taken again as it is used.
+    pub(crate) fn release(&self, lane: u32) {
+        for range in &self.kv {
+            let len = range.len() / self.lanes as usize;
+            let start = range.start + len * lane as usize;
+            super::give_back(start..start + len);
+        }
     }
 
     /// The model it is of.
@@ -187,17 +236,17 @@ impl Context {
         self.n_vocab as u32
     }
 
-    /// Drops every position from `pos` on.
-    pub(crate) fn truncate(&mut self, pos: u32) -> Result<(), String> {
+    /// Drops every position of a lane from `pos` on.
+    pub(crate) fn truncate(&mut self, lane: u32, pos: u32) -> Result<(), String> {
         // SAFETY: the context lives.
         let memory = unsafe { sys::llama_get_memory(self.ptr.as_ptr()) };
-        if pos == 0 {
+        if pos == 0 && self.lanes == 1 {
             // SAFETY: the memory is the context's.
             unsafe { sys::llama_memory_clear(memory, false) };
             return Ok(());
         }
         // SAFETY: the memory is the context's.
-        let done = unsafe { sys::llama_memory_seq_rm(memory, 0, pos as i32, -1) };
+        let done = unsafe { sys::llama_memory_seq_rm(memory, lane as i32, pos as i32, -1) };
         if done {
             Ok(())
         } else {
@@ -205,16 +254,17 @@ impl Context {
         }
     }
 
-    /// Runs `n_rows` rows from position `pos0` on; `out` is replaced by the rows
-    /// asked for: hidden ones behind a layer (always all), or behind the last norm, else logits.
+    /// Runs rows, each given by its lane and its position: those of one lane, one after the other, or one each
+    /// of lanes that follow each other, in their order. `out` is replaced by the rows asked for: hidden ones
+    /// behind a layer (always all), or behind the last norm, else logits.
     pub(crate) fn run(
         &mut self,
         rows: &Rows<'_>,
-        n_rows: usize,
-        pos0: u32,
+        at: &[(u32, u32)],
         output: Output,
         out: &mut Vec<f32>,
     ) -> Result<(), String> {
+        let n_rows = at.len();
         let (len, expected) = match rows {
             Rows::Tokens(tokens) => (tokens.len(), n_rows),
             Rows::Hidden(rows) => (rows.len(), n_rows.saturating_mul(self.n_embd)),
@@ -224,19 +274,22 @@ impl Context {
             let why = format!("{len} values for {n_rows} rows, at most {n_batch} are possible");
             return Err(why);
         }
+        if at.iter().any(|(lane, _)| *lane >= self.lanes) {
+            return Err(format!("a lane beyond {}", self.lanes));
+        }
         log::clear();
         if !self.leaves() {
             self.keep_normed(output == Output::Normed);
         }
         let Some(tap) = &self.tap else {
-            self.decode(rows, n_rows, pos0, output)?;
+            self.decode(rows, at, output)?;
             return self.take(n_rows, output, out);
         };
         let tap = tap.as_ptr();
         // SAFETY: ours, and no call is in progress that would touch it.
         unsafe { (*tap).begin(rows, out) };
         let output = if self.leaves() { self.tapped } else { output };
-        let decoded = self.decode(rows, n_rows, pos0, output);
+        let decoded = self.decode(rows, at, output);
         // SAFETY: as above.
         let taken = unsafe { (*tap).end(out) };
         decoded?;
@@ -256,15 +309,9 @@ impl Context {
             .is_some_and(|tap| unsafe { (*tap.as_ptr()).leaves() })
     }
 
-    fn decode(
-        &mut self,
-        rows: &Rows<'_>,
-        n_rows: usize,
-        pos0: u32,
-        output: Output,
-    ) -> Result<(), String> {
-        let batch = self.batch.fill(rows, n_rows, pos0, output);
-        // SAFETY: the batch's arrays have `n_rows` elements, its rows `n_embd`
+    fn decode(&mut self, rows: &Rows<'_>, at: &[(u32, u32)], output: Output) -> Result<(), String> {
+        let batch = self.batch.fill(rows, at, output);
+        // SAFETY: the batch's arrays have as many elements as rows, its rows `n_embd`
         // each (checked by `run`); they live through the call, which does not
         // write to them.
         let status = unsafe { sys::llama_decode(self.ptr.as_ptr(), batch) };
@@ -345,29 +392,24 @@ impl Drop for Context {
 }
 
 impl Batch {
-    fn new(n: usize) -> Batch {
-        let zero = Shared::new(0i32);
-        let seq_id = vec![zero.as_ptr(); n];
+    fn new(n: usize, lanes: u32) -> Batch {
+        let ids: Vec<_> = (0..lanes as i32).map(Shared::new).collect();
         Batch {
             pos: vec![0; n],
             n_seq_id: vec![1; n],
-            seq_id,
+            seq_id: vec![std::ptr::null_mut(); n],
             output: vec![0; n],
             token: Vec::new(),
-            _zero: zero,
+            ids,
         }
     }
 
-    /// The C view of `n_rows` rows, which fit.
-    fn fill(
-        &mut self,
-        rows: &Rows<'_>,
-        n_rows: usize,
-        pos0: u32,
-        output: Output,
-    ) -> sys::llama_batch {
-        for (i, pos) in self.pos.iter_mut().enumerate().take(n_rows) {
-            *pos = pos0 as i32 + i as i32;
+    /// The C view of rows that fit, in lanes that there are.
+    fn fill(&mut self, rows: &Rows<'_>, at: &[(u32, u32)], output: Output) -> sys::llama_batch {
+        let n_rows = at.len();
+        for (i, (lane, pos)) in at.iter().enumerate() {
+            self.pos[i] = *pos as i32;
+            self.seq_id[i] = self.ids[*lane as usize].as_ptr();
         }
         let all = matches!(output, Output::All | Output::Normed);
         self.output.fill(i8::from(all));
@@ -415,6 +457,7 @@ mod tests {
         for (enter, leave) in [(0, None), (1, None), (0, Some(1)), (1, Some(2))] {
             let options = ContextOptions {
                 n_ctx: 256,
+                lanes: 1,
                 n_batch: 4,
                 n_threads: 1,
                 enter,
@@ -422,8 +465,10 @@ mod tests {
             };
             let mut context = Context::new(&model, &options, &threads).unwrap();
             let mut out = Vec::new();
-            let mut run =
-                |rows: Rows<'_>, n_rows| context.run(&rows, n_rows, 0, Output::All, &mut out);
+            let mut run = |rows: Rows<'_>, n_rows: u32| {
+                let at: Vec<_> = (0..n_rows).map(|pos| (0, pos)).collect();
+                context.run(&rows, &at, Output::All, &mut out)
+            };
             for (len, n_rows) in [(n_embd - 1, 1), (n_embd + 1, 1), (2 * n_embd, 1), (0, 0)] {
                 assert!(run(Rows::Hidden(&rows[..len]), n_rows).is_err(), "{len}");
             }

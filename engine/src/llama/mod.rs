@@ -15,7 +15,7 @@ mod sampler;
 mod tap;
 mod vocab;
 
-pub(crate) use context::{Context, ContextOptions, Output, Rows, ThreadPool};
+pub(crate) use context::{Context, ContextOptions, LANES_MAX, Output, Rows, ThreadPool};
 pub(crate) use experts::{ExpertCpu, ExpertDevice, ExpertWeights, Job};
 pub(crate) use model::{FileModel, Model};
 pub(crate) use pooled::pooled;
@@ -77,6 +77,14 @@ pub(crate) fn use_huge_pages(model: &Model) {
     pages::use_huge_pages(model);
     #[cfg(not(target_os = "linux"))]
     let _ = model;
+}
+
+/// Gives memory of keys and values that no position refers to back to the system, where that is possible.
+fn give_back(range: std::ops::Range<usize>) {
+    #[cfg(target_os = "linux")]
+    pages::give_back(range);
+    #[cfg(not(target_os = "linux"))]
+    drop(range);
 }
 
 /// A description of a backend device: name, what it is, free and total bytes.

@@ -1,8 +1,11 @@
-//! Huge pages for weights: a decoded token reads every weight once, and in
+//! Pages of memory: huge ones for weights, none for what nobody uses.
+//!
+//! A decoded token reads every weight once, and in
 //! pages of 4 KiB the processor spends a tenth of that time on addresses.
 //!
 //! llama.cpp does not say where a model's tensors lie, but shows each to the
-//! evaluation callback: one row is computed to see them. Linux only; wherever
+//! evaluation callback: one row is computed to see them. Keys and values that nobody uses go back to the
+//! system, and are zeros when they come again. Linux only; wherever
 //! the kernel does not follow, weights stay where they are.
 
 use std::ffi::{c_int, c_void};
@@ -18,12 +21,17 @@ const STRETCH_MIN: usize = 2 << 20;
 /// Tensors of one buffer lie closer than this.
 const GAP_MAX: usize = 4096;
 
-/// Largest ordinary page there is.
+/// Smallest page there is,
+const PAGE_MIN: usize = 4 << 10;
+/// and the largest ordinary one.
 const PAGE_MAX: usize = 64 << 10;
 
 unsafe extern "C" {
     fn madvise(address: *mut c_void, len: usize, advice: c_int) -> c_int;
 }
+/// Takes whole private pages back; the next to touch them finds zeros.
+const MADV_DONTNEED: c_int = 4;
+
 /// Moves what is there into huge pages, now; since Linux 6.1. Unlike
 /// `MADV_HUGEPAGE` it leaves no mark on the addresses: what the allocator puts
 /// there after the weights would grow by it.
@@ -41,6 +49,26 @@ pub(crate) fn use_huge_pages(model: &Model) {
             let why = std::io::Error::last_os_error();
             tracing::debug!(%why, "weights stay in small pages");
         }
+    }
+}
+
+/// Gives whole pages within `range` back to the system. What it holds is zeros after this, or as it was.
+///
+/// The caller owns `range` as a live part of keys and values that no position refers to.
+pub(super) fn give_back(range: Range<usize>) {
+    let (start, end) = (
+        range.start.next_multiple_of(PAGE_MIN),
+        range.end / PAGE_MIN * PAGE_MIN,
+    );
+    if start >= end {
+        return;
+    }
+    // SAFETY: whole pages inside a live buffer of ours whose bytes nobody relies on: zeros are as good. Where
+    // pages are larger than these the call fails, and nothing changes.
+    let failed = unsafe { madvise(start as *mut c_void, end - start, MADV_DONTNEED) };
+    if failed != 0 {
+        let why = std::io::Error::last_os_error();
+        tracing::debug!(%why, "memory of closed sessions stays");
     }
 }
 

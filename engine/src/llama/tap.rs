@@ -8,6 +8,7 @@
 //! ```
 
 use std::ffi::c_void;
+use std::ops::Range;
 use std::ptr::NonNull;
 
 use llama_cpp_sys_2 as sys;
@@ -60,6 +61,8 @@ pub(super) struct Tap {
     rows: Vec<f32>,
     entered: bool,
     left: bool,
+    /// Where keys and values lie, while a call looks for them.
+    kv: Option<Vec<Range<usize>>>,
 }
 
 impl Tap {
@@ -74,7 +77,18 @@ impl Tap {
             rows: Vec::new(),
             entered: false,
             left: false,
+            kv: None,
         }
+    }
+
+    /// Before a call that computes every layer, to see where keys and values are written.
+    pub(super) fn look(&mut self) {
+        self.kv = Some(Vec::new());
+    }
+
+    /// After it: what was seen.
+    pub(super) fn looked(&mut self) -> Vec<Range<usize>> {
+        self.kv.take().unwrap_or_default()
     }
 
     /// Whether rows leave behind a layer.
@@ -147,6 +161,23 @@ unsafe fn bytes_of_f32(tensor: *const sys::ggml_tensor) -> Option<usize> {
     is_f32.then(|| unsafe { sys::ggml_nbytes(tensor) })
 }
 
+/// The bytes of the whole tensor that this one writes rows into: keys or values, for nothing else is written so.
+///
+/// # Safety
+/// `tensor` is live, and its graph allocated.
+unsafe fn written(tensor: *const sys::ggml_tensor) -> Option<Range<usize>> {
+    // SAFETY: the caller's promise.
+    let (op, whole) = unsafe { ((*tensor).op, (*tensor).view_src) };
+    if op != sys::GGML_OP_SET_ROWS || whole.is_null() {
+        return None;
+    }
+    // SAFETY: a view's source lives as long as the view.
+    let start = unsafe { (*whole).data } as usize;
+    // SAFETY: as above.
+    let len = unsafe { sys::ggml_nbytes(whole) };
+    Some(start..start + len)
+}
+
 /// Asked about each tensor, in order, before any is computed, and about the one
 /// it wanted after. Switches off what lies before the first layer and ends the
 /// graph behind the last: llama.cpp computes neither, nor norm nor head.
@@ -161,6 +192,13 @@ pub(super) unsafe extern "C" fn on_tensor(
     // SAFETY: set by `Context::new` to what lives as long; nothing else touches
     // it during a call.
     let tap = unsafe { &mut *tap.cast::<Tap>() };
+    if let Some(kv) = &mut tap.kv {
+        if ask {
+            // SAFETY: ggml passes a live tensor of an allocated graph.
+            kv.extend(unsafe { written(tensor) });
+        }
+        return !ask;
+    }
     // SAFETY: ggml passes a live tensor; its name has 64 bytes. Compared as a
     // word: this is called some thirty times a layer and token.
     let name = unsafe { *(&raw const (*tensor).name).cast::<Name>() };

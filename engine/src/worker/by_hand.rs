@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
-use super::{Item, Runner};
+use super::Job;
+use super::queue::Taken;
+use super::runner::Runner;
 
 /// What runs a worker that was made by [`super::Worker::by_hand`]. Dropping it is the death of the
 /// stage: whoever waits for it is told so.
 pub struct WorkerByHand {
     runner: Runner,
-    taken: Option<Item>,
+    taken: Option<Taken>,
 }
 
 impl WorkerByHand {
@@ -22,19 +24,22 @@ impl WorkerByHand {
     /// Takes the next item off the queue, as the thread would: from now on it cannot be taken back.
     /// How many rows times layers it runs, 0 for anything else; `None` where nothing waits.
     pub fn take(&mut self) -> Option<u64> {
-        let item = self.runner.shared.lock().take()?;
-        let cells = match &item {
-            Item::Run { job, .. } => u64::from(job.step.n_rows) * job.step.layers.len() as u64,
-            _ => 0,
+        let taken = self.runner.shared.lock().take(None, &|_, _| None);
+        let cells = |job: &Job| u64::from(job.step.n_rows) * job.step.layers.len() as u64;
+        let cells = match &taken {
+            Taken::Nothing | Taken::Wait(_) => return None,
+            Taken::Item(_) => 0,
+            Taken::Rows(runs) => runs.iter().map(|run| cells(&run.job)).sum(),
+            Taken::Long(run, _) => cells(&run.job),
         };
-        self.taken = Some(item);
+        self.taken = Some(taken);
         Some(cells)
     }
 
     /// Runs what was taken, and says that it took so long.
     pub fn run(&mut self, took: Duration) {
-        if let Some(item) = self.taken.take()
-            && self.runner.handle(item, Some(took)).is_err()
+        if let Some(taken) = self.taken.take()
+            && self.runner.handle(taken, Some(took)).is_err()
         {
             self.runner.die();
         }
@@ -49,8 +54,8 @@ impl WorkerByHand {
 
 impl Drop for WorkerByHand {
     fn drop(&mut self) {
-        if let Some(item) = self.taken.take() {
-            item.stopped();
+        if let Some(taken) = self.taken.take() {
+            taken.stopped();
         }
         self.runner.stop();
     }
@@ -65,7 +70,7 @@ mod tests {
     use super::*;
     use crate::chain::ChainStage;
     use crate::stage::{EngineError, Slot, Step, Want};
-    use crate::worker::{Done, Job, Reply, Rows, Worker};
+    use crate::worker::{Done, Reply, Rows, Worker};
 
     #[test]
     fn steps_run_when_the_hand_says_so_and_take_what_it_says() {

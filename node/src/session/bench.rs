@@ -203,6 +203,7 @@ async fn steps(
         n_ctx,
         dtype: Dtype::F32,
         n_embd,
+        numerics: swarm_proto::Numerics::Exact,
         n_vocab: N_VOCAB,
     };
     let mut session = opener.open_route(kind, route).await?;

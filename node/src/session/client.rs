@@ -22,8 +22,8 @@ use std::{
 
 use engine::PREFILL_CHUNK;
 use swarm_proto::{
-    Answer, Content, Down, Dtype, Epoch, Failure, FailureCode, Fault, Form, ModelId, Rows,
-    SessionId, Up, Want, WantRows,
+    Answer, Content, Down, Dtype, Epoch, Failure, FailureCode, Fault, Form, ModelId, Numerics,
+    Rows, SessionId, Up, Want, WantRows,
 };
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
@@ -66,6 +66,7 @@ pub struct ClientSession {
     /// Who stands by for the first hop.
     standby: Option<Follower>,
     dtype: Dtype,
+    numerics: Numerics,
     n_ctx: u32,
     shape: Shape,
     deadlines: Deadlines,
@@ -138,6 +139,7 @@ pub(super) struct Opened {
     pub(super) route: Route,
     pub(super) standby: Option<Follower>,
     pub(super) dtype: Dtype,
+    pub(super) numerics: Numerics,
     pub(super) n_ctx: u32,
     pub(super) shape: Shape,
     pub(super) deadlines: Deadlines,
@@ -156,6 +158,7 @@ impl ClientSession {
             route: o.route,
             standby: o.standby,
             dtype: o.dtype,
+            numerics: o.numerics,
             n_ctx: o.n_ctx,
             shape: o.shape,
             deadlines: o.deadlines,

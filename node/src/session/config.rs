@@ -84,7 +84,8 @@ pub struct SessionLimits {
     /// Sessions at once, over all clients: each holds KV, a task and three stream buffers.
     pub sessions_max: usize,
     /// Sessions at once that one peer opens in the name of one client, so that one client cannot
-    /// take them all. On the first hop the two are the same peer.
+    /// take them all: most of them, for `shoal serve` is one client with many users. Owners have their turns on
+    /// the stage one after the other, however many sessions each has. On the first hop the two are the same peer.
     pub per_client_max: usize,
     /// Sessions at once that one peer opens here, in whose name soever: only the first hop knows
     /// that a client is who it says, so a member could invent clients. A busy first hop sends
@@ -120,13 +121,13 @@ impl Default for SessionLimits {
     fn default() -> Self {
         Self {
             sessions_max: 64,
-            per_client_max: 16,
+            per_client_max: 48,
             per_upstream_max: 48,
             frames_in_flight: 4,
             parked_max: 256,
             retained_memory: 512 << 20,
             retained_disk: 4 << 30,
-            parked_per_client_max: 32,
+            parked_per_client_max: 96,
             deadlines: Deadlines::default(),
         }
     }

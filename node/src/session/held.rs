@@ -35,6 +35,8 @@ use super::{
 
 /// How long who needs room waits for a session to give way.
 const GIVE_WAY: Duration = Duration::from_secs(1);
+/// A session without work for so long may give way to one that has some.
+const REST: Duration = Duration::from_secs(5);
 /// Openings that may wait for a session's task: a client that is in a hurry sends one, then another.
 const COMEBACKS_MAX: usize = 2;
 
@@ -75,6 +77,8 @@ enum Idle {
     StandingBy,
     /// It is kept for a client who may come back.
     Kept,
+    /// Its client has not asked for anything for a while; it is there, and can compute it again.
+    Resting,
     /// It runs, or is about to.
     No,
 }
@@ -268,13 +272,38 @@ impl Held {
         } else {
             Idle::No
         });
-        let end = tokio::select! {
-            biased;
-            end = self.relay.run() => end,
-            Some(come) = self.comebacks.recv() => return come.into(),
-            () = self.desk.give_way.cancelled(), if standing_by => return self.give_way(),
-        };
-        self.after(end)
+        let mut resting = false;
+        loop {
+            let end = tokio::select! {
+                biased;
+                end = self.relay.run() => end,
+                Some(come) = self.comebacks.recv() => return come.into(),
+                () = self.desk.give_way.cancelled(), if standing_by => return self.give_way(),
+                () = self.desk.give_way.cancelled(), if resting => return self.rest_is_over(),
+                () = sleep(REST), if !standing_by => {
+                    resting = self.relay.rests(REST);
+                    let idle = if resting { Idle::Resting } else { Idle::No };
+                    if !self.desk.set(idle) {
+                        return self.rest_is_over();
+                    }
+                    continue;
+                }
+            };
+            return self.after(end);
+        }
+    }
+
+    /// Somebody has work, and this client, who is there, has had none for a while: it goes on elsewhere, or here
+    /// when there is room again.
+    fn rest_is_over(&self) -> Turn {
+        let message = "nothing ran on it for a while, and its room is needed";
+        let code = FailureCode::HandedOver;
+        Turn::End(End::Failed(fail(
+            self.relay.at(),
+            Fault::Local,
+            code,
+            message,
+        )))
     }
 
     /// Nothing runs: waits for the client, who may find another route.
@@ -462,16 +491,17 @@ impl Held {
             open.client,
             open.model,
             open.n_ctx,
-            open.dtype,
+            (open.dtype, open.numerics),
         ) == (
             ours.session,
             ours.client,
             ours.model,
             ours.n_ctx,
-            ours.dtype,
+            (ours.dtype, ours.numerics),
         );
         if !same || key(open) != key(ours) {
-            let message = "it is held here for another client, model, context, dtype or layers";
+            let message =
+                "it is held here for another client, model, context, dtype, numerics or layers";
             return wrong(FailureCode::WrongSession, message.into());
         }
         let from = from.unwrap_or(self.from);

@@ -41,7 +41,7 @@ use super::{
     limits::{ATTACH, OPEN},
     relay::{Below, End, Parts, Relay},
     retained::{Budget, Retained},
-    slot::{KvWaiter, SlotGuard},
+    slot::{KvWaiter, SlotGuard, share},
     standby::{Fed, Follower, standby_open},
     tail::{Claim, Pairing, Place},
     topk::TopK,
@@ -505,7 +505,7 @@ impl Shared {
         let local = |code, message: String| fail(at, Fault::Local, code, message);
         served
             .worker
-            .open(open.n_ctx, admitted.layers.clone(), waiter)
+            .open_for(share(open), open.n_ctx, admitted.layers.clone(), waiter)
             .map_err(|e| local(FailureCode::Full, e.to_string()))?;
         let deadline = self.limits.deadlines.open;
         match timeout(deadline, slot).await {

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use swarm_proto::{
     Answer, Attach, Content, Dtype, Epoch, Failure, FailureCode, Fault, Hop, LayerRange, ModelId,
-    Open, Peer, SessionId, Standbys,
+    Numerics, Open, Peer, SessionId, Standbys,
 };
 use tokio::time::{Instant, sleep_until, timeout_at};
 
@@ -59,6 +59,8 @@ pub struct Kind {
     pub n_ctx: u32,
     /// How hidden states travel.
     pub dtype: Dtype,
+    /// What may be done with its numbers.
+    pub numerics: Numerics,
     /// Floats in a hidden row, as the manifest says: a hop that says otherwise is at fault.
     pub n_embd: u32,
     /// Floats in a logits row, likewise.
@@ -247,6 +249,7 @@ impl Opener {
             model: kind.model,
             n_ctx: kind.n_ctx,
             dtype: kind.dtype,
+            numerics: kind.numerics,
             hops: route.hops.clone(),
             at: 0,
             standbys: route.standbys.clone(),
@@ -269,6 +272,7 @@ impl Opener {
             standby: self.standby(&open, shape, None),
             route,
             dtype: kind.dtype,
+            numerics: kind.numerics,
             n_ctx: kind.n_ctx,
             shape,
             deadlines: self.deadlines,

@@ -256,6 +256,11 @@ impl Relay {
         &self.p.open
     }
 
+    /// Whether nothing is under way, and nothing came for so long.
+    pub(super) fn rests(&self, time: Duration) -> bool {
+        !self.at_work() && Instant::now() >= self.last_frame + time
+    }
+
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         match self.poll_inner(cx) {
             Ok(poll) => poll,

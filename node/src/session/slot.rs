@@ -1,7 +1,17 @@
 //! KV of one session in a stage worker, freed when dropped: whatever ends a session frees it.
 
-use engine::{EngineError, Slot, SlotWaiter, Worker};
+use engine::{EngineError, Share, Slot, SlotWaiter, Worker};
+use swarm_proto::{Numerics, Open};
 use tokio::sync::oneshot;
+
+/// A client's sessions have their turns together, and run as it wants.
+pub(super) fn share(open: &Open) -> Share {
+    let [a, b, c, d, e, f, g, h, ..] = open.client.0;
+    Share {
+        owner: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+        fast: open.numerics == Numerics::Fast,
+    }
+}
 
 /// The task that opens a session, as the stage worker sees it.
 pub(super) struct KvWaiter {

@@ -283,6 +283,7 @@ impl World {
                     n_vocab: self.model.n_vocab,
                     n_ctx: self.model.n_ctx,
                     dtype: dice.pick(&dtypes).unwrap_or(Dtype::F32),
+                    numerics: swarm_proto::Numerics::Exact,
                     avoid: Vec::new(),
                     standby: true,
                     batch: 16,

@@ -1,5 +1,6 @@
 //! `shoal bench`: figures of this machine, as ratios measured in one run.
 
+mod batch;
 mod decode;
 mod hops;
 mod nodes;
@@ -20,13 +21,14 @@ use crate::home::Home;
 use crate::local_models;
 use crate::terminal::{self, BOLD, DIM, paint};
 
-/// Measure hop overhead, decode speed, pipelining, the HTTP server, and what a smaller wire type costs.
+/// Measure hop overhead, decode speed, pipelining, batching, the HTTP server, and what a smaller wire type costs.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   shoal bench hops                        overhead of a hop beyond compute, on loopback
   shoal bench decode --model llama-1b     a node holding everything against a plain loop
   shoal bench pipeline --one-billion      two prompts over two nodes against one on one
+  shoal bench batch --one-billion         many sessions over one route against one
   shoal bench standby                     what it costs that others stand by
   shoal bench serve                       the HTTP server with 1 to 16 clients at once
   shoal bench wire --text held-out.txt    perplexity with f32, bf16 and q8_0 between hops
@@ -39,6 +41,7 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum Bench {
+    Batch(batch::Args),
     Hops(hops::Args),
     Decode(decode::Args),
     Pipeline(pipeline::Args),
@@ -50,6 +53,7 @@ enum Bench {
 /// Runs the chosen measurement.
 pub fn main(args: Args) -> anyhow::Result<()> {
     match args.bench {
+        Bench::Batch(args) => batch::main(args),
         Bench::Hops(args) => hops::main(args),
         Bench::Decode(args) => decode::main(args),
         Bench::Pipeline(args) => pipeline::main(args),

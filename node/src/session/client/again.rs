@@ -109,6 +109,7 @@ impl ClientSession {
             model: self.model,
             n_ctx: self.n_ctx,
             dtype: self.dtype,
+            numerics: self.numerics,
             hops: route.hops.clone(),
             at: 0,
             standbys: route.standbys.clone(),

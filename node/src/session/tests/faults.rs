@@ -21,6 +21,7 @@ const KIND: Kind = Kind {
     n_ctx: 256,
     dtype: Dtype::F32,
     n_embd: N_EMBD,
+    numerics: swarm_proto::Numerics::Exact,
     n_vocab: N_VOCAB,
 };
 
@@ -296,6 +297,36 @@ async fn a_session_that_nothing_runs_on_gives_way() {
     let begin = tokio::time::Instant::now();
     let second = other.open_route(large, swarm.route()).await.unwrap();
     assert!(begin.elapsed() < limits.deadlines.keep / 2);
+    second.close().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_that_rests_gives_way_and_one_that_works_does_not() {
+    let _clock = Clock::start();
+    let limits = SessionLimits::default();
+    let swarm = Swarm::with(&[0, 12], limits, |stage| stage.with_cells(12 * 2000));
+    let large = Kind {
+        n_ctx: 1500,
+        ..KIND
+    };
+    let opener = swarm.opener();
+    let mut session = opener.open_route(large, swarm.route()).await.unwrap();
+    let other = swarm.wires.opener(peer(90), limits.deadlines);
+    for token in 0..12 {
+        decode(&mut session, &mut Vec::new(), &[token], 0).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    let error = other.open_route(large, swarm.route()).await.err().unwrap();
+    named(&error, 0, Fault::Local, FailureCode::Full);
+    // Nobody asks it anything for a while.
+    tokio::time::sleep(Duration::from_secs(11)).await;
+    let second = other.open_route(large, swarm.route()).await.unwrap();
+    let fed = session.feed(&[1], TOP1).await;
+    let error = match fed {
+        Ok(()) => session.next_logits().await.unwrap_err(),
+        Err(error) => error,
+    };
+    named(&error, 0, Fault::Local, FailureCode::HandedOver);
     second.close().await;
 }
 

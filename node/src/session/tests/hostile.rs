@@ -42,6 +42,7 @@ fn open(swarm: &Swarm) -> Open {
         model: MODEL,
         n_ctx: N_CTX,
         dtype: Dtype::F32,
+        numerics: swarm_proto::Numerics::Exact,
         hops: swarm.route(),
         at: 0,
         standbys: Standbys::default(),
@@ -430,6 +431,7 @@ async fn bad_tail(reply: impl FnOnce(&mut Pipe, Epoch)) -> ClientError {
         n_ctx: 100,
         dtype: Dtype::F32,
         n_embd: N_EMBD,
+        numerics: swarm_proto::Numerics::Exact,
         n_vocab: N_VOCAB,
     };
     let tail = async {

@@ -296,6 +296,7 @@ async fn nobody_takes_over_the_session_of_another() {
             model: MODEL,
             n_ctx: session.n_ctx(),
             dtype: session.dtype(),
+            numerics: swarm_proto::Numerics::Exact,
             hops: swarm.route(),
             at: 0,
             standbys: Standbys::default(),
@@ -359,6 +360,7 @@ async fn a_hundred_abandoned_sessions_stay_within_the_limits_and_leave_nothing()
             n_ctx: 1024,
             dtype: Dtype::F32,
             n_embd: N_EMBD,
+            numerics: swarm_proto::Numerics::Exact,
             n_vocab: N_VOCAB,
         };
         if let Ok(mut session) = opener.open_route(kind, swarm.route()).await {

@@ -32,6 +32,7 @@ async fn open(swarm: &Swarm, route: &Route) -> ClientSession {
         n_ctx: 1024,
         dtype: swarm_proto::Dtype::Q8_0,
         n_embd: N_EMBD,
+        numerics: swarm_proto::Numerics::Exact,
         n_vocab: N_VOCAB,
     };
     swarm

@@ -260,6 +260,7 @@ impl Swarm {
             n_ctx,
             dtype,
             n_embd: N_EMBD,
+            numerics: swarm_proto::Numerics::Exact,
             n_vocab: N_VOCAB,
         };
         opener.open_route(kind, route).await.unwrap()

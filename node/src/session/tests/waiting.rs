@@ -14,6 +14,7 @@ const KIND: Kind = Kind {
     n_ctx: 256,
     dtype: Dtype::F32,
     n_embd: N_EMBD,
+    numerics: swarm_proto::Numerics::Exact,
     n_vocab: N_VOCAB,
 };
 const HOUR: Duration = Duration::from_secs(3600);
