@@ -66,7 +66,7 @@ fn row(arg: &Arg) -> Option<String> {
     if arg.is_hide_set() || ["help", "version"].contains(&long) {
         return None;
     }
-    let takes = arg.get_num_args().is_none_or(|n| n.takes_values());
+    let takes = arg.get_action().takes_values();
     let names = arg.get_value_names().unwrap_or_default();
     let value = match names.first() {
         Some(name) if takes => format!(" {name}"),
