@@ -194,6 +194,15 @@ fn every_type_that_experts_come_in() {
     }
 }
 
+#[test]
+fn the_demo_mixture() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo-moe.gguf");
+    let demo = Mixture::open(path, dir);
+    demo.same("demo");
+    demo.quantized(QuantType::Q4KM).same("demo Q4_K_M");
+}
+
 /// A stage of the trunk's layers: cut anywhere, entered and left between layers.
 #[test]
 fn trunks_are_cut_like_whole_layers() {

@@ -1,6 +1,8 @@
 """Write a checkpoint as GGUF: matrices Q8_0, norms F32.
 
     python export.py --checkpoint RUN/last.pt --tokenizer RUN/tokenizer.json --out demo.gguf
+
+A mixture's router stays F32: eight numbers a row decide which experts are asked.
 """
 
 import argparse
@@ -14,7 +16,6 @@ from model import Config
 from text import BOS, CHAT_TEMPLATE, CONTROL, END, PAD
 
 
-
 def main():
     a = argparse.ArgumentParser(description=__doc__)
     a.add_argument("--checkpoint", type=Path, required=True)
@@ -26,13 +27,14 @@ def main():
 
     saved = torch.load(args.checkpoint, weights_only=False, map_location="cpu")
     cfg = Config(**saved["config"])
-    w = gguf.GGUFWriter(f"{args.out}.new", "llama")
-    w.add_name("Shoal demo 7M")
+    size = f"{cfg.experts}x1M" if cfg.experts else "7M"
+    w = gguf.GGUFWriter(f"{args.out}.new", cfg.arch)
+    w.add_name(f"Shoal demo {size}")
     w.add_description("A small language model trained on public-domain children's books.")
     w.add_license("Apache-2.0 OR MIT")
     w.add_languages(["en"])
     w.add_tags(["text-generation", "demo"])
-    w.add_size_label("7M")
+    w.add_size_label(size)
     w.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     w.add_quantization_version(gguf.GGML_QUANT_VERSION)
     w.add_context_length(cfg.context)
@@ -45,6 +47,12 @@ def main():
     w.add_rope_freq_base(cfg.rope_base)
     w.add_layer_norm_rms_eps(cfg.norm_eps)
     w.add_vocab_size(cfg.vocab)
+    if cfg.experts:
+        w.add_key_length(cfg.head_dim)
+        w.add_value_length(cfg.head_dim)
+        w.add_expert_count(cfg.experts)
+        w.add_expert_used_count(cfg.experts_used)
+        w.add_expert_feed_forward_length(cfg.hidden)
 
     bpe = json.loads(args.tokenizer.read_text(encoding="utf-8"))["model"]
     tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
@@ -66,7 +74,7 @@ def main():
 
     for name, tensor in saved[args.weights].items():
         data = tensor.float().numpy()
-        if data.ndim == 2:
+        if data.ndim > 1 and "ffn_gate_inp" not in name:
             q8 = gguf.GGMLQuantizationType.Q8_0
             w.add_tensor(name, gguf.quants.quantize(data, q8), raw_dtype=q8)
         else:

@@ -1,6 +1,7 @@
-"""Train the demo model on one CPU thread, for a fixed CPU time.
+"""Train a demo model on one CPU thread, for a fixed CPU time.
 
     python train.py --corpus CORPUS --out RUN --minutes 100
+    python train.py --corpus CORPUS --out RUN --model moe
 
 Learning rate: warm up, hold, then fall linearly to zero over the last
 `--decay-minutes`. Minutes are CPU minutes of this process, so the run trains as
@@ -19,17 +20,18 @@ from pathlib import Path
 import torch
 
 import text
-from model import Config, Model
+from model import SHAPES, Model
 
 
 def newton_schulz(g):
-    """The nearest semi-orthogonal matrix, about; g is no taller than wide."""
+    """The nearest semi-orthogonal matrix, about, of each of g, which are no taller than wide."""
     x = g.bfloat16()
-    x = x / (x.norm() + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    add = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(5):
         a = x @ x.mT
-        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, b, x, beta=3.4445)
+        b = add(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = add(x, b, x, beta=3.4445)
     return x
 
 
@@ -43,7 +45,7 @@ class Muon:
     @torch.no_grad()
     def step(self, lr):
         for p, m in zip(self.params, self.state):
-            rows, columns = p.shape
+            rows, columns = p.shape[-2:]
             m.lerp_(p.grad, 1 - self.momentum)
             step = p.grad.lerp(m, self.momentum)
             step = newton_schulz(step.mT.contiguous()).mT if rows > columns else newton_schulz(step)
@@ -54,6 +56,7 @@ def parse():
     a = argparse.ArgumentParser(description=__doc__)
     a.add_argument("--corpus", type=Path, required=True, help="folder with train.jsonl.xz and val.jsonl.xz")
     a.add_argument("--out", type=Path, required=True, help="folder for tokenizer and checkpoints")
+    a.add_argument("--model", choices=SHAPES, default="dense")
     a.add_argument("--minutes", type=float, default=95)
     a.add_argument("--decay-minutes", type=float, default=78)
     a.add_argument("--warmup-steps", type=int, default=60)
@@ -81,9 +84,11 @@ def val_loss(model, run, length, count=16):
     rows = run[: count * length].view(count, length)
     x, total = rows.clone(), 0.0
     x[:, 0] = text.BOS
+    model.eval()
     for i in range(0, count, 4):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             total += model(x[i : i + 4, :-1], rows[i : i + 4, 1:]).sum().item()
+    model.train()
     return total / count / (length - 1)
 
 
@@ -94,15 +99,16 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     docs = text.read_docs(args.corpus, "train")
     if not (args.out / "tokenizer.json").exists():
-        text.train_tokenizer(docs, Config.vocab).save(str(args.out / "tokenizer.json"))
+        text.train_tokenizer(docs, SHAPES[args.model].vocab).save(str(args.out / "tokenizer.json"))
     tok = text.load_tokenizer(args.out / "tokenizer.json")
     windows = text.Windows(tok, docs, args.seed)
     val = torch.tensor(tok.encode("\n\n".join(text.read_docs(args.corpus, "val"))).ids)
 
-    cfg = Config()
+    cfg = SHAPES[args.model]
     model = Model(cfg)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "token_embd" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim == 1 or "token_embd" in n]
+    by_adam = lambda name, p: p.ndim == 1 or "token_embd" in name or "ffn_gate_inp" in name
+    matrices = [p for n, p in model.named_parameters() if not by_adam(n, p)]
+    others = [p for n, p in model.named_parameters() if by_adam(n, p)]
     muon = Muon(matrices)
     adam = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
     ema = {n: p.detach().clone() for n, p in model.named_parameters()}
