@@ -23,6 +23,8 @@ const POSITION_BYTES: u64 = 250;
 
 /// Bytes of such a position in a lane that nobody uses: the table alone, twice where there are windows.
 const EMPTY_POSITION_BYTES: u64 = 60;
+/// Bytes of a context with several lanes beyond one with one: graphs for rows of each of them.
+const LANES_BYTES: u64 = 512 << 10;
 
 /// Bytes of contexts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -104,6 +106,14 @@ impl Blueprint {
         Need {
             kv: 0,
             work: self.tables(EMPTY_POSITION_BYTES, class),
+        }
+    }
+
+    /// What a context of several lanes takes beyond one of one, whatever uses it.
+    pub(crate) fn several_lanes_need(&self) -> Need {
+        Need {
+            kv: 0,
+            work: self.tables(LANES_BYTES, 1),
         }
     }
 

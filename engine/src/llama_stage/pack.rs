@@ -274,5 +274,9 @@ pub(super) fn pack_need(
     let empty: Need = (used..lanes)
         .map(|_| blueprint.empty_lane_need(class))
         .sum();
-    blueprint.base_need(group) + used_lanes + empty
+    let several = match lanes {
+        0 | 1 => Need::default(),
+        _ => blueprint.several_lanes_need(),
+    };
+    blueprint.base_need(group) + several + used_lanes + empty
 }
