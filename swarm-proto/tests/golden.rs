@@ -27,7 +27,7 @@ const SESSION: SessionId = SessionId([0x5e; 16]);
 const S: &str = "5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e";
 
 #[test]
-fn session_messages() {
+fn session_opens_and_closes() {
     let hop = |byte, layers| Hop {
         peer: Peer([byte; 32]),
         addrs: vec!["/ip4/1.2.3.4/tcp/9".into()],
@@ -70,6 +70,10 @@ fn session_messages() {
     );
     golden(&Down::Open(open), &expected);
     golden(&Down::Close, "02");
+}
+
+#[test]
+fn session_rows() {
     let rows = Rows {
         session: SESSION,
         epoch: Epoch(0),

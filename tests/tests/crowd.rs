@@ -3,6 +3,9 @@
 //!
 //! `SHOAL_CROWD_S=120` in the environment says for how long, `SHOAL_CROWD_SEED` what it is drawn from.
 
+// The figures, for whoever runs it for real.
+#![allow(clippy::print_stdout)]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -132,6 +135,48 @@ async fn held(api: &Api, swarm: &Swarm) -> Result<Vec<Holds>> {
     Ok(all)
 }
 
+/// Prints what the crowd met, and holds it against what is promised.
+fn told(seed: u64, lasting: Duration, seen: &BTreeMap<u16, u32>, took: &[Duration]) -> Result<()> {
+    let p99 = took.get(took.len() * 99 / 100).context("no health")?;
+    println!(
+        "seed {seed}, {} s: {} answered, {} refused with 429, {} hung up; /health p50 {:?}, p99 {p99:?}, longest {:?} of {}",
+        lasting.as_secs(),
+        seen.get(&200).unwrap_or(&0),
+        seen.get(&429).unwrap_or(&0),
+        seen.get(&0).unwrap_or(&0),
+        took[took.len() / 2],
+        took[took.len() - 1],
+        took.len(),
+    );
+    ensure!(
+        seen.keys().all(|status| [0, 200, 429].contains(status)),
+        "{seen:?}"
+    );
+    ensure!(
+        seen.get(&200).is_some_and(|answered| *answered > 20),
+        "{seen:?}"
+    );
+    ensure!(*p99 < HEALTH_P99_MAX, "/health took {p99:?}");
+    Ok(())
+}
+
+fn has_not_grown(held_before: &[Holds], held_after: &[Holds]) -> Result<()> {
+    for (who, (before, after)) in held_before.iter().zip(held_after).enumerate() {
+        let who = if who == 0 {
+            "server".into()
+        } else {
+            format!("node {who}")
+        };
+        println!("{who}: before {before:?}");
+        println!("{who}: after  {after:?}");
+        ensure!(
+            after.resident_mib < before.resident_mib + GROWTH_MAX_MIB,
+            "{who} grew from {before:?} to {after:?}"
+        );
+    }
+    Ok(())
+}
+
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crowd_that_comes_and_goes_leaves_nothing_behind() -> Result<()> {
@@ -168,26 +213,7 @@ async fn a_crowd_that_comes_and_goes_leaves_nothing_behind() -> Result<()> {
             *seen.entry(status).or_default() += times;
         }
     }
-    let p99 = took.get(took.len() * 99 / 100).context("no health")?;
-    println!(
-        "seed {seed}, {} s: {} answered, {} refused with 429, {} hung up; /health p50 {:?}, p99 {p99:?}, longest {:?} of {}",
-        lasting.as_secs(),
-        seen.get(&200).unwrap_or(&0),
-        seen.get(&429).unwrap_or(&0),
-        seen.get(&0).unwrap_or(&0),
-        took[took.len() / 2],
-        took[took.len() - 1],
-        took.len(),
-    );
-    ensure!(
-        seen.keys().all(|status| [0, 200, 429].contains(status)),
-        "{seen:?}"
-    );
-    ensure!(
-        seen.get(&200).is_some_and(|answered| *answered > 20),
-        "{seen:?}"
-    );
-    ensure!(*p99 < HEALTH_P99_MAX, "/health took {p99:?}");
+    told(seed, lasting, &seen, &took)?;
 
     let gone = async || {
         let health = api.get("/health").await.ok()?.json(200).ok()?;
@@ -208,19 +234,7 @@ async fn a_crowd_that_comes_and_goes_leaves_nothing_behind() -> Result<()> {
     };
     let after = api.post("/v1/completions", &ask).await?.json(200)?;
     assert_eq!(after["choices"], before["choices"]);
-    for (who, (before, after)) in held_before.iter().zip(&held_after).enumerate() {
-        let who = if who == 0 {
-            "server".into()
-        } else {
-            format!("node {who}")
-        };
-        println!("{who}: before {before:?}");
-        println!("{who}: after  {after:?}");
-        ensure!(
-            after.resident_mib < before.resident_mib + GROWTH_MAX_MIB,
-            "{who} grew from {before:?} to {after:?}"
-        );
-    }
+    has_not_grown(&held_before, &held_after)?;
     swarm.stop().await;
     Ok(())
 }

@@ -129,15 +129,9 @@ fn holder(name: &str, layers: [u16; 2]) -> HolderView {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn names_of_peers_become_text_and_no_markup() -> Result<()> {
-    let name = |n: usize| format!("{n}{NASTY}");
-    let hop = HopView {
-        peer: name(0),
-        layers: [0, 4],
-    };
-    // `live` is the server's own: what a hostile one would say is said by the map, the chat and the panel.
-    let view = SwarmView {
+/// What peers say. `live` is the server's own: what a hostile one would say is said by the map, the chat and the panel.
+fn nasty_swarm(name: impl Fn(usize) -> String) -> SwarmView {
+    SwarmView {
         swarm: NASTY.into(),
         peers: (0..3).map(|n| peer(&name(n))).collect(),
         models: vec![ModelView {
@@ -155,24 +149,16 @@ async fn names_of_peers_become_text_and_no_markup() -> Result<()> {
             ..FailedView::default()
         }],
         ..SwarmView::default()
+    }
+}
+
+/// What only a server says.
+fn nasty_requests(peer: String) -> LiveView {
+    let hop = HopView {
+        peer,
+        layers: [0, 4],
     };
-    let Some(mut page) = page(view).await? else {
-        return Ok(());
-    };
-    page.until("document.querySelectorAll('#map .rows li').length === 3")
-        .await?;
-    page.evaluate("document.querySelector('#map .row').click()")
-        .await?;
-    page.until("document.querySelector('#panel .addrs')")
-        .await?;
-    page.evaluate("document.querySelector('#chat-text').focus()")
-        .await?;
-    page.write(NASTY).await?;
-    page.press("Enter").await?;
-    page.until("document.querySelector('.bubble.assistant .about')?.textContent.includes('<img')")
-        .await?;
-    // Lists that only a server fills, drawn by the page's own parts from the same words.
-    let live = LiveView {
+    LiveView {
         requests: vec![RequestView {
             model: NASTY.into(),
             stage: Stage::Waits,
@@ -209,8 +195,29 @@ async fn names_of_peers_become_text_and_no_markup() -> Result<()> {
             }],
         }),
         ..LiveView::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_of_peers_become_text_and_no_markup() -> Result<()> {
+    let name = |n: usize| format!("{n}{NASTY}");
+    let Some(mut page) = page(nasty_swarm(name)).await? else {
+        return Ok(());
     };
-    let said = serde_json::to_string(&live)?;
+    page.until("document.querySelectorAll('#map .rows li').length === 3")
+        .await?;
+    page.evaluate("document.querySelector('#map .row').click()")
+        .await?;
+    page.until("document.querySelector('#panel .addrs')")
+        .await?;
+    page.evaluate("document.querySelector('#chat-text').focus()")
+        .await?;
+    page.write(NASTY).await?;
+    page.press("Enter").await?;
+    page.until("document.querySelector('.bubble.assistant .about')?.textContent.includes('<img')")
+        .await?;
+    // Lists that only a server fills, drawn by the page's own parts from the same words.
+    let said = serde_json::to_string(&nasty_requests(name(0)))?;
     let draw = format!(
         "Promise.all([import('/ui/lists.js'), import('/ui/tiles.js')]).then(([lists, tiles]) => {{ \
            const view = {said}; lists.requests(view, () => {{}}); tiles.node(view); \

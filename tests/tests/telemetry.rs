@@ -46,6 +46,26 @@ fn hop<'a>(spans: &'a [Seen], at: &str) -> Vec<&'a Seen> {
     sessions
 }
 
+/// The client waited for what the hops computed, and longer.
+fn adds_up(spans: &[Seen], request: &Seen, tokens: u64) -> Result<()> {
+    let at_client = |name| {
+        let span = named(spans, name)
+            .into_iter()
+            .find(|span| span.parent == request.id);
+        span.and_then(|span| Some((span.number("compute_us")?, span.number("elsewhere_us")?)))
+    };
+    let (compute, elsewhere) = at_client("decode").context("no decode")?;
+    let hops: u64 = named(spans, "decode")
+        .iter()
+        .filter(|span| span.parent != request.id)
+        .filter_map(|span| span.number("compute_us"))
+        .sum();
+    ensure!(compute > 0 && elsewhere > 0, "{spans:#?}");
+    // Each hop rounds down what it adds to a frame.
+    ensure!(compute <= hops + tokens * 3, "{compute} {hops}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn one_request_is_one_trace_across_all_hops() -> Result<()> {
     let collector = Collector::start().await?;
@@ -109,22 +129,7 @@ async fn one_request_is_one_trace_across_all_hops() -> Result<()> {
         parent.clone_from(&session.id);
     }
     phases(&spans, request, tokens)?;
-    // The client waited for what the hops computed, and longer.
-    let at_client = |name| {
-        let span = named(&spans, name)
-            .into_iter()
-            .find(|span| span.parent == request.id);
-        span.and_then(|span| Some((span.number("compute_us")?, span.number("elsewhere_us")?)))
-    };
-    let (compute, elsewhere) = at_client("decode").context("no decode")?;
-    let hops: u64 = named(&spans, "decode")
-        .iter()
-        .filter(|span| span.parent != request.id)
-        .filter_map(|span| span.number("compute_us"))
-        .sum();
-    ensure!(compute > 0 && elsewhere > 0, "{spans:#?}");
-    // Each hop rounds down what it adds to a frame.
-    ensure!(compute <= hops + tokens * 3, "{compute} {hops}");
+    adds_up(&spans, request, tokens)?;
     swarm.stop().await;
     Ok(())
 }
@@ -219,6 +224,25 @@ fn logs(folder: &Path, all: &mut String) -> Result<()> {
     Ok(())
 }
 
+/// Mistakes that quote what was asked.
+async fn mistakes(api: &Api) -> Result<()> {
+    let wrong = json!({"messages": [{"role": MARKER, "content": MARKER}], "model": MARKER});
+    ensure!(
+        api.post("/v1/chat/completions", &wrong).await?.status == 400,
+        "a role that is none"
+    );
+    let unknown = json!({"prompt": MARKER, "model": MARKER});
+    ensure!(
+        api.post(PATH, &unknown).await?.status == 404,
+        "a model that is none"
+    );
+    ensure!(
+        api.get(&format!("/{MARKER}")).await?.status == 404,
+        "a path that is none"
+    );
+    Ok(())
+}
+
 #[tokio::test]
 async fn figures_and_lines_tell_of_a_request_and_never_a_word_of_it() -> Result<()> {
     let collector = Collector::start().await?;
@@ -246,21 +270,7 @@ async fn figures_and_lines_tell_of_a_request_and_never_a_word_of_it() -> Result<
     );
     let chat = json!({"messages": [{"role": "user", "content": MARKER}], "max_tokens": 4, "stop": [MARKER], "user": MARKER});
     api.post("/v1/chat/completions", &chat).await?.json(200)?;
-    // Mistakes that quote what was asked.
-    let wrong = json!({"messages": [{"role": MARKER, "content": MARKER}], "model": MARKER});
-    ensure!(
-        api.post("/v1/chat/completions", &wrong).await?.status == 400,
-        "a role that is none"
-    );
-    let unknown = json!({"prompt": MARKER, "model": MARKER});
-    ensure!(
-        api.post(PATH, &unknown).await?.status == 404,
-        "a model that is none"
-    );
-    ensure!(
-        api.get(&format!("/{MARKER}")).await?.status == 404,
-        "a path that is none"
-    );
+    mistakes(&api).await?;
 
     let read =
         async || Ok::<_, anyhow::Error>((scrape(&api.url).await?, scrape_nodes(&swarm).await?));

@@ -22,6 +22,8 @@
 mod dice;
 mod faults;
 mod gossip;
+#[cfg(test)]
+mod liar;
 mod log;
 mod network;
 mod peer;
@@ -156,6 +158,16 @@ impl World {
             seed,
         };
         let specs = peer::specs(&dice, settings.nodes, model.n_layer);
+        Self::of(seed, settings, swarm, (model, specs, &dice))
+    }
+
+    /// A world of these nodes.
+    fn of(
+        seed: u64,
+        settings: &Settings,
+        swarm: &SwarmId,
+        (model, specs, dice): (Model, Vec<peer::Spec>, &Dice),
+    ) -> Self {
         let log = Arc::new(Log::new());
         let machines = specs.len() + settings.sessions;
         let name = |machine: usize| {
@@ -164,7 +176,7 @@ impl World {
             peer[0] = machine as u8;
             Peer(peer)
         };
-        let network = Network::new(log.clone(), &dice, (0..machines).map(name).collect());
+        let network = Network::new(log.clone(), dice, (0..machines).map(name).collect());
         let node = |(number, spec): (usize, peer::Spec)| {
             Node::new(number, spec, model, log.clone(), network.clone())
         };

@@ -30,6 +30,8 @@ pub(super) struct Spec {
     pub(super) sessions: u64,
     /// One row through one layer.
     pub(super) pace: Duration,
+    /// What it says that is.
+    pub(super) claims: Duration,
     pub(super) limits: SessionLimits,
 }
 
@@ -173,7 +175,7 @@ impl Node {
             live: vec![layers],
             intended: vec![layers],
             layer_tokens_s: Some(Measured {
-                value: 1.0 / self.spec.pace.as_secs_f32(),
+                value: 1.0 / self.spec.claims.as_secs_f32(),
                 age_s: 0,
             }),
             n_ctx_max: worker.shape().n_ctx_max,
@@ -297,10 +299,13 @@ pub(super) fn specs(dice: &Dice, n: usize, n_layer: u32) -> Vec<Spec> {
                 continue;
             }
         }
+        let sessions = 2 + dice.below(12) as u64;
+        let pace = Duration::from_micros(200 + dice.below(3000) as u64);
         specs.push(Spec {
             layers: start..end,
-            sessions: 2 + dice.below(12) as u64,
-            pace: Duration::from_micros(200 + dice.below(3000) as u64),
+            sessions,
+            pace,
+            claims: pace,
             limits: limits(dice),
         });
     }

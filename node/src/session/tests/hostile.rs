@@ -524,6 +524,16 @@ async fn logits_that_cannot_be_right_are_the_tails_fault() {
             );
         })
         .await,
+        bad_tail(|p, _| p.push(&Answer::Attached)).await,
+    ];
+    errors.iter().for_each(blames_the_tail);
+}
+
+#[tokio::test(start_paused = true)]
+async fn rows_of_another_form_than_was_asked_for_are_the_tails_fault() {
+    let _clock = Clock::start();
+    let good = good_logits;
+    let errors = [
         bad_tail(|p, e| {
             p.push_with(
                 &Answer::Logits(Logits {
@@ -549,15 +559,16 @@ async fn logits_that_cannot_be_right_are_the_tails_fault() {
             );
         })
         .await,
-        bad_tail(|p, _| p.push(&Answer::Attached)).await,
     ];
-    for error in errors {
-        let ClientError::Hop { hop, failure } = &error else {
-            panic!("{error:?}")
-        };
-        assert_eq!((hop.at, failure.fault), (0, Fault::Peer), "{error}");
-        assert_eq!(failure.code, FailureCode::BadFrame, "{error}");
-    }
+    errors.iter().for_each(blames_the_tail);
+}
+
+fn blames_the_tail(error: &ClientError) {
+    let ClientError::Hop { hop, failure } = error else {
+        panic!("{error:?}")
+    };
+    assert_eq!((hop.at, failure.fault), (0, Fault::Peer), "{error}");
+    assert_eq!(failure.code, FailureCode::BadFrame, "{error}");
 }
 
 #[tokio::test(start_paused = true)]
