@@ -129,6 +129,48 @@ fn holder(name: &str, layers: [u16; 2]) -> HolderView {
     }
 }
 
+/// Requests and a node of which everything is named so.
+fn liars_requests(hop: HopView) -> LiveView {
+    LiveView {
+        requests: vec![RequestView {
+            model: NASTY.into(),
+            stage: Stage::Waits,
+            lost: Some(NASTY.into()),
+            route: vec![hop.clone()],
+            standbys: vec![hop.clone()],
+            ..RequestView::default()
+        }],
+        finished: vec![FinishedView {
+            model: NASTY.into(),
+            why: Some(NASTY.into()),
+            route: vec![hop],
+            ..FinishedView::default()
+        }],
+        node: Some(NodeView {
+            peer: NASTY.into(),
+            state: State::Serving,
+            uptime_s: 1,
+            sessions: 0,
+            kv_bytes: 0,
+            kv_bytes_max: 1,
+            tensor_bytes: 0,
+            fetched_bytes: 0,
+            given_bytes: 0,
+            upload_bytes_s_max: None,
+            disk_bytes: None,
+            disk_bytes_max: None,
+            shards_done: 0,
+            coming: vec![ShardView {
+                kind: NASTY.into(),
+                model: NASTY.into(),
+                bytes: 2,
+                fetched_bytes: 1,
+            }],
+        }),
+        ..LiveView::default()
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn names_of_peers_become_text_and_no_markup() -> Result<()> {
     let name = |n: usize| format!("{n}{NASTY}");
@@ -172,44 +214,7 @@ async fn names_of_peers_become_text_and_no_markup() -> Result<()> {
     page.until("document.querySelector('.bubble.assistant .about')?.textContent.includes('<img')")
         .await?;
     // Lists that only a server fills, drawn by the page's own parts from the same words.
-    let live = LiveView {
-        requests: vec![RequestView {
-            model: NASTY.into(),
-            stage: Stage::Waits,
-            lost: Some(NASTY.into()),
-            route: vec![hop.clone()],
-            standbys: vec![hop.clone()],
-            ..RequestView::default()
-        }],
-        finished: vec![FinishedView {
-            model: NASTY.into(),
-            why: Some(NASTY.into()),
-            route: vec![hop],
-            ..FinishedView::default()
-        }],
-        node: Some(NodeView {
-            peer: NASTY.into(),
-            state: State::Serving,
-            uptime_s: 1,
-            sessions: 0,
-            kv_bytes: 0,
-            kv_bytes_max: 1,
-            tensor_bytes: 0,
-            fetched_bytes: 0,
-            given_bytes: 0,
-            upload_bytes_s_max: None,
-            disk_bytes: None,
-            disk_bytes_max: None,
-            shards_done: 0,
-            coming: vec![ShardView {
-                kind: NASTY.into(),
-                model: NASTY.into(),
-                bytes: 2,
-                fetched_bytes: 1,
-            }],
-        }),
-        ..LiveView::default()
-    };
+    let live = liars_requests(hop);
     let said = serde_json::to_string(&live)?;
     let draw = format!(
         "Promise.all([import('/ui/lists.js'), import('/ui/tiles.js')]).then(([lists, tiles]) => {{ \
