@@ -129,35 +129,8 @@ fn holder(name: &str, layers: [u16; 2]) -> HolderView {
     }
 }
 
-/// What peers say. `live` is the server's own: what a hostile one would say is said by the map, the chat and the panel.
-fn nasty_swarm(name: impl Fn(usize) -> String) -> SwarmView {
-    SwarmView {
-        swarm: NASTY.into(),
-        peers: (0..3).map(|n| peer(&name(n))).collect(),
-        models: vec![ModelView {
-            id: NASTY.into(),
-            name: NASTY.into(),
-            n_layer: 4,
-            complete: true,
-            copies: vec![3; 4],
-            holders: (0..3).map(|n| holder(&name(n), [0, 4])).collect(),
-            ..ModelView::default()
-        }],
-        failed: vec![FailedView {
-            peer: name(0),
-            last: NASTY.into(),
-            ..FailedView::default()
-        }],
-        ..SwarmView::default()
-    }
-}
-
-/// What only a server says.
-fn nasty_requests(peer: String) -> LiveView {
-    let hop = HopView {
-        peer,
-        layers: [0, 4],
-    };
+/// Requests and a node of which everything is named so.
+fn liars_requests(hop: HopView) -> LiveView {
     LiveView {
         requests: vec![RequestView {
             model: NASTY.into(),
@@ -201,7 +174,31 @@ fn nasty_requests(peer: String) -> LiveView {
 #[tokio::test(flavor = "multi_thread")]
 async fn names_of_peers_become_text_and_no_markup() -> Result<()> {
     let name = |n: usize| format!("{n}{NASTY}");
-    let Some(mut page) = page(nasty_swarm(name)).await? else {
+    let hop = HopView {
+        peer: name(0),
+        layers: [0, 4],
+    };
+    // `live` is the server's own: what a hostile one would say is said by the map, the chat and the panel.
+    let view = SwarmView {
+        swarm: NASTY.into(),
+        peers: (0..3).map(|n| peer(&name(n))).collect(),
+        models: vec![ModelView {
+            id: NASTY.into(),
+            name: NASTY.into(),
+            n_layer: 4,
+            complete: true,
+            copies: vec![3; 4],
+            holders: (0..3).map(|n| holder(&name(n), [0, 4])).collect(),
+            ..ModelView::default()
+        }],
+        failed: vec![FailedView {
+            peer: name(0),
+            last: NASTY.into(),
+            ..FailedView::default()
+        }],
+        ..SwarmView::default()
+    };
+    let Some(mut page) = page(view).await? else {
         return Ok(());
     };
     page.until("document.querySelectorAll('#map .rows li').length === 3")
@@ -217,7 +214,8 @@ async fn names_of_peers_become_text_and_no_markup() -> Result<()> {
     page.until("document.querySelector('.bubble.assistant .about')?.textContent.includes('<img')")
         .await?;
     // Lists that only a server fills, drawn by the page's own parts from the same words.
-    let said = serde_json::to_string(&nasty_requests(name(0)))?;
+    let live = liars_requests(hop);
+    let said = serde_json::to_string(&live)?;
     let draw = format!(
         "Promise.all([import('/ui/lists.js'), import('/ui/tiles.js')]).then(([lists, tiles]) => {{ \
            const view = {said}; lists.requests(view, () => {{}}); tiles.node(view); \

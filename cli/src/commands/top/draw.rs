@@ -235,10 +235,15 @@ fn row(holder: &HolderView, peer: &PeerView) -> Row {
     }
 }
 
+/// The chosen row is marked beside its bar: the bar itself would be turned inside out.
 fn painted(line: Vec<layer_map::Span>, chosen: bool) -> Line<'static> {
+    let beside = match chosen {
+        true => Style::new().add_modifier(Modifier::REVERSED),
+        false => Style::new(),
+    };
     let span = |(ink, text): layer_map::Span| {
         let style = match ink {
-            Ink::Plain => Style::new(),
+            Ink::Plain => beside,
             Ink::Live => GOOD,
             Ink::Partly | Ink::Intended => WARN,
             Ink::Empty | Ink::Head => DIM,
@@ -246,11 +251,7 @@ fn painted(line: Vec<layer_map::Span>, chosen: bool) -> Line<'static> {
         };
         Span::styled(text, style)
     };
-    let line: Line<'static> = line.into_iter().map(span).collect();
-    match chosen {
-        true => line.patch_style(Style::new().add_modifier(Modifier::REVERSED)),
-        false => line,
-    }
+    line.into_iter().map(span).collect()
 }
 
 fn request_lines(app: &App, width: u16) -> Vec<Line<'static>> {
