@@ -311,8 +311,9 @@ async fn a_session_that_rests_gives_way_and_one_that_works_does_not() {
     let opener = swarm.opener();
     let mut session = opener.open_route(large, swarm.route()).await.unwrap();
     let other = swarm.wires.opener(peer(90), limits.deadlines);
+    let mut all = Vec::new();
     for token in 0..12 {
-        decode(&mut session, &mut Vec::new(), &[token], 0).await;
+        decode(&mut session, &mut all, &[token], 0).await;
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
     let error = other.open_route(large, swarm.route()).await.err().unwrap();
