@@ -108,7 +108,7 @@ is_built() {
   [ -f "$bin/.shoal-built" ] || return 1
   local newer
   newer="$(cd "$root" && find Cargo.toml Cargo.lock .cargo models/demo.gguf \
-    gguf swarm-proto shard-registry engine node download cli testnet/src testnet/Cargo.toml \
+    gguf swarm-proto shard-registry engine node api download cli testnet/src testnet/Cargo.toml \
     -newer "$bin/.shoal-built" ! -name '*.md' -print 2>/dev/null | head -n 1)"
   [ -z "$newer" ]
 }
