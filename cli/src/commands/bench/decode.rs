@@ -100,6 +100,11 @@ impl Round {
         self.us.push(begun.elapsed().as_secs_f64() * 1e6);
     }
 
+    /// Of one token, the middle one.
+    pub(super) fn p50_us(&self) -> f64 {
+        median(self.us.iter().copied())
+    }
+
     /// Of one token.
     pub(super) fn mean_us(&self) -> f64 {
         self.us.iter().sum::<f64>() / self.us.len() as f64
@@ -159,7 +164,7 @@ async fn measure(args: &Args, nodes: &Nodes, file: &Path) -> anyhow::Result<Repo
     })
 }
 
-fn plain_round(whole: &mut WholeModel, n: u32) -> anyhow::Result<Round> {
+pub(super) fn plain_round(whole: &mut WholeModel, n: u32) -> anyhow::Result<Round> {
     let mut round = Round::default();
     let mut row = Vec::new();
     whole.feed(0, &PROMPT, &mut row)?;

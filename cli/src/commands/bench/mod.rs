@@ -3,6 +3,7 @@
 mod batch;
 mod decode;
 mod hops;
+mod moe;
 mod nodes;
 mod pipeline;
 mod serve;
@@ -21,7 +22,8 @@ use crate::home::Home;
 use crate::local_models;
 use crate::terminal::{self, BOLD, DIM, paint};
 
-/// Measure hop overhead, decode speed, pipelining, batching, the HTTP server, and what a smaller wire type costs.
+/// Measure hop overhead, decode speed, pipelining, batching, the HTTP server, experts apart, and what a smaller
+/// wire type costs.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -31,6 +33,7 @@ Examples:
   shoal bench batch --one-billion         many sessions over one route against one
   shoal bench standby                     what it costs that others stand by
   shoal bench serve                       the HTTP server with 1 to 16 clients at once
+  shoal bench moe                         what it costs that experts are computed apart
   shoal bench wire --text held-out.txt    perplexity with f32, bf16 and q8_0 between hops
 
 Each starts what it needs on this machine and takes it down again.")]
@@ -47,6 +50,7 @@ enum Bench {
     Pipeline(pipeline::Args),
     Serve(serve::Args),
     Standby(standby::Args),
+    Moe(moe::Args),
     Wire(wire::Args),
 }
 
@@ -59,6 +63,7 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         Bench::Pipeline(args) => pipeline::main(args),
         Bench::Serve(args) => serve::main(args),
         Bench::Standby(args) => standby::main(args),
+        Bench::Moe(args) => moe::main(args),
         Bench::Wire(args) => wire::main(args),
     }
 }
