@@ -186,7 +186,13 @@ fn variables_in_documents_exist() {
         envs(&crate::program(name), &mut known);
     }
     // Of the tests.
-    known.extend(["SHOAL_WRITE_DOCS", "SHOAL_REAL_CLIENTS", "SHOAL_CROWD_S"].map(String::from));
+    let of_tests = [
+        "SHOAL_WRITE_DOCS",
+        "SHOAL_REAL_CLIENTS",
+        "SHOAL_CROWD_S",
+        "SHOAL_BROWSER",
+    ];
+    known.extend(of_tests.map(String::from));
     for path in SHOWN.iter().chain(&["deploy/shoal.env"]) {
         let text = read(path);
         let word = |c: char| !(c.is_ascii_uppercase() || c == '_' || c.is_ascii_digit());

@@ -4,7 +4,7 @@
 use std::{collections::HashSet, time::Duration};
 
 use node::{Access, Identity, Net, NetConfig, OpenError, Proto, Stream};
-use swarm_proto::Peer;
+use swarm_proto::{PROTOCOL_VERSION, Peer};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::mpsc,
@@ -138,13 +138,13 @@ struct Newer {
     ping: libp2p::ping::Behaviour,
 }
 
-/// A peer of swarm `t` that speaks version 2 of everything.
+/// A peer of swarm `t` that speaks a later version of everything.
 async fn newer_peer() -> (Peer, String) {
     use futures::StreamExt;
     use libp2p::{SwarmBuilder, identify, noise, swarm::SwarmEvent, tcp, yamux};
     let behaviour = |key: &libp2p::identity::Keypair| Newer {
         identify: identify::Behaviour::new(identify::Config::new(
-            "/shoal/t/2".into(),
+            format!("/shoal/t/{}", PROTOCOL_VERSION + 1),
             key.public(),
         )),
         ping: Default::default(),
@@ -189,7 +189,8 @@ async fn another_version_is_named_in_the_error() {
     assert_eq!(
         refused.to_string(),
         format!(
-            "peer {peer} speaks another version of Shoal (theirs 2, ours 1): update the older one"
+            "peer {peer} speaks another version of Shoal (theirs {}, ours {PROTOCOL_VERSION}): update the older one",
+            PROTOCOL_VERSION + 1
         )
     );
     let strangers = client.strangers();
@@ -328,8 +329,9 @@ async fn a_protocol_not_offered_is_a_version_mismatch_that_says_what_is() {
         )
         .await;
     let refused = refused.expect_err("no session protocol there").to_string();
-    assert!(refused.contains("/shoal/t/session/2"), "{refused}");
-    assert!(refused.contains("/shoal/t/fetch/1"), "{refused}");
+    let name = |what: &str| format!("/shoal/t/{what}/{PROTOCOL_VERSION}");
+    assert!(refused.contains(&name("session")), "{refused}");
+    assert!(refused.contains(&name("fetch")), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -14,6 +14,7 @@ pub mod fetch;
 pub mod frame;
 mod hash;
 mod ids;
+mod numerics;
 mod protocol;
 mod publisher;
 pub mod session;
@@ -28,12 +29,13 @@ pub use fetch::{Fetch, Found, decode_snapshot, encode_snapshot};
 pub use frame::{FrameDecoder, FrameError, FrameLimits, decode_header, encode_frame};
 pub use hash::{Hash, HashError, ModelId, ShardId};
 pub use ids::{Peer, PeerError, SwarmId, SwarmIdError};
+pub use numerics::{Numerics, NumericsError};
 pub use protocol::PROTOCOL_VERSION;
 pub use publisher::{ModelSignature, ModelSignatureError};
 pub use session::{
     Answer, Attach, Content, Down, Dtype, DtypeError, Epoch, Failure, FailureCode, Fault, Form,
-    Hop, Logits, LogitsForm, Numerics, NumericsError, Open, ROWS_MAX, Rows, SessionId, Standby,
-    Standbys, TraceParent, Up, Want, WantRows,
+    Hop, Logits, LogitsForm, Open, ROWS_MAX, Rows, SessionId, Standby, Standbys, TraceParent, Up,
+    Want, WantRows,
 };
 pub use span::{LayerRange, LayerRangeError};
 pub use ticket::{Ticket, TicketError};

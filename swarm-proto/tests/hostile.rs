@@ -69,7 +69,7 @@ fn announced_lengths_are_refused_before_allocation() {
     bytes.extend([0, 0, 0]);
     bytes.extend([0xcc; 32]);
     bytes.extend([0xab; 32]);
-    bytes.extend([1, 0]);
+    bytes.extend([1, 0, 0]);
     let fixed = bytes.clone();
     bytes.push(253);
     bytes.extend((1u64 << 60).to_le_bytes());
@@ -83,7 +83,7 @@ fn announced_lengths_are_refused_before_allocation() {
     bytes.extend(4000u16.to_le_bytes());
     assert_eq!(
         refusal::<Down>(&bytes),
-        "session message ends after 89 bytes, more were announced"
+        "session message ends after 90 bytes, more were announced"
     );
     // A text of 4 GiB.
     let bytes = [3, 252, 255, 255, 255, 255];

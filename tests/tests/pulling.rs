@@ -116,9 +116,10 @@ async fn a_pull_that_is_broken_off_by_hand_says_so_by_its_code() -> Result<()> {
     client.until_covered(8, PATIENCE).await?;
     let store = swarm.folder().join("fresh").join("store");
     for signal in [Signal::INT, Signal::TERM] {
+        let before = here(&store);
         let mut pulling = client.start(&pull(&client, &[]))?;
-        until("some of it is here", PATIENCE, async || {
-            (here(&store) > 0).then_some(())
+        until("some more of it is here", PATIENCE, async || {
+            (here(&store) > before).then_some(())
         })
         .await?;
         let pid = i32::try_from(pulling.id().context("it has ended")?)?;

@@ -71,7 +71,8 @@ async fn one_request_is_one_trace_across_all_hops() -> Result<()> {
     let collector = Collector::start().await?;
     let otlp = collector.url();
     let mut swarm = serve("demo", &THREE_SPANS, &["--otlp", &otlp]).await?;
-    let api = Api::start(&swarm.client("api"), &["--otlp", &otlp]).await?;
+    // A session that is kept for the next turn is not over.
+    let api = Api::start(&swarm.client("api"), &["--otlp", &otlp, "--keep", "0"]).await?;
     ready(&api).await?;
     let ask =
         json!({"prompt": "Once upon a time there was a little", "max_tokens": 8, "temperature": 0});
@@ -167,7 +168,8 @@ async fn spans_end_when_a_hop_is_killed() -> Result<()> {
     let collector = Collector::start().await?;
     let otlp = collector.url();
     let mut swarm = serve("demo", &THREE_SPANS, &["--otlp", &otlp]).await?;
-    let api = Api::start(&swarm.client("api"), &["--otlp", &otlp]).await?;
+    // A session that is kept for the next turn is not over.
+    let api = Api::start(&swarm.client("api"), &["--otlp", &otlp, "--keep", "0"]).await?;
     ready(&api).await?;
     let ask = json!({"prompt": "Once upon a time", "max_tokens": 900, "stream": true, "temperature": 1, "seed": 3});
     let headers = traced();
@@ -253,7 +255,8 @@ async fn figures_and_lines_tell_of_a_request_and_never_a_word_of_it() -> Result<
     let loud = ["--log", said, "--log-json", "--otlp", &otlp];
     let more = [&loud[..], &["--metrics", "0"]].concat();
     let mut swarm = serve("demo", &THREE_SPANS, &more).await?;
-    let api = Api::start(&swarm.client("api"), &loud).await?;
+    let quick = [&loud[..], &["--keep", "0"]].concat();
+    let api = Api::start(&swarm.client("api"), &quick).await?;
     ready(&api).await?;
     let form =
         json!({"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": MARKER}}});

@@ -140,6 +140,7 @@ fn it_is_tried_again_when_what_was_seen_is_old() {
     let specs = vec![
         spec(0..N_LAYER, SLOW, CLAIMED),
         spec(0..N_LAYER, HONEST, HONEST),
+        spec(0..N_LAYER, HONEST, HONEST),
     ];
     let went = routes_of(specs, 5, Duration::from_secs(250));
     let asked: Vec<bool> = went.iter().map(|route| route.contains(&0)).collect();
