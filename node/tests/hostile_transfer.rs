@@ -169,7 +169,13 @@ async fn another_ranges_bytes_are_refused_and_names_that_lead_nowhere_hold_up_no
     let entries = book.entries();
     let entry = entries.iter().find(|entry| entry.peer == liar.me());
     let entry = entry.unwrap_or_else(|| panic!("{entries:?}"));
-    assert!(entry.last.contains("has another hash"), "{}", entry.last);
+    // The last range of the shard is short: bytes from elsewhere are then too many, and are refused before their hash is.
+    let refused = ["has another hash", "bytes of a range that takes"];
+    assert!(
+        refused.iter().any(|why| entry.last.contains(why)),
+        "{}",
+        entry.last
+    );
     assert!(entries.iter().all(|entry| entry.peer != seed.me()));
 }
 
