@@ -114,6 +114,7 @@ mod tests {
                 numerics: 0,
                 stored: Vec::new(),
                 layer_bytes_max: None,
+                experts: None,
             })
             .collect();
         let advert = Advert {

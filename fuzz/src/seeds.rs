@@ -180,6 +180,7 @@ fn signed() -> Vec<SignedAdvert> {
             numerics: 77,
             stored: vec![LayerRange { start: 0, end: 8 }],
             layer_bytes_max: None,
+            experts: None,
         }],
         uplink_bytes_s: figure(1e7),
         queue: 2,

@@ -232,6 +232,7 @@ fn announcement(id: ModelId) -> Announcement {
         numerics: 0,
         stored: vec![LayerRange { start: 0, end: 2 }],
         layer_bytes_max: None,
+        experts: None,
     };
     Announcement {
         models: vec![model],

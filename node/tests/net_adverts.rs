@@ -51,6 +51,7 @@ fn announcement(free_cells: u64) -> Announcement {
         numerics: 1,
         stored: Vec::new(),
         layer_bytes_max: None,
+        experts: None,
     };
     Announcement {
         models: vec![model],

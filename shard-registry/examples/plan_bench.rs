@@ -76,6 +76,7 @@ fn swarm(n_peers: u64, span_max: u64, n_rtts: u64, room: u64) -> Snapshot {
                 numerics: 0,
                 stored: Vec::new(),
                 layer_bytes_max: None,
+                experts: None,
             }],
             uplink_bytes_s: Some(Measured {
                 value: 1e6 + draw.below(50_000_000) as f32,

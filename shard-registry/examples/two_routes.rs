@@ -72,6 +72,7 @@ fn swarm(seed: u64, rtt_us: u64) -> Vec<Advert> {
                 numerics: 0,
                 stored: Vec::new(),
                 layer_bytes_max: None,
+                experts: None,
             }],
             uplink_bytes_s: Some(Measured {
                 value: 20e6,

@@ -47,6 +47,7 @@ fn advert(peer: Peer, n_layer: u16, live: LayerRange, speed: f32) -> Advert {
             numerics: 0,
             stored: Vec::new(),
             layer_bytes_max: None,
+            experts: None,
         }],
         uplink_bytes_s: Some(Measured {
             value: 1e9,

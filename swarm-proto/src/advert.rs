@@ -8,7 +8,7 @@ use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use serde::Serialize;
 
 use crate::{
-    LayerRange, ModelId, Peer, SwarmId,
+    ExpertsAdvert, LayerRange, ModelId, Peer, SwarmId,
     codec::{CheckError, CodecError, Message, at_most, decode, encode, wrong},
     session::check_addrs,
 };
@@ -106,6 +106,8 @@ pub struct ModelAdvert {
     /// Most bytes that its layers may take, of which it serves those that are needed most; none where they stay
     /// what they are, because its owner said so or it is a program that does not move.
     pub layer_bytes_max: Option<u64>,
+    /// What it says of the model's experts, where the model is a mixture and it holds some or has others compute them.
+    pub experts: Option<ExpertsAdvert>,
 }
 
 impl Advert {
@@ -148,6 +150,9 @@ impl ModelAdvert {
         at_most("intended spans", self.intended.len(), ADVERT_SPANS_MAX)?;
         at_most("stored spans", self.stored.len(), ADVERT_SPANS_MAX)?;
         check_figure("layer speed", self.layer_tokens_s)?;
+        if let Some(experts) = &self.experts {
+            experts.check(self.n_layer)?;
+        }
         for span in self.live.iter().chain(&self.intended).chain(&self.stored) {
             if span.is_empty() || span.end > self.n_layer {
                 let n_layer = self.n_layer;
@@ -175,7 +180,7 @@ impl ModelAdvert {
     }
 }
 
-fn check_figure(what: &str, figure: Option<Measured>) -> Result<(), CheckError> {
+pub(crate) fn check_figure(what: &str, figure: Option<Measured>) -> Result<(), CheckError> {
     match figure {
         Some(Measured { value, .. }) if !value.is_finite() || value < 0.0 => {
             Err(wrong(format!("{what} of {value}")))
@@ -340,6 +345,7 @@ mod tests {
                 numerics: 0,
                 stored: Vec::new(),
                 layer_bytes_max: None,
+                experts: None,
             };
             model.room(n_ctx)
         };

@@ -10,6 +10,7 @@
 pub mod activation;
 pub mod advert;
 pub mod codec;
+pub mod experts;
 pub mod fetch;
 pub mod frame;
 mod hash;
@@ -25,6 +26,7 @@ pub mod transfer;
 pub use activation::ActivationError;
 pub use advert::{Advert, AdvertError, Measured, ModelAdvert, SignedAdvert};
 pub use codec::{CheckError, CodecError, Message};
+pub use experts::{ExpertSet, ExpertSpan, ExpertsAdvert, HotExpert};
 pub use fetch::{Fetch, Found, decode_snapshot, encode_snapshot};
 pub use frame::{FrameDecoder, FrameError, FrameLimits, decode_header, encode_frame};
 pub use hash::{Hash, HashError, ModelId, ShardId};

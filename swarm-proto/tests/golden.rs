@@ -225,6 +225,17 @@ fn advert() -> Advert {
             numerics: 1,
             stored: vec![range("0..6")],
             layer_bytes_max: Some(3000),
+            experts: Some(ExpertsAdvert {
+                live: ExpertSpan::of([(1, 0), (1, 9), (2, 0), (2, 9)]),
+                intended: Vec::new(),
+                rows_s: None,
+                island: vec![Peer([3; 32])],
+                hot: vec![HotExpert {
+                    layer: 1,
+                    expert: 9,
+                    per_mille: 250,
+                }],
+            }),
         }],
         uplink_bytes_s: None,
         queue: 0,
@@ -243,10 +254,11 @@ fn an_advert_and_its_signature() {
         hex(&signed.bytes),
         format!(
             "{}fd0068e5cf8b010000fbc8af0112{}01{}0464656d6f06010002010003010000004003fb0004fb00104001\
-             01000601fbb80b000001{}fa000773686f616c2f30",
+             01000601fbb80b01010103020102000001{}010109fa000001{}fa000773686f616c2f30",
             hex(&advert.peer.0),
             "2f6970342f312e322e332e342f7463702f39",
             "ab".repeat(32),
+            "03".repeat(32),
             "02".repeat(32),
         )
     );
@@ -264,7 +276,7 @@ fn an_advert_and_its_signature() {
 }
 
 /// ed25519 signatures are deterministic.
-const SIGNATURE: &str = "24c4415e6d4b79687f298c150ef2ac5a993fe5eca3ce938c2ddfcd7d24adbd8c6286572597554f6539b3e80fd12a9d039be478abc393cfe521e812c06a028000";
+const SIGNATURE: &str = "b0a219cf0eb19fd50d23ce24b1043bd8e66140728551923ed968204a4148c809e62c37bac9ca71bed7bba3da30e1f44bb0a587655b7a4060b64ebdd815b5df00";
 
 #[test]
 fn a_ticket() {

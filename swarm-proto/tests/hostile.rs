@@ -392,6 +392,7 @@ fn advert(secret: &[u8; 32]) -> Advert {
             numerics: 0,
             stored: Vec::new(),
             layer_bytes_max: None,
+            experts: None,
         }],
         uplink_bytes_s: None,
         queue: 0,

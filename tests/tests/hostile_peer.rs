@@ -137,6 +137,7 @@ fn lie(model: ModelId) -> Announcement {
             numerics: 1,
             stored: Vec::new(),
             layer_bytes_max: None,
+            experts: None,
         }],
         ..Announcement::default()
     }

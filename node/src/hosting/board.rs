@@ -232,6 +232,7 @@ impl Claim {
             numerics: 0,
             stored: self.stored.clone(),
             layer_bytes_max: self.layer_bytes_max,
+            experts: None,
         };
         if let Some(Serving {
             worker,

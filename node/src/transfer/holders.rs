@@ -90,6 +90,7 @@ mod tests {
                 numerics: 0,
                 stored: spans(stored),
                 layer_bytes_max: None,
+                experts: None,
             }],
             uplink_bytes_s: None,
             queue: 0,

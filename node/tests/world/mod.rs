@@ -108,6 +108,7 @@ impl World {
             numerics: 0,
             stored: layers.to_vec(),
             layer_bytes_max: None,
+            experts: None,
         };
         Announcement {
             models: vec![model],

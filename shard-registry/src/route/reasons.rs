@@ -398,6 +398,7 @@ mod tests {
                 numerics: 0,
                 stored: Vec::new(),
                 layer_bytes_max: None,
+                experts: None,
             }],
             uplink_bytes_s: figure(1e9),
             queue: 0,

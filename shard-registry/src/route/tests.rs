@@ -198,6 +198,7 @@ impl Kind {
                 numerics: 0,
                 stored: Vec::new(),
                 layer_bytes_max: None,
+                experts: None,
             }],
             uplink_bytes_s: figure(1e6 + dice.below(50_000_000) as f32),
             queue: dice.below(3) as u16,

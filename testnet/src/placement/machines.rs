@@ -135,6 +135,7 @@ impl Machine {
             numerics: 0,
             stored: Vec::new(),
             layer_bytes_max: Some(self.fit() as u64 * LAYER_BYTES),
+            experts: None,
         };
         Advert {
             peer: self.peer,

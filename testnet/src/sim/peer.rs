@@ -185,6 +185,7 @@ impl Node {
             numerics: 0,
             stored: Vec::new(),
             layer_bytes_max: None,
+            experts: None,
         };
         Some(Advert {
             peer: self.network.peer(self.number),

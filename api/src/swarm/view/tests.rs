@@ -33,6 +33,7 @@ fn held(model: u8, n_layer: u16, live: &[LayerRange]) -> ModelAdvert {
         numerics: 3,
         stored: Vec::new(),
         layer_bytes_max: None,
+        experts: None,
     }
 }
 

@@ -66,6 +66,7 @@ fn advert(peer: Peer, speed: Option<f32>, uplink: Option<f32>, live: LayerRange)
             numerics: 0,
             stored: Vec::new(),
             layer_bytes_max: None,
+            experts: None,
         }],
         uplink_bytes_s: uplink.map(figure),
         queue: 0,
