@@ -12,6 +12,7 @@ use gguf::{Array, GgufError, Header, TensorInfo, TensorType, Value};
 pub(crate) use stage_file::{Fill, StageFile};
 
 use crate::Pooling;
+use crate::experts::is_expert;
 use crate::arch::{
     self, Arch, EmbeddingScale, HEAD_TENSORS, PER_LAYER_KEYS, SHARED_TENSORS, Window,
 };
@@ -101,6 +102,8 @@ pub struct Blueprint {
     embedding: TensorInfo,
     head: Vec<TensorInfo>,
     tied: bool,
+    /// Its experts are computed elsewhere.
+    trunk: bool,
 }
 
 impl Blueprint {
@@ -160,7 +163,22 @@ impl Blueprint {
             embedding: tensors.embedding,
             head: tensors.head,
             tied,
+            trunk: false,
         })
+    }
+
+    /// The same without the experts, for [`crate::Loaded::read_trunk`]: its layers have as many bytes less, and each
+    /// is a group of its own.
+    pub fn without_experts(&self) -> Blueprint {
+        Blueprint {
+            trunk: true,
+            ..self.clone()
+        }
+    }
+
+    /// Whether its experts are computed elsewhere.
+    pub fn is_trunk(&self) -> bool {
+        self.trunk
     }
 
     /// The architecture, as `general.architecture` has it.
@@ -190,9 +208,10 @@ impl Blueprint {
 
     /// Bytes of layer `i`'s tensors; 0 for a layer that is not there.
     pub fn layer_bytes(&self, i: u32) -> u64 {
-        self.layers
-            .get(i as usize)
-            .map_or(0, |tensors| sum(tensors))
+        let held = |tensor: &&TensorInfo| !self.trunk || !is_expert(&tensor.name);
+        self.layers.get(i as usize).map_or(0, |tensors| {
+            sum(tensors.iter().filter(held))
+        })
     }
 
     /// Bytes that holding layer 0 adds: the embedding.
@@ -259,8 +278,8 @@ impl Blueprint {
     }
 }
 
-fn sum(tensors: &[TensorInfo]) -> u64 {
-    tensors.iter().map(|t| t.n_bytes().unwrap_or(0)).sum()
+fn sum<'a>(tensors: impl IntoIterator<Item = &'a TensorInfo>) -> u64 {
+    tensors.into_iter().map(|t| t.n_bytes().unwrap_or(0)).sum()
 }
 
 fn bad_tensor(name: &str, why: impl Into<String>) -> UnsupportedModel {

@@ -35,7 +35,8 @@ pub(crate) struct StageFile {
 impl Blueprint {
     /// Cuts layers into those that are loaded as one model: a context takes
     /// megabytes of working buffers and a call 20 µs, whatever they compute. Only
-    /// layers that have the same keys and no windows share a model.
+    /// layers that have the same keys and no windows share a model. Without experts none do: what lies behind the layer
+    /// that rows leave at would be asked of their holders, too.
     pub fn groups(&self, layers: &Range<u32>) -> Vec<Range<u32>> {
         let mut groups: Vec<Range<u32>> = Vec::new();
         for i in layers.clone() {
@@ -54,6 +55,7 @@ impl Blueprint {
             self.arrays.iter().map(of)
         };
         self.local.is_none()
+            && !self.trunk
             && i - group.start < GROUP_LAYERS_MAX
             && bytes <= GROUP_BYTES_MAX
             && values(group.start).eq(values(i))

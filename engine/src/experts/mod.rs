@@ -27,7 +27,7 @@ mod worker;
 
 pub(crate) use block::{Glu, Node, Op, Source, Unary, recognise};
 pub(crate) use dispatch::{Picks, dispatch};
-pub(crate) use tensors::{Kind, PATTERN, Part, Weight};
+pub(crate) use tensors::{Kind, PATTERN, Part, Weight, is_expert};
 
 pub use dispatch::{ExpertHolders, HolderId};
 pub use holder::{ExpertHolder, HolderStats};

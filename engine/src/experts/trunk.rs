@@ -22,8 +22,7 @@ const COPY_BYTES: u64 = 1 << 20;
 
 impl Loaded {
     /// As [`Loaded::read`], but without the experts, which `holders` compute: their tensors are not read, and
-    /// the layers take as much less memory. Each layer is a group of its own: what lies behind the
-    /// layer that rows leave at would be asked of the holders too.
+    /// the layers take as much less memory.
     ///
     /// # Errors
     /// As [`Loaded::read`], and a llama.cpp that this was not written for.
@@ -34,8 +33,9 @@ impl Loaded {
         holders: &Arc<dyn ExpertHolders>,
         progress: &mut dyn FnMut(u32),
     ) -> Result<Loaded, LoadError> {
-        let layers: Vec<_> = spans.iter().cloned().flatten().map(|i| i..i + 1).collect();
-        Loaded::read_groups(blueprint, spans, layers, Some(holders), source, progress)
+        let trunk = blueprint.without_experts();
+        let groups = spans.iter().flat_map(|span| trunk.groups(span)).collect();
+        Loaded::read_groups(&trunk, spans, groups, Some(holders), source, progress)
     }
 }
 

@@ -3,9 +3,10 @@
 use std::collections::HashSet;
 
 use shard_registry::{Manifest, ShardKind, Snapshot, Store, blobs::layer_of};
-use swarm_proto::{ModelAdvert, ModelId, Peer, ShardId};
+use swarm_proto::{ExpertSpan, LayerRange, ModelAdvert, ModelId, Peer, ShardId};
 
-/// Peers that say they store or serve the shard's layer, and where they listen. Each asker has an order of its
+/// Peers that say they store or serve the shard's layer or expert, and where they listen. Who serves a layer and says
+/// something of experts has others compute them, and serves no expert but those it names. Each asker has an order of its
 /// own, so that not all ask the same one first.
 pub fn holders(
     snapshot: &Snapshot,
@@ -16,12 +17,18 @@ pub fn holders(
 ) -> Vec<(Peer, Vec<String>)> {
     let layer = layer_of(kind, n_layer);
     let holds = |claim: &ModelAdvert| {
-        let spans = claim.stored.iter().chain(&claim.live);
-        claim.model == *model
-            && claim.n_layer == n_layer
-            && spans
-                .into_iter()
-                .any(|span| layer.is_none_or(|layer| span.contains(layer)))
+        let of_layer = |span: &LayerRange| layer.is_none_or(|layer| span.contains(layer));
+        let experts = claim.experts.as_ref();
+        let serves = match (kind, experts) {
+            (ShardKind::Expert { layer, expert }, Some(experts)) => {
+                ExpertSpan::hold(&experts.live, layer, expert)
+            }
+            // Everybody has it who has anything.
+            (ShardKind::Metadata, Some(experts)) if !experts.live.is_empty() => true,
+            _ => claim.live.iter().any(of_layer),
+        };
+        let same = claim.model == *model && claim.n_layer == n_layer;
+        same && (serves || claim.stored.iter().any(of_layer))
     };
     let others = snapshot.adverts.iter().filter(|advert| advert.peer != me);
     let mut found: Vec<_> = others
@@ -49,14 +56,35 @@ pub(super) fn held_elsewhere(snapshot: &Snapshot, store: &Store, me: Peer) -> Ha
 
 fn held(snapshot: &Snapshot, id: &ModelId, manifest: &Manifest, me: Peer) -> Vec<ShardId> {
     let n_layer = manifest.n_layer;
-    // By layer and not by shard: a mixture of experts has thousands.
-    let layers: Vec<bool> = (0..n_layer)
-        .map(|layer| !holders(snapshot, id, n_layer, ShardKind::Layer(layer), me).is_empty())
+    // By layer, and for experts by what is said of them: a mixture has thousands of shards.
+    let others = || snapshot.adverts.iter().filter(|advert| advert.peer != me);
+    let claims = || {
+        let models = others().flat_map(|advert| &advert.models);
+        models.filter(|claim| claim.model == *id && claim.n_layer == n_layer)
+    };
+    let trunk = |layer: u16| {
+        let mut spans = claims().flat_map(|claim| claim.stored.iter().chain(&claim.live));
+        spans.any(|span| span.contains(layer))
+    };
+    let whole = |layer: u16| {
+        let mut spans = claims().flat_map(|claim| {
+            let live = claim.live.iter().filter(|_| claim.experts.is_none());
+            claim.stored.iter().chain(live)
+        });
+        spans.any(|span| span.contains(layer))
+    };
+    let trunks: Vec<bool> = (0..n_layer).map(trunk).collect();
+    let wholes: Vec<bool> = (0..n_layer).map(whole).collect();
+    let experts: HashSet<(u16, u16)> = claims()
+        .filter_map(|claim| claim.experts.as_ref())
+        .flat_map(|experts| ExpertSpan::each(&experts.live))
         .collect();
-    let shards = manifest.shards.iter().filter(|shard| {
-        layer_of(shard.kind, n_layer)
-            .and_then(|layer| layers.get(usize::from(layer)))
-            .is_some_and(|held| *held)
+    let is = |held: &[bool], layer: u16| held.get(usize::from(layer)).is_some_and(|held| *held);
+    let shards = manifest.shards.iter().filter(|shard| match shard.kind {
+        ShardKind::Expert { layer, expert } => {
+            is(&wholes, layer) || experts.contains(&(layer, expert))
+        }
+        kind => layer_of(kind, n_layer).is_some_and(|layer| is(&trunks, layer)),
     });
     shards.map(|shard| shard.id).collect()
 }
@@ -137,5 +165,35 @@ mod tests {
             "not ourselves"
         );
         assert!(holders(&snapshot, &model, 9, ShardKind::Head, other).is_empty());
+    }
+
+    #[test]
+    fn a_trunk_has_no_experts_and_a_holder_of_experts_no_trunk() {
+        let with = |n, live: &[(u16, u16)], experts: &[(u16, u16)]| {
+            let mut advert = Arc::unwrap_or_clone(advert(n, live, &[]));
+            advert.models[0].experts = Some(swarm_proto::ExpertsAdvert {
+                live: ExpertSpan::of(experts.iter().copied()),
+                ..Default::default()
+            });
+            Arc::new(advert)
+        };
+        let snapshot = Snapshot::new(vec![
+            with(1, &[(0, 8)], &[(3, 1)]),
+            with(2, &[], &[(3, 0), (3, 1)]),
+            advert(3, &[(0, 8)], &[]),
+        ]);
+        let found = |kind| {
+            let model = ModelId(Hash([7; 32]));
+            let found = holders(&snapshot, &model, 8, kind, Peer([9; 32]));
+            let mut found: Vec<u8> = found.iter().map(|(peer, _)| peer.0[0]).collect();
+            found.sort_unstable();
+            found
+        };
+        let expert = |expert| ShardKind::Expert { layer: 3, expert };
+        assert_eq!(found(expert(1)), [1, 2, 3]);
+        assert_eq!(found(expert(0)), [2, 3]);
+        assert_eq!(found(expert(2)), [3]);
+        assert_eq!(found(ShardKind::Layer(3)), [1, 3]);
+        assert_eq!(found(ShardKind::Metadata), [1, 2, 3]);
     }
 }

@@ -24,7 +24,7 @@ use std::{
     time::SystemTime,
 };
 
-use swarm_proto::{LayerRange, ModelId, ShardId};
+use swarm_proto::{ExpertSpan, LayerRange, ModelId, ShardId};
 
 use crate::{
     layout::ShardKind,
@@ -146,6 +146,10 @@ pub(crate) fn remedy(error: &io::Error) -> &'static str {
 pub struct Here {
     /// Layers all of whose shards are here, with the embedding for the first and the head for the last.
     pub layers: Vec<LayerRange>,
+    /// Layers of which everything is here but perhaps experts; those of a dense model as above.
+    pub trunks: Vec<LayerRange>,
+    /// Experts whose shards are here.
+    pub experts: Vec<ExpertSpan>,
     /// Shards that are here, the metadata among them.
     pub shards: usize,
     /// Of how many.
@@ -212,19 +216,32 @@ impl Store {
             of: manifest.shards.len(),
             ..Here::default()
         };
-        let mut missing = Vec::new();
+        let (mut missing, mut missing_trunk) = (Vec::new(), Vec::new());
+        let mut experts = Vec::new();
         for shard in &manifest.shards {
+            let expert = match shard.kind {
+                ShardKind::Expert { layer, expert } => Some((layer, expert)),
+                _ => None,
+            };
             if in_place || shard.kind == ShardKind::Metadata {
                 here.shards += 1;
+                experts.extend(expert);
             } else if self.has_blob(shard) {
                 here.shards += 1;
                 here.blob_bytes += shard.bytes;
+                experts.extend(expert);
             } else {
-                missing.extend(layer_of(shard.kind, manifest.n_layer));
+                let layer = layer_of(shard.kind, manifest.n_layer);
+                missing.extend(layer);
+                missing_trunk.extend(layer.filter(|_| expert.is_none()));
             }
         }
-        let held = (0..manifest.n_layer).filter(|layer| !missing.contains(layer));
-        here.layers = LayerRange::merge(held.map(LayerRange::one).collect());
+        let but = |missing: Vec<u16>| {
+            let held = (0..manifest.n_layer).filter(|layer| !missing.contains(layer));
+            LayerRange::merge(held.map(LayerRange::one).collect())
+        };
+        (here.layers, here.trunks) = (but(missing), but(missing_trunk));
+        here.experts = ExpertSpan::of(experts);
         Ok(here)
     }
 
@@ -242,6 +259,12 @@ impl Manifest {
         self.shards.iter().filter(move |shard| {
             layer_of(shard.kind, n_layer).is_some_and(|layer| layers.contains(layer))
         })
+    }
+
+    /// Those of [`Manifest::shards_of`] that are not of experts.
+    pub fn trunk_shards_of(&self, layers: LayerRange) -> impl Iterator<Item = &ShardEntry> {
+        let shards = self.shards_of(layers);
+        shards.filter(|shard| !matches!(shard.kind, ShardKind::Expert { .. }))
     }
 }
 

@@ -6,6 +6,7 @@
 //!                ├──────▶ plan::plan ─▶ moves, by rank       who goes elsewhere, in a swarm of a home
 //!                │         plan::local ─▶ a window           the same in a large one, each for itself
 //!                └──────▶ slide::step ─▶ load or drop        how a node gets to its window
+//!          ExpertHoldings ─▶ choose ─▶ next ─▶ load or swap   a node that holds experts of a mixture
 //! throughput: what any of this is worth
 //! ```
 //!
@@ -20,6 +21,7 @@ use swarm_proto::{LayerRange, ModelAdvert, ModelId, Peer};
 use crate::adverts::Snapshot;
 
 mod draw;
+pub mod experts;
 pub mod join;
 pub mod plan;
 pub mod slide;
