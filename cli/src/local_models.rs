@@ -37,21 +37,18 @@ pub fn find(home: &Path, text: &str) -> anyhow::Result<ModelId> {
 
 /// As the store resolves it, with the demo made when it is asked for.
 pub fn resolve(home: &Path, store: &Store, text: &str) -> anyhow::Result<Resolved> {
-    match store.resolve(text) {
-        _ if node::demo::is_meant(home, store, text) => {
-            Ok(Resolved::Model(node::demo::ensure(home, store)?))
-        }
-        Err(UnknownModel::Unknown { text, known }) => Err(unknown(&text, known).into()),
-        other => Ok(other?),
+    match (node::demo::meant(home, store, text), store.resolve(text)) {
+        (Some(demo), _) => Ok(Resolved::Model(demo.ensure(home, store)?)),
+        (None, Err(UnknownModel::Unknown { text, known })) => Err(unknown(&text, known).into()),
+        (None, other) => Ok(other?),
     }
 }
 
-/// Says what is known instead; the demo always is.
+/// Says what is known instead; the demos always are.
 pub fn unknown(text: &str, mut known: Vec<String>) -> Failure {
-    if !known.iter().any(|name| name == DEMO) {
-        known.push(DEMO.into());
-    }
+    known.extend(node::demo::names().map(str::to_owned));
     known.sort();
+    known.dedup();
     let text = figures::printable(text, 80);
     Failure::new(format!(
         "no model or file here is called `{text}`; known are {}",

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use engine::Blueprint;
+use engine::{Blueprint, ExpertLayout};
 use gguf::Header;
 use serde::Serialize;
 
@@ -34,6 +34,9 @@ pub struct ModelFacts {
     /// Experts a layer has, and those a token uses.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub experts: Option<(u32, u32)>,
+    /// One expert of one layer, the largest; none where the experts cannot be told from their layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expert_bytes: Option<u64>,
     /// Weights.
     pub parameters: u64,
     /// All tensors together.
@@ -99,6 +102,12 @@ impl ModelFacts {
                 .ok()
                 .zip(key("expert_used_count").ok())
                 .filter(|(n, _)| *n > 0),
+            expert_bytes: ExpertLayout::new(header).ok().and_then(|layout| {
+                layout
+                    .layers()
+                    .map(|layer| layout.expert_bytes(layer))
+                    .max()
+            }),
             parameters: 0,
             bytes: 0,
             embedding_bytes: 0,

@@ -12,10 +12,10 @@ use gguf::{Array, GgufError, Header, TensorInfo, TensorType, Value};
 pub(crate) use stage_file::{Fill, StageFile};
 
 use crate::Pooling;
-use crate::experts::is_expert;
 use crate::arch::{
     self, Arch, EmbeddingScale, HEAD_TENSORS, PER_LAYER_KEYS, SHARED_TENSORS, Window,
 };
+use crate::experts::is_expert;
 
 /// Most layers: llama.cpp's tables end there.
 const LAYERS_MAX: u32 = 512;
@@ -209,9 +209,9 @@ impl Blueprint {
     /// Bytes of layer `i`'s tensors; 0 for a layer that is not there.
     pub fn layer_bytes(&self, i: u32) -> u64 {
         let held = |tensor: &&TensorInfo| !self.trunk || !is_expert(&tensor.name);
-        self.layers.get(i as usize).map_or(0, |tensors| {
-            sum(tensors.iter().filter(held))
-        })
+        self.layers
+            .get(i as usize)
+            .map_or(0, |tensors| sum(tensors.iter().filter(held)))
     }
 
     /// Bytes that holding layer 0 adds: the embedding.

@@ -8,10 +8,15 @@ use std::{
     time::Duration,
 };
 
+use clap::ValueEnum;
+use swarm_proto::ExpertSpan;
+
 use crate::{
     Hosted,
     config::{ConfigError, FileConfig, Settings, SwarmArgs, parse_bool, parse_bytes, parse_layers},
     cpu_share::CpuShare,
+    experts::IslandOptions,
+    hosting::Hold,
     keys::Keys,
     load::LoadError,
     metrics::{MetricsAddr, ServerError},
@@ -42,6 +47,14 @@ pub struct Args {
     /// Memory for layers and KV, for example 4G [default: half of what is free].
     #[arg(long, value_name = "SIZE", env = "SHOAL_MEMORY", value_parser = parse_bytes)]
     pub memory: Option<u64>,
+    /// What of a mixture of experts this node holds: whole layers; trunks, which are layers whose experts near peers
+    /// compute; or experts, for the trunks of near peers [default: auto, whole layers where one fits].
+    #[arg(long, value_name = "WHAT", env = "SHOAL_HOLD", value_enum)]
+    pub hold: Option<Hold>,
+    /// The longest round trip, in milliseconds, to peers that compute experts for this node's trunks; beyond half a
+    /// millisecond whole layers are faster [default: 0.5].
+    #[arg(long, value_name = "MS", env = "SHOAL_ISLAND_RTT", value_parser = parse_millis)]
+    pub island_rtt: Option<Duration>,
     /// Seconds between two looks whether layers should move to where they are needed more; the same on all nodes of a
     /// swarm [default: 60].
     #[arg(long, value_name = "SECONDS", env = "SHOAL_TURN", value_parser = clap::value_parser!(u64).range(1..=86_400))]
@@ -125,8 +138,13 @@ pub struct Ready {
 pub struct ReadyModel {
     /// Which.
     pub model: String,
-    /// Its layers, as `a..b`, those included that are still to come.
+    /// Its layers, as `a..b`, those included that are still to come; empty where it holds experts only.
     pub layers: String,
+    /// What of them it holds.
+    pub hold: Hold,
+    /// The experts it holds, those included that are still to come.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub experts: Vec<ExpertSpan>,
 }
 
 /// Why the daemon ended other than by being told to.
@@ -254,7 +272,12 @@ impl Daemon {
     pub fn ready(&self) -> Ready {
         let model = |hosted: &Hosted| ReadyModel {
             model: hosted.model.to_string(),
-            layers: format!("{}..{}", hosted.layers.start, hosted.layers.end),
+            layers: match hosted.layers.is_empty() {
+                true => String::new(),
+                false => format!("{}..{}", hosted.layers.start, hosted.layers.end),
+            },
+            hold: hosted.hold,
+            experts: hosted.experts.clone(),
         };
         let facts = Ready {
             peer: self.node.peer().to_string(),
@@ -263,8 +286,14 @@ impl Daemon {
             api: None,
             metrics: self.node.metrics_url(),
         };
-        for ReadyModel { model, layers } in &facts.models {
-            tracing::info!(peer = %facts.peer, model, layers, addrs = ?facts.addrs, "serving");
+        for ReadyModel {
+            model,
+            layers,
+            hold,
+            ..
+        } in &facts.models
+        {
+            tracing::info!(peer = %facts.peer, model, layers, %hold, addrs = ?facts.addrs, "serving");
         }
         facts
     }
@@ -313,6 +342,14 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
         (flag, _) => Ok(flag),
     };
     let memory = bytes(args.memory, "memory", &file.memory)?;
+    let hold = match (args.hold, &file.hold) {
+        (None, Some(text)) => filed("hold", text, |text| Hold::from_str(text, false))?,
+        (flag, _) => flag.unwrap_or_default(),
+    };
+    let island_rtt = match (args.island_rtt, file.island_rtt) {
+        (None, Some(millis)) => filed("island-rtt", &millis.to_string(), parse_millis)?,
+        (flag, _) => flag.unwrap_or(IslandOptions::default().rtt_max),
+    };
     let upload_bytes_s = bytes(args.upload_limit, "upload-limit", &file.upload_limit)?;
     let max_bytes = bytes(args.disk, "disk", &file.disk)?;
     let cpu_share = match (args.cpu_share, file.cpu_share) {
@@ -358,6 +395,8 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
         models,
         layers,
         memory,
+        hold,
+        island_rtt,
         turn: args.turn.or(file.turn).map_or(TURN, Duration::from_secs),
         listen,
         announce,
@@ -374,6 +413,13 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
         metrics: serve_metrics(args, file)?,
         settings,
     })
+}
+
+fn parse_millis(text: &str) -> Result<Duration, String> {
+    let millis: Option<f64> = text.parse().ok();
+    let fits = millis.filter(|millis| (0.0..=60_000.0).contains(millis));
+    let wrong = || format!("{text:?} is not a number of milliseconds from 0 to 60000");
+    fits.map(|millis| Duration::from_secs_f64(millis / 1e3)).ok_or_else(wrong)
 }
 
 fn serve_metrics(args: &Args, file: &FileConfig) -> Result<Option<ServeMetrics>, DaemonError> {

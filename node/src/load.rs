@@ -3,7 +3,10 @@
 
 use std::{io, ops::Range, path::Path, sync::Arc};
 
-use engine::{Blueprint, LlamaStage, LoadOptions, Loaded, TensorSource, UnsupportedModel};
+use engine::{
+    Blueprint, ExpertHolders, ExpertLayout, LlamaStage, LoadOptions, Loaded, TensorSource,
+    UnsupportedModel,
+};
 use shard_registry::{
     ImportError, Manifest, ManifestError, ReadError, Resolved, ShardReader, Store, StoreError,
     UnknownModel,
@@ -11,7 +14,10 @@ use shard_registry::{
 };
 use swarm_proto::ModelId;
 
-use crate::demo::{self, DemoError};
+use crate::{
+    demo::{self, DemoError},
+    hosting::Hold,
+};
 
 /// The share of the budget that layers may fill, in percent. The rest is for KV; the embedding and
 /// the head come out of it too, at the ends of the model.
@@ -30,6 +36,8 @@ pub struct Found {
     pub manifest: Arc<Manifest>,
     /// How it is cut.
     pub blueprint: Blueprint,
+    /// What its experts are made of, where it is a mixture.
+    pub experts: Option<Arc<ExpertLayout>>,
 }
 
 impl Found {
@@ -109,6 +117,25 @@ pub enum LoadError {
         /// What would do.
         needed: Bytes,
     },
+    /// Trunks or experts of a model that has none to tell apart.
+    #[error("{name} is no mixture of experts, so there are no {hold} of it to hold: leave --hold out")]
+    NoMixture {
+        /// The model.
+        name: String,
+        /// What was asked for.
+        hold: Hold,
+    },
+    /// Not one expert fits.
+    #[error("a memory budget of {given} is too small for even one expert, which needs {needed}; raise --memory")]
+    ExpertMemory {
+        /// The budget, in bytes.
+        given: Bytes,
+        /// What would do.
+        needed: Bytes,
+    },
+    /// An expert cannot be computed with.
+    #[error(transparent)]
+    Experts(engine::ExpertError),
     /// The engine.
     #[error(transparent)]
     Engine(#[from] engine::LoadError),
@@ -133,13 +160,15 @@ impl std::fmt::Display for Bytes {
 /// # Errors
 /// See [`LoadError`]; an unknown name lists those that are known.
 pub fn find(store: &Store, home: &Path, text: &str) -> Result<Found, LoadError> {
-    let resolved = match store.resolve(text) {
-        _ if demo::is_meant(home, store, text) => Ok(Resolved::Model(demo::ensure(home, store)?)),
-        Err(UnknownModel::Unknown { text, mut known }) => {
-            known.extend((!known.iter().any(|k| k == demo::NAME)).then(|| demo::NAME.to_owned()));
+    let resolved = match (demo::meant(home, store, text), store.resolve(text)) {
+        (Some(demo), _) => Ok(Resolved::Model(demo.ensure(home, store)?)),
+        (None, Err(UnknownModel::Unknown { text, mut known })) => {
+            for demo in demo::names() {
+                known.extend((!known.iter().any(|k| k == demo)).then(|| demo.to_owned()));
+            }
             Err(UnknownModel::Unknown { text, known })
         }
-        other => other,
+        (None, other) => other,
     };
     let id = match resolved? {
         Resolved::Model(id) => id,
@@ -166,11 +195,22 @@ pub fn described(store: &Store, id: ModelId) -> Result<Found, LoadError> {
     let blueprint =
         Blueprint::new(&header).map_err(|source| LoadError::Unsupported { id, source })?;
     let name = display_name(store, id, &manifest);
+    let experts = match manifest.n_expert {
+        0 => None,
+        _ => match ExpertLayout::new(&header) {
+            Ok(layout) => Some(Arc::new(layout)),
+            Err(why) => {
+                tracing::info!(model = %name, why, "its experts stay with their layers");
+                None
+            }
+        },
+    };
     Ok(Found {
         id,
         name,
         manifest: Arc::new(manifest),
         blueprint,
+        experts,
     })
 }
 
@@ -317,7 +357,8 @@ pub fn stage(found: &Found, plan: &Plan, n_threads: u32) -> Result<LlamaStage, L
     Ok(LlamaStage::new(&found.blueprint, &options)?)
 }
 
-/// Verifies and loads spans of layers, calling `progress` after each layer. Blocks for as long as reading and hashing
+/// Verifies and loads spans of layers, without their `experts` where others compute them, calling `progress` after each
+/// layer. Blocks for as long as reading and hashing
 /// them takes.
 ///
 /// # Errors
@@ -326,10 +367,16 @@ pub fn read(
     store: &Store,
     found: &Found,
     spans: &[Range<u32>],
+    experts: Option<&Arc<dyn ExpertHolders>>,
     progress: &mut dyn FnMut(u32),
 ) -> Result<Loaded, LoadError> {
     let source = Verified(store.reader(found.id)?);
-    let loaded = Loaded::read(&found.blueprint, spans, &source, progress).map_err(of_reader)?;
+    let blueprint = &found.blueprint;
+    let loaded = match experts {
+        None => Loaded::read(blueprint, spans, &source, progress),
+        Some(holders) => Loaded::read_trunk(blueprint, spans, &source, holders, progress),
+    };
+    let loaded = loaded.map_err(of_reader)?;
     source.0.release();
     Ok(loaded)
 }

@@ -25,7 +25,8 @@ use crate::{
     config::Settings,
     control::Control,
     cpu_share::CpuShare,
-    hosting::{self, Board, Hosted, Place},
+    experts::ExpertService,
+    hosting::{self, Board, Hold, Hosted, Model, Place},
     identity::{Identity, IdentityError},
     keys::Keys,
     known_peers::KnownPeers,
@@ -57,6 +58,10 @@ pub struct NodeConfig {
     pub layers: Option<Range<u32>>,
     /// Memory for layers and KV of all models, in bytes; none: half of what is free.
     pub memory: Option<u64>,
+    /// What of a mixture of experts it holds.
+    pub hold: Hold,
+    /// The longest round trip to peers that compute experts for it, or for whose trunks it does.
+    pub island_rtt: Duration,
     /// How often nodes look whether layers should move; the same in the whole swarm.
     pub turn: Duration,
     /// Where to listen.
@@ -137,6 +142,7 @@ pub struct SwarmNode {
     net: Net,
     transfer: Transfer,
     sessions: Sessions,
+    experts: ExpertService,
     hosted: Vec<Hosted>,
     metrics: Metrics,
     metrics_server: Option<MetricsServer>,
@@ -205,7 +211,8 @@ impl SwarmNode {
         net: Net,
         (lock, control): (File, Control),
     ) -> Result<Self, StartError> {
-        let (transfer, mut tasks) = give(config, &net, &store);
+        let book = PeerBook::default();
+        let (transfer, mut tasks) = give(config, &net, &store, &book);
         control.knows(&net, &transfer);
         let settings = &config.settings;
         let known = KnownPeers::new(&settings.home, &settings.swarm);
@@ -224,16 +231,20 @@ impl SwarmNode {
         let found = each_once(found.await?);
         let place = Place {
             sessions: Sessions::new(net.me(), Arc::new(net.clone()), SessionLimits::default()),
+            service: ExpertService::new(Some(control.pause().clone())),
             board: Board::new(net.clone(), store, control.pause().clone()),
+            book,
             cpu_share: config.cpu_share,
             net: net.clone(),
             transfer: transfer.clone(),
             threads: config.threads,
             turn: config.turn,
+            island_rtt: config.island_rtt,
             alone,
         };
         let sessions = place.sessions.clone();
         tasks.extend(take_sessions(&sessions, &net));
+        tasks.extend(place.service.serve(&net));
         tasks.push(control.serves(&sessions, &transfer, &place.board));
         let mut hosted = Vec::new();
         let memory = config.memory.unwrap_or_else(load::default_memory);
@@ -241,12 +252,13 @@ impl SwarmNode {
         let shares = load::shares(memory, &blueprints);
         let hosts = found.into_iter().zip(shares);
         let hosts = hosts
-            .map(|(found, memory)| hosting::host(&place, found, memory, config.layers.clone()));
-        for (model, keeper) in try_join_all(hosts).await? {
+            .map(|(found, memory)| hosting::host(&place, found, memory, config.layers.clone(), config.hold));
+        for (model, keeping) in try_join_all(hosts).await? {
             hosted.push(model);
-            tasks.push(tokio::spawn(keeper.run()));
+            tasks.push(tokio::spawn(keeping));
         }
         let died = CancellationToken::new();
+        let experts = place.service.clone();
         let watched = watch(net.clone(), place.board, sessions.clone(), died.clone());
         tasks.push(tokio::spawn(watched));
         tasks.push(tokio::spawn(known.keep(net.clone())));
@@ -254,6 +266,7 @@ impl SwarmNode {
             net,
             transfer,
             sessions,
+            experts,
             hosted,
             metrics: Metrics::default(),
             metrics_server: None,
@@ -292,6 +305,11 @@ impl SwarmNode {
     /// Where that is served, if it is.
     pub fn metrics_url(&self) -> Option<String> {
         self.metrics_server.as_ref().map(MetricsServer::url)
+    }
+
+    /// What it computes for the trunks of others.
+    pub fn experts(&self) -> &ExpertService {
+        &self.experts
     }
 
     /// Sessions that are open.
@@ -369,9 +387,14 @@ fn net_config(config: &NodeConfig, identity: Identity) -> NetConfig {
 }
 
 /// Gives what the store has to others: descriptions, and shards.
-fn give(config: &NodeConfig, net: &Net, store: &Store) -> (Transfer, Vec<JoinHandle<()>>) {
-    let book = PeerBook::default();
-    let transfer = Transfer::new(net.clone(), store.clone(), config.transfer, book, true);
+fn give(
+    config: &NodeConfig,
+    net: &Net,
+    store: &Store,
+    book: &PeerBook,
+) -> (Transfer, Vec<JoinHandle<()>>) {
+    let limits = config.transfer;
+    let transfer = Transfer::new(net.clone(), store.clone(), limits, book.clone(), true);
     let described = net.serve_fetch(Arc::new(StoreShelf(transfer.clone())));
     let tasks = described.into_iter().chain(transfer.serve()).collect();
     (transfer, tasks)
@@ -386,16 +409,15 @@ fn each_once(mut found: Vec<Found>) -> Vec<Found> {
 
 /// Keeps the advert fresh until a stage worker dies, and says so then.
 async fn watch(net: Net, board: Board, sessions: Sessions, died: CancellationToken) {
-    let models = board.models();
     let mut refresh = tokio::time::interval(REFRESH);
     let mut watch = tokio::time::interval(WATCH);
-    while models.iter().all(|model| model.serving.worker.is_alive()) {
+    while board.models().iter().all(Model::is_alive) {
         tokio::select! {
             _ = watch.tick() => {}
             _ = refresh.tick() => board.refresh().await,
         }
     }
-    for model in &models {
+    for model in &board.models() {
         sessions.withdraw(&model.id);
     }
     net.withdraw().await;

@@ -35,6 +35,8 @@ pub struct Plan<'a> {
     pub seed: u64,
     /// How long an answer, or the start of a node, may take.
     pub limit: Duration,
+    /// Nodes that hold experts for the others: they come first, and every second fault is one of theirs.
+    pub holders: Option<usize>,
 }
 
 /// Lets every fault happen, each in an answer of its own, and compares with `calm`. A run that fails is counted, and
@@ -178,7 +180,14 @@ async fn run(
     let Event::Route { route } = stream.next().await? else {
         bail!("the client began without a route");
     };
-    let index = node_of(&route, fault.hop, swarm)?;
+    let index = match plan.holders {
+        Some(holders) if fault.hop % 2 == 1 => usize::try_from(fault.hop / 2)? % holders.max(1),
+        _ => node_of(
+            &route,
+            fault.hop / if plan.holders.is_some() { 2 } else { 1 },
+            swarm,
+        )?,
+    };
     seen.read(&mut stream, fault.token as usize).await?;
     *struck = Some(index);
     let striking = strike(fault, index, swarm);

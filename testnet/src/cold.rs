@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::mixture::Island;
 use crate::process::span;
 use crate::report::seconds;
 use crate::swarm::gaps;
@@ -27,7 +28,12 @@ pub struct HeldModel {
     /// As `a..b`.
     pub live: Vec<String>,
     /// As `a..b`: once all are there.
-    pub intended: String,
+    pub intended: Option<String>,
+    /// Bytes of weights in memory.
+    pub tensor_bytes: u64,
+    /// Who computes the experts of its layers, where it does not.
+    #[serde(default)]
+    pub island: Option<Island>,
 }
 
 /// What a node fetched and gave.
@@ -72,7 +78,8 @@ impl NodeStatus {
     pub fn intended(&self) -> Range<u32> {
         self.models
             .first()
-            .map_or(0..0, |model| span(&model.intended))
+            .and_then(|model| model.intended.as_deref())
+            .map_or(0..0, span)
     }
 
     fn complete(&self) -> bool {

@@ -14,6 +14,12 @@ pub struct Facts {
     pub bytes: u64,
     /// Those of each layer.
     pub layer_bytes: Vec<u64>,
+    /// Experts of a layer, and those that a token uses, of a mixture.
+    #[serde(default)]
+    pub experts: Option<(u32, u32)>,
+    /// The largest of them.
+    #[serde(default)]
+    pub expert_bytes: Option<u64>,
 }
 
 impl Facts {
@@ -41,6 +47,8 @@ mod tests {
             n_layer: 4,
             bytes: 360,
             layer_bytes,
+            experts: None,
+            expert_bytes: None,
         };
         // 80 + 80 does not fit.
         assert_eq!(facts.budget(1) * LAYER_SHARE / 100, 159);

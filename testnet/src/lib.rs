@@ -1,7 +1,7 @@
 //! Many nodes on one machine: real `shoal-node` processes on loopback, and the real `shoal` asked through them.
 //!
 //! ```text
-//! plan ──▶ swarm ──▶ process (one shoal-node each)      picture, report, tally, cold: what a person sees
+//! plan ──▶ swarm ──▶ process (one shoal-node each)      picture, report, tally, cold, mixture: what a person sees
 //!            ├─────▶ relay (a gate in front of each node, where links are to fail) ◀── faults
 //!            └─────▶ client, stream (the shoal binary, with a deadline)
 //! ```
@@ -15,6 +15,7 @@ pub mod client;
 pub mod cold;
 pub mod facts;
 pub mod faults;
+pub mod mixture;
 pub mod picture;
 pub mod placement;
 pub mod plan;

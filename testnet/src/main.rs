@@ -18,6 +18,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 mod chaos;
 mod cold_start;
+mod island;
 mod scenario;
 mod simulate;
 
@@ -35,6 +36,8 @@ Examples:
   testnet/run.sh --nodes 24 --cold
   testnet/run.sh --cold --model big.gguf --upload-limit 10M --report figures.json
   testnet/run.sh --chaos kill,partition --faults 50 --seed 7
+  testnet/run.sh --moe --nodes 12
+  testnet/run.sh --moe --chaos kill,freeze --experts-per-node 10
 
 The exit code is 0 where the text is that of the whole model, whatever was done to the nodes; with --cold only where
 the seed uploaded fewer than three copies of the model, and no node fetched a shard twice.",
@@ -43,12 +46,19 @@ the seed uploaded fewer than three copies of the model, and no node fetched a sh
 struct Args {
     #[command(subcommand)]
     command: Option<Command>,
-    /// How many nodes [default: 24; 12 with --chaos].
+    /// How many nodes [default: 24; 12 with --chaos or --moe].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     nodes: Option<u32>,
-    /// A GGUF file, or a model's name.
-    #[arg(long, value_name = "FILE", default_value = "demo")]
-    model: String,
+    /// A GGUF file, or a model's name [default: demo; demo-moe with --moe].
+    #[arg(long, value_name = "FILE")]
+    model: Option<String>,
+    /// Share out the experts of a mixture: a quarter of the nodes hold trunks, the others experts for them. Says where
+    /// each expert ran, and how often it was picked.
+    #[arg(long, conflicts_with = "cold")]
+    moe: bool,
+    /// How many experts a node holds, with --moe [default: so that each is held twice].
+    #[arg(long, value_name = "K", requires = "moe", value_parser = clap::value_parser!(u32).range(1..))]
+    experts_per_node: Option<u32>,
     /// What to ask, given to the model as it is, without a chat template [default: the beginning of a story].
     #[arg(long)]
     prompt: Option<String>,
@@ -92,8 +102,16 @@ enum Command {
 
 impl Args {
     fn nodes(&self) -> u32 {
-        self.nodes
-            .unwrap_or(if self.chaos.is_some() { 12 } else { 24 })
+        self.nodes.unwrap_or(if self.chaos.is_some() || self.moe {
+            12
+        } else {
+            24
+        })
+    }
+
+    fn model(&self) -> &str {
+        let default = if self.moe { "demo-moe" } else { "demo" };
+        self.model.as_deref().unwrap_or(default)
     }
 
     fn n_predict(&self) -> u32 {
@@ -114,6 +132,13 @@ impl Args {
     fn check(&self) -> Result<(), clap::Error> {
         if self.cold && self.nodes() < 2 {
             let why = "--cold needs 2 nodes or more: one that has the model, and who fetches it";
+            return Err(Args::command().error(ErrorKind::ValueValidation, why));
+        }
+        if self.moe && self.nodes() < island::NODES_MIN {
+            let why = format!(
+                "--moe needs {} nodes or more: a trunk, and who holds its experts",
+                island::NODES_MIN
+            );
             return Err(Args::command().error(ErrorKind::ValueValidation, why));
         }
         if self.chaos.is_some() && self.nodes() < NODES_FOR_COPIES {

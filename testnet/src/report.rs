@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::client::Hop;
 use crate::cold::ColdStart;
+use crate::mixture::Mixture;
 use crate::tally::Tally;
 
 /// The figures of one run. The names are those of the report file.
@@ -50,6 +51,9 @@ pub struct Report {
     /// What a cold start took, where it was one.
     #[serde(flatten)]
     pub cold: Option<ColdStart>,
+    /// Where experts of a mixture ran, where they were shared out.
+    #[serde(flatten)]
+    pub mixture: Option<Mixture>,
     /// What faults cost, where there were any.
     #[serde(flatten)]
     pub chaos: Option<Tally>,
@@ -91,13 +95,15 @@ impl Report {
             if self.same_as_whole { "yes" } else { "no" }
         ));
         lines.extend(self.cold.iter().flat_map(ColdStart::lines));
+        lines.extend(self.mixture.iter().flat_map(Mixture::lines));
         lines
     }
 
     /// Whether the text was that of the whole model, no fault changed it, and a cold start cost no more than it may.
     pub fn held(&self) -> bool {
         let cold = self.cold.as_ref().is_none_or(ColdStart::held);
-        cold && self.same_as_whole && self.chaos.as_ref().is_none_or(Tally::held)
+        let mixture = self.mixture.as_ref().is_none_or(Mixture::held);
+        cold && mixture && self.same_as_whole && self.chaos.as_ref().is_none_or(Tally::held)
     }
 }
 

@@ -15,7 +15,7 @@ use testnet::screen::Screen;
 use testnet::swarm::{Node, NodeSpec, StartPlan, Swarm, check_spans};
 use testnet::tally::Tally;
 
-use crate::{Args, chaos, cold_start};
+use crate::{Args, chaos, cold_start, island};
 
 /// Nodes that start at the same time once every layer is held: more wait for each other on few cores.
 const STARTS_AT_ONCE: usize = 4;
@@ -33,7 +33,7 @@ const TIMEOUT_PER_GB: Duration = Duration::from_secs(60);
 /// When anything but the comparison fails.
 pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result<bool> {
     let began = Instant::now();
-    let model = resolve(&args.model)?;
+    let model = resolve(args.model())?;
     let client = swarm.client("client");
     let facts = client.inspect(&model, BASE_TIMEOUT).await?;
     let limit = time_limit(facts.bytes);
@@ -43,6 +43,8 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
     let mut cold = None;
     if args.cold {
         cold = Some(cold_start::play(args, &model, &facts, swarm, screen).await?);
+    } else if args.moe {
+        island::start(args, &model, &facts, swarm, screen, limit).await?;
     } else {
         start_nodes(args, &model, &facts, swarm, screen, limit).await?;
     }
@@ -71,7 +73,7 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
     let mut report = Report {
         nodes: swarm.nodes().len(),
         covered: true,
-        model: args.model.clone(),
+        model: args.model().to_owned(),
         n_layer: facts.n_layer,
         copies: layers.iter().map(|layer| layer.holders.len()).collect(),
         seed: args.seed,
@@ -88,13 +90,20 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
         total_s: 0.0,
         rss_bytes,
         cold,
+        mixture: None,
         chaos: None,
     };
+    if args.moe {
+        report.mixture = Some(island::look(args, &facts, swarm).await?);
+    }
     screen.lines(&report.lines().join("\n"));
     if !report.same_as_whole {
         screen.lines(&format!("\nthe whole model says:\n{}", indent(&whole.text)));
     }
     report.chaos = disturb(args, &ask, &answer, limit, swarm, screen).await?;
+    if args.moe && args.chaos.is_some() {
+        report.mixture = Some(island::look(args, &facts, swarm).await?);
+    }
     report.total_s = seconds(began.elapsed());
     finish(args, &report, screen)?;
     Ok(report.held())
@@ -129,6 +138,7 @@ async fn disturb(
         faults: args.faults,
         seed: args.seed,
         limit,
+        holders: args.moe.then(|| island::holders(args.nodes())),
     };
     let tally = chaos::play(&plan, ask, calm, swarm, screen).await?;
     screen.lines(&tally.lines().join("\n"));
@@ -177,6 +187,8 @@ fn introduce(args: &Args, facts: &Facts, swarm: &Swarm, screen: &mut Screen) {
             "one has it and uploads {} a second, the others know its address and the model's id, and memory they drew",
             args.upload_limit
         )
+    } else if args.moe {
+        island::introduce(args, facts)
     } else if args.chaos.is_some() {
         format!(
             "each layer on {} of them or more, everything towards a node passes a relay,",
@@ -190,7 +202,7 @@ fn introduce(args: &Args, facts: &Facts, swarm: &Swarm, screen: &mut Screen) {
          {how} with --seed {}\n",
         args.nodes(),
         swarm.id(),
-        args.model,
+        args.model(),
         facts.n_layer,
         facts.bytes as f64 / 1e6,
         args.seed
@@ -219,7 +231,7 @@ fn write(report: &Report, path: &Path) -> Result<()> {
 /// When the list of processes cannot be written.
 pub fn farewell(args: &Args, swarm: Swarm) -> Result<String> {
     let client = swarm.client("client");
-    let model = resolve(&args.model)?;
+    let model = resolve(args.model())?;
     let folder = swarm.folder().to_owned();
     let pids: Vec<String> = swarm
         .nodes()

@@ -148,7 +148,14 @@ fn print(inspection: &Inspection) -> anyhow::Result<()> {
     row("layers", facts.n_layer)?;
     row("width", dimensions(facts))?;
     if let Some((n, used)) = facts.experts {
-        row("experts", format!("{n} a layer, {used} for each token"))?;
+        let each = facts
+            .expert_bytes
+            .map(|each| format!(", {} each", bytes(each)));
+        let each = each.unwrap_or_default();
+        row(
+            "experts",
+            format!("{n} a layer, {used} for each token{each}"),
+        )?;
     }
     row("context", format!("{} tokens", facts.n_ctx_train))?;
     let template = if facts.chat_template {

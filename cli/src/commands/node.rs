@@ -4,7 +4,10 @@
 use std::time::Duration;
 
 use clap::Subcommand;
-use node::control::{self, AskError, ModelStatus, NodeStatus, Request, State, TransferStatus};
+use node::control::{
+    self, AskError, ExpertsStatus, IslandStatus, ModelStatus, NodeStatus, Request, State,
+    TransferStatus,
+};
 use node::net::now_ms;
 use node::pause::{Paused, Why, parse_duration};
 
@@ -22,6 +25,8 @@ Examples:
   shoal node --model model.gguf --layers 0..8 --listen /ip4/0.0.0.0/tcp/4001
   shoal node --model llama-1b --api 127.0.0.1:8080
   shoal node --model llama-1b --cpu-share 50 --quiet-hours 22:00-07:00
+  shoal node --model demo-moe --hold experts --memory 1M
+  shoal node --model demo-moe --hold trunk      its experts are computed by peers near by
   shoal node status                     what the node of this home does
   shoal node pause --for 2h             the machine for yourself; `shoal node resume` ends it
 
@@ -167,17 +172,91 @@ fn print_model(model: &ModelStatus) -> anyhow::Result<()> {
         paint(BOLD, figures::printable(&model.name, 64)),
         paint(DIM, figures::short_hash(&model.model))
     ))?;
+    if let Some(intended) = &model.intended {
+        print_layers(model, intended)?;
+    }
+    if let Some(experts) = &model.experts {
+        print_experts(experts)?;
+    }
+    Ok(())
+}
+
+fn print_experts(experts: &ExpertsStatus) -> anyhow::Result<()> {
+    let live = match &experts.live[..] {
+        [] => "none yet".to_owned(),
+        live => format!("{} ({})", experts.count, live.join("; ")),
+    };
+    let missing = match experts.live == experts.intended {
+        true => String::new(),
+        false => format!(", then {}", experts.intended.join("; ")),
+    };
+    terminal::say(format!("    experts {live}{missing}"))?;
+    terminal::say(format!(
+        "    {} expert-rows/s · {} answered, {} · weights {}",
+        figures::rate(experts.rows_s.map(f64::from)),
+        figures::plural(experts.calls as usize, "call"),
+        figures::plural(experts.rows as usize, "row"),
+        bytes(experts.tensor_bytes),
+    ))?;
+    Ok(())
+}
+
+fn print_island(island: &IslandStatus) -> anyhow::Result<()> {
+    let held = island
+        .experts
+        .iter()
+        .filter(|expert| !expert.holders.is_empty());
+    let (held, all) = (held.count(), island.experts.len());
+    let missing = match all - held {
+        0 => String::new(),
+        n => paint(WARN, format!(", {n} of them nowhere now")),
+    };
+    let peers = figures::plural(island.holders.len(), "holder");
+    terminal::say(format!(
+        "    experts of these layers: {all}, with {peers}{missing}"
+    ))?;
+    for holder in &island.holders {
+        let who = match &holder.peer {
+            Some(peer) => figures::printable(peer, 16),
+            None => "here".into(),
+        };
+        let micros = |micros: Option<u64>| match micros {
+            Some(micros) => format!("{:.2} ms", micros as f64 / 1e3),
+            None => "not known yet".into(),
+        };
+        let state = match &holder.down {
+            Some(why) => paint(
+                WARN,
+                format!(" · not asked now: {}", figures::printable(why, 120)),
+            ),
+            None => String::new(),
+        };
+        terminal::say(format!(
+            "      {} {} · {} · round trip {}{state}",
+            paint(DIM, who),
+            figures::plural(holder.experts, "expert"),
+            figures::plural(holder.calls as usize, "call"),
+            micros(holder.rtt_us),
+        ))?;
+    }
+    Ok(())
+}
+
+fn print_layers(model: &ModelStatus, intended: &str) -> anyhow::Result<()> {
     let live = match &model.live[..] {
         [] => "none yet".to_owned(),
         live => figures::list(live),
     };
     let layers = format!("layers {live}");
-    let whole = model.live == [model.intended.clone()];
+    let whole = model.live == [intended];
     let intended = match whole {
         true => String::new(),
-        false => format!(", {} when all are there", model.intended),
+        false => format!(", {intended} when all are there"),
     };
     terminal::say(format!("    {layers}{intended} of {}", model.n_layer))?;
+    if let Some(island) = &model.island {
+        print_island(island)?;
+    }
     terminal::say(format!(
         "    {} layer-tokens/s · queue {} · {} · KV {} of {} · weights {}",
         figures::rate(model.layer_tokens_s.map(f64::from)),

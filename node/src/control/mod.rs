@@ -41,7 +41,10 @@ use crate::{
 };
 
 pub use ask::{AskError, ask};
-pub use status::{ModelStatus, NodeStatus, ShardStatus, State, TransferStatus};
+pub use status::{
+    ExpertStatus, ExpertsStatus, HolderStatus, IslandStatus, ModelStatus, NodeStatus, ShardStatus,
+    State, TransferStatus,
+};
 
 /// The socket's name in the home.
 pub const SOCKET: &str = "node.sock";

@@ -1,15 +1,16 @@
 //! What a running node says of itself to its owner: plain data, and how it is gathered.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::PoisonError};
+use std::{collections::BTreeMap, ops::Range, path::PathBuf, sync::PoisonError};
 
 use serde::{Deserialize, Serialize};
 use shard_registry::Manifest;
-use swarm_proto::ModelId;
+use swarm_proto::{ExpertSpan, ModelId, Peer};
 use tokio::task::JoinError;
 
 use super::Shared;
 use crate::{
-    hosting::{Model, Serving},
+    experts::{HolderView, Island, LinkState, PlacedExpert},
+    hosting::{Experts, Model, Serving},
     pause::Paused,
     transfer::Transfer,
 };
@@ -68,8 +69,8 @@ pub struct ModelStatus {
     pub n_layer: u16,
     /// Layers that are loaded, as `a..b`; a paused node offers none of them.
     pub live: Vec<String>,
-    /// Layers that are loaded or will be, as `a..b`.
-    pub intended: String,
+    /// Layers that are loaded or will be, as `a..b`; none where it holds experts only.
+    pub intended: Option<String>,
     /// Rows a second through one layer; none before it is measured.
     pub layer_tokens_s: Option<f32>,
     /// Seconds since that was measured.
@@ -84,6 +85,78 @@ pub struct ModelStatus {
     pub kv_bytes_max: u64,
     /// Bytes of weights in memory.
     pub tensor_bytes: u64,
+    /// Experts that it computes for the trunks of others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<ExpertsStatus>,
+    /// Who computes the experts of its layers, where it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub island: Option<IslandStatus>,
+}
+
+/// Experts of a model, as far as the node holds them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExpertsStatus {
+    /// Those that are loaded, as `0-3,7 of 0..5`: experts of layers.
+    pub live: Vec<String>,
+    /// Those that are loaded or will be.
+    pub intended: Vec<String>,
+    /// How many are loaded.
+    pub count: u32,
+    /// Rows a second through one expert, one row at a time; none before it is measured.
+    pub rows_s: Option<f32>,
+    /// Calls of trunks that were answered.
+    pub calls: u64,
+    /// Rows that went through experts, counted once for each.
+    pub rows: u64,
+    /// Bytes of their weights in memory.
+    pub tensor_bytes: u64,
+}
+
+/// Those who compute the experts of a trunk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct IslandStatus {
+    /// Who they are; this node itself first, where it is one.
+    pub holders: Vec<HolderStatus>,
+    /// Where each expert is computed.
+    pub experts: Vec<ExpertStatus>,
+}
+
+/// A holder of experts, as a trunk sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HolderStatus {
+    /// Its id; none: this node itself.
+    pub peer: Option<String>,
+    /// Why it is not asked now, where it is not.
+    pub down: Option<String>,
+    /// Experts that it holds.
+    pub experts: usize,
+    /// Calls that it answered.
+    pub calls: u64,
+    /// Rows in these answers.
+    pub rows: u64,
+    /// The least round trip, in microseconds.
+    pub rtt_us: Option<u64>,
+    /// What a call takes beyond its computing, in microseconds.
+    pub wire_us: Option<u64>,
+    /// What a row of one expert takes it, in microseconds.
+    pub row_us: Option<u64>,
+    /// Calls that others were asked, too, because it was late.
+    pub hedges: u64,
+    /// Times that it was lost.
+    pub losses: u64,
+}
+
+/// An expert, as a trunk sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExpertStatus {
+    /// Of which layer.
+    pub layer: u16,
+    /// Which.
+    pub expert: u16,
+    /// Ids of those who hold it, who would be asked first; `here`: this node itself.
+    pub holders: Vec<String>,
+    /// Rows it was picked for.
+    pub rows: u64,
 }
 
 /// What was fetched and given since the start.
@@ -122,25 +195,103 @@ pub struct ShardStatus {
 
 impl ModelStatus {
     fn of(model: &Model) -> Self {
-        let Serving { worker, speed, .. } = &model.serving;
-        let stats = worker.stats();
-        let measured = speed.get();
-        let spans = stats.held.spans().iter();
-        Self {
+        let mut status = Self {
             model: model.id.to_string(),
             name: model.name.clone(),
             n_layer: model.n_layer,
-            live: spans
-                .map(|span| format!("{}..{}", span.start, span.end))
-                .collect(),
-            intended: model.window.to_string(),
-            layer_tokens_s: measured.map(|measured| measured.value),
-            measured_s_ago: measured.map(|measured| measured.age_s),
-            queue: worker.queued(),
-            sessions: stats.sessions,
-            kv_bytes: stats.kv_bytes,
-            kv_bytes_max: stats.kv_bytes_max,
+            live: Vec::new(),
+            intended: model.window.map(|window| window.to_string()),
+            layer_tokens_s: None,
+            measured_s_ago: None,
+            queue: 0,
+            sessions: 0,
+            kv_bytes: 0,
+            kv_bytes_max: 0,
+            tensor_bytes: 0,
+            experts: model.experts.as_ref().map(ExpertsStatus::of),
+            island: None,
+        };
+        if let Some(serving) = &model.serving {
+            let Serving { worker, speed, .. } = serving;
+            let stats = worker.stats();
+            let measured = speed.get();
+            let spans = stats.held.spans().iter();
+            let text = |span: &Range<u32>| format!("{}..{}", span.start, span.end);
+            status.live = spans.map(text).collect();
+            status.layer_tokens_s = measured.map(|measured| measured.value);
+            status.measured_s_ago = measured.map(|measured| measured.age_s);
+            status.queue = worker.queued();
+            status.sessions = stats.sessions;
+            status.kv_bytes = stats.kv_bytes;
+            status.kv_bytes_max = stats.kv_bytes_max;
+            status.tensor_bytes = stats.tensor_bytes;
+            status.island = serving.island.as_ref().map(|island| IslandStatus::of(island));
+        }
+        if let Some(experts) = &status.experts {
+            status.tensor_bytes = status.tensor_bytes.saturating_add(experts.tensor_bytes);
+        }
+        status
+    }
+}
+
+impl ExpertsStatus {
+    fn of(experts: &Experts) -> Self {
+        let stats = experts.worker.as_ref().map(|worker| worker.stats());
+        let stats = stats.unwrap_or_default();
+        let text = |spans: &[ExpertSpan]| {
+            let text = |span: &ExpertSpan| format!("{} of {}", span.experts, span.layers);
+            spans.iter().map(text).collect()
+        };
+        Self {
+            live: text(&experts.live),
+            intended: text(&experts.intended),
+            count: stats.experts,
+            rows_s: stats.rows_s.map(|(rows_s, _)| rows_s as f32),
+            calls: stats.calls,
+            rows: stats.rows,
             tensor_bytes: stats.tensor_bytes,
+        }
+    }
+}
+
+impl IslandStatus {
+    fn of(island: &std::sync::Arc<Island>) -> Self {
+        Self {
+            holders: island.stats().into_iter().map(HolderStatus::of).collect(),
+            experts: island.placed().into_iter().map(ExpertStatus::of).collect(),
+        }
+    }
+}
+
+impl HolderStatus {
+    fn of(view: HolderView) -> Self {
+        Self {
+            peer: view.peer.map(|peer| peer.to_string()),
+            down: match view.state {
+                LinkState::Up => None,
+                LinkState::Opening => Some("it is being reached".into()),
+                LinkState::Down(why) => Some(why),
+            },
+            experts: view.experts,
+            calls: view.calls,
+            rows: view.rows,
+            rtt_us: view.rtt_us,
+            wire_us: view.wire_us,
+            row_us: view.row_us,
+            hedges: view.hedges,
+            losses: view.losses,
+        }
+    }
+}
+
+impl ExpertStatus {
+    fn of(placed: PlacedExpert) -> Self {
+        let name = |holder: Option<Peer>| holder.map_or_else(|| "here".into(), |peer| peer.to_string());
+        Self {
+            layer: placed.layer,
+            expert: placed.expert,
+            holders: placed.holders.into_iter().map(name).collect(),
+            rows: placed.rows,
         }
     }
 }

@@ -1,18 +1,21 @@
 //! What the advert says of the models that this node serves: one announcement for all of them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use engine::Worker;
-use shard_registry::Store;
-use swarm_proto::{LayerRange, ModelAdvert, ModelId, advert::ADVERT_SPANS_MAX};
+use engine::{ExpertWorker, Worker};
+use shard_registry::{Store, placement::experts::Expert};
+use swarm_proto::{
+    ExpertSpan, ExpertsAdvert, LayerRange, Measured, ModelAdvert, ModelId, advert::ADVERT_SPANS_MAX,
+};
 use tokio::time::timeout;
 
 use super::span;
 use crate::{
+    experts::Island,
     load::Found,
     measure::Speed,
     net::{Announcement, Net},
@@ -38,13 +41,25 @@ struct Claim {
     name: String,
     n_layer: u16,
     n_embd: u32,
-    window: LayerRange,
+    /// Layers that are to be served; none where it holds experts only.
+    window: Option<LayerRange>,
     layer_bytes_max: Option<u64>,
     /// Layers that others can have from here.
     stored: Vec<LayerRange>,
     serving: Option<Serving>,
     /// Served still, and about to leave.
     leaving: Option<LayerRange>,
+    /// Experts that are to be computed here, and that are, for the trunks of others.
+    experts: Option<Experts>,
+}
+
+/// What is said of experts that are held here.
+#[derive(Clone, Default)]
+pub(crate) struct Experts {
+    pub(crate) intended: Vec<ExpertSpan>,
+    pub(crate) live: Vec<ExpertSpan>,
+    pub(crate) worker: Option<Arc<ExpertWorker>>,
+    threads: u32,
 }
 
 /// Where the figures come from.
@@ -53,15 +68,26 @@ pub(crate) struct Serving {
     pub(crate) worker: Worker,
     pub(crate) speed: Speed,
     pub(super) threads: u32,
+    /// Who computes the experts of its layers, where it does not.
+    pub(crate) island: Option<Arc<Island>>,
 }
 
-/// A model that is served, for its owner to see.
+/// A model of which something is served, for its owner to see.
 pub(crate) struct Model {
     pub(crate) id: ModelId,
     pub(crate) name: String,
     pub(crate) n_layer: u16,
-    pub(crate) window: LayerRange,
-    pub(crate) serving: Serving,
+    pub(crate) window: Option<LayerRange>,
+    pub(crate) serving: Option<Serving>,
+    pub(crate) experts: Option<Experts>,
+}
+
+impl Model {
+    /// Whether its stage worker runs, if it has one.
+    pub(crate) fn is_alive(&self) -> bool {
+        let worker = self.serving.as_ref().map(|serving| &serving.worker);
+        worker.is_none_or(Worker::is_alive)
+    }
 }
 
 impl Board {
@@ -82,23 +108,78 @@ impl Board {
         layer_bytes_max: Option<u64>,
     ) {
         let claim = Claim {
-            name: found.name.clone(),
-            n_layer: found.manifest.n_layer,
-            n_embd: found.manifest.n_embd,
-            window,
+            window: Some(window),
             layer_bytes_max,
-            stored: self.stored(found.id).await,
-            serving: None,
-            leaving: None,
+            ..self.claim(found).await
         };
         self.lock().insert(found.id, claim);
         self.publish().await;
     }
 
+    /// Experts of a model are to be computed.
+    pub(super) async fn intends_experts(&self, found: &Found, intended: &BTreeSet<Expert>) {
+        let intended = ExpertSpan::of(intended.iter().copied());
+        let experts = Experts {
+            intended,
+            ..Experts::default()
+        };
+        let claim = Claim {
+            experts: Some(experts),
+            ..self.claim(found).await
+        };
+        self.lock().insert(found.id, claim);
+        self.publish().await;
+    }
+
+    /// This worker is to compute them.
+    pub(super) fn computes(&self, model: &ModelId, worker: &Arc<ExpertWorker>, n_threads: u32) {
+        self.change_experts(model, |experts| {
+            experts.worker = Some(Arc::clone(worker));
+            experts.threads = n_threads;
+        });
+    }
+
+    /// Which experts are to be computed, and which are.
+    pub(super) async fn has_experts(
+        &self,
+        model: &ModelId,
+        intended: &BTreeSet<Expert>,
+        live: &BTreeSet<Expert>,
+    ) {
+        self.change_experts(model, |experts| {
+            experts.intended = ExpertSpan::of(intended.iter().copied());
+            experts.live = ExpertSpan::of(live.iter().copied());
+        });
+        self.publish().await;
+    }
+
+    fn change_experts(&self, model: &ModelId, change: impl FnOnce(&mut Experts)) {
+        let mut claims = self.lock();
+        let claim = claims.get_mut(model);
+        if let Some(experts) = claim.and_then(|claim| claim.experts.as_mut()) {
+            change(experts);
+        }
+    }
+
+    /// What can be said of any model.
+    async fn claim(&self, found: &Found) -> Claim {
+        Claim {
+            name: found.name.clone(),
+            n_layer: found.manifest.n_layer,
+            n_embd: found.manifest.n_embd,
+            window: None,
+            layer_bytes_max: None,
+            stored: self.stored(found.id).await,
+            serving: None,
+            leaving: None,
+            experts: None,
+        }
+    }
+
     /// Another window of it is.
     pub(super) async fn moves(&self, model: &ModelId, window: LayerRange) {
         if let Some(claim) = self.lock().get_mut(model) {
-            claim.window = window;
+            claim.window = Some(window);
         }
         self.publish().await;
     }
@@ -158,12 +239,16 @@ impl Board {
     /// The models that are served.
     pub(crate) fn models(&self) -> Vec<Model> {
         let model = |(id, claim): (&ModelId, &Claim)| {
-            Some(Model {
+            let experts = claim.experts.clone();
+            let experts = experts.filter(|experts| experts.worker.is_some());
+            let some = claim.serving.is_some() || experts.is_some();
+            some.then(|| Model {
                 id: *id,
                 name: claim.name.clone(),
                 n_layer: claim.n_layer,
                 window: claim.window,
-                serving: claim.serving.clone()?,
+                serving: claim.serving.clone(),
+                experts,
             })
         };
         self.lock().iter().filter_map(model).collect()
@@ -224,7 +309,7 @@ impl Claim {
             name: self.name.clone(),
             n_layer: self.n_layer,
             live: Vec::new(),
-            intended: vec![self.window],
+            intended: self.window.into_iter().collect(),
             layer_tokens_s: None,
             n_ctx_max: 0,
             free_cells: 0,
@@ -238,18 +323,40 @@ impl Claim {
             worker,
             speed,
             threads,
+            island,
         }) = &self.serving
         {
             let stats = worker.stats();
             let stays = |layer: &u16| self.leaving.is_none_or(|leaving| !leaving.contains(*layer));
             let held = stats.held.spans().iter().map(span);
-            let live = held.flat_map(|span| span.layers()).filter(stays);
+            let whole = |layer: &u16| island.as_ref().is_none_or(|island| island.covers(*layer));
+            let live = held.flat_map(|span| span.layers());
+            let live = live.filter(stays).filter(whole);
             advert.live = LayerRange::merge(live.map(LayerRange::one).collect());
             advert.layer_tokens_s = speed.get();
             advert.n_ctx_max = worker.shape().n_ctx_max;
             let layers = u64::from(stats.held.n_layers());
             advert.free_cells = stats.free_cells.saturating_mul(layers);
             advert.numerics = engine::numerics_class(*threads);
+            advert.experts = island.as_ref().map(|island| ExpertsAdvert {
+                island: island.peers(),
+                hot: island.hot(),
+                ..ExpertsAdvert::default()
+            });
+        }
+        if let Some(experts) = &self.experts {
+            let stats = experts.worker.as_ref().map(|worker| worker.stats());
+            let rows_s = stats.and_then(|stats| stats.rows_s);
+            advert.numerics = engine::numerics_class(experts.threads.max(1));
+            advert.experts = Some(ExpertsAdvert {
+                live: experts.live.clone(),
+                intended: experts.intended.clone(),
+                rows_s: rows_s.map(|(value, at)| Measured {
+                    value: value as f32,
+                    age_s: u32::try_from(at.elapsed().as_secs()).unwrap_or(u32::MAX),
+                }),
+                ..ExpertsAdvert::default()
+            });
         }
         advert
     }

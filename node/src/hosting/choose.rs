@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// How long to wait for the first adverts before choosing.
-const LISTEN_FIRST: Duration = Duration::from_secs(3);
+pub(super) const LISTEN_FIRST: Duration = Duration::from_secs(3);
 /// How long others get to object to a choice, each time.
 const SETTLE: Duration = Duration::from_millis(700);
 /// Rounds of choosing: nodes that start together see each other's choices after one.

@@ -1,13 +1,15 @@
 //! Layers of a model, from the store or else from peers, verified and loaded.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
-use engine::Loaded;
+use engine::{ExpertHolders, Loaded};
+use shard_registry::{ShardEntry, ShardKind};
 use swarm_proto::LayerRange;
 use tokio::time::Instant;
 
 use super::range;
 use crate::{
+    experts::Island,
     load::{self, Found, LoadError},
     swarm_node::{StartError, blocking},
     transfer::Transfer,
@@ -17,6 +19,8 @@ use crate::{
 pub(super) struct Shards {
     pub(super) found: Found,
     transfer: Transfer,
+    /// Who computes the experts, where they are not loaded with their layers.
+    island: Option<Arc<Island>>,
     /// Layers loaded, and those that are to be, for people who watch.
     done: usize,
     wanted: usize,
@@ -27,9 +31,15 @@ impl Shards {
         Self {
             found,
             transfer,
+            island: None,
             done: 0,
             wanted,
         }
+    }
+
+    /// The same without experts, which an island computes.
+    pub(super) fn with(self, island: Option<Arc<Island>>) -> Self {
+        Self { island, ..self }
     }
 
     /// Counts from here to so many layers.
@@ -41,8 +51,13 @@ impl Shards {
     pub(super) async fn here(&self, among: &[u16]) -> Result<Vec<LayerRange>, StartError> {
         let (store, id) = (self.transfer.store().clone(), self.found.id);
         let here = blocking(move || store.here(id)).await?;
-        let here = here.map_err(LoadError::from)?.layers.into_iter();
+        let here = here.map_err(LoadError::from)?;
+        let here = match self.island {
+            Some(_) => here.trunks,
+            None => here.layers,
+        };
         let among = here
+            .into_iter()
             .flat_map(|span| span.layers())
             .filter(|layer| among.contains(layer));
         Ok(LayerRange::merge(among.map(LayerRange::one).collect()))
@@ -80,8 +95,10 @@ impl Shards {
         let (store, found) = (self.transfer.store().clone(), self.found.clone());
         let spans: Vec<Range<u32>> = spans.iter().copied().map(range).collect();
         let (mut done, wanted) = (self.done, self.wanted);
+        let holders = self.island.clone();
+        let holders = holders.map(|island| island as Arc<dyn ExpertHolders>);
         let read = move || {
-            let loaded = load::read(&store, &found, &spans, &mut |layer| {
+            let loaded = load::read(&store, &found, &spans, holders.as_ref(), &mut |layer| {
                 done += 1;
                 tracing::info!(
                     layer,
@@ -99,7 +116,11 @@ impl Shards {
 
     async fn fetch(&self, layers: LayerRange) -> Result<(), StartError> {
         let manifest = &self.found.manifest;
-        for shard in manifest.shards_of(layers) {
+        let experts = self.island.is_none();
+        let wanted = |shard: &&ShardEntry| {
+            experts || !matches!(shard.kind, ShardKind::Expert { .. })
+        };
+        for shard in manifest.shards_of(layers).filter(wanted) {
             let begin = Instant::now();
             let progress = &mut |_| {};
             let fetched = self

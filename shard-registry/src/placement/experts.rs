@@ -50,9 +50,10 @@ impl ExpertHoldings {
         count: impl Fn(&Peer) -> bool,
     ) -> ExpertHoldings {
         let mut holdings = ExpertHoldings::default();
-        let others = snapshot.adverts.iter().filter(|advert| {
-            advert.peer != me && !advert.leaving && count(&advert.peer)
-        });
+        let others = snapshot
+            .adverts
+            .iter()
+            .filter(|advert| advert.peer != me && !advert.leaving && count(&advert.peer));
         let said = others
             .flat_map(|advert| &advert.models)
             .filter(|said: &&ModelAdvert| said.model == model)
@@ -64,7 +65,10 @@ impl ExpertHoldings {
             }
             for hot in &said.hot {
                 let over = f64::from(hot.per_mille) * f64::from(n_expert) / 1000.0;
-                let most = holdings.picked.entry((hot.layer, hot.expert)).or_insert(1.0);
+                let most = holdings
+                    .picked
+                    .entry((hot.layer, hot.expert))
+                    .or_insert(1.0);
                 *most = most.max(over);
             }
         }
@@ -102,7 +106,11 @@ pub fn choose(
         let by_served = a.0.total_cmp(&b.0);
         by_served.then_with(|| (a.1, a.2).cmp(&(b.1, b.2)))
     });
-    ranked.into_iter().take(room).map(|(.., expert)| expert).collect()
+    ranked
+        .into_iter()
+        .take(room)
+        .map(|(.., expert)| expert)
+        .collect()
 }
 
 /// One step from what is held towards what is wanted: place that is free is filled, an expert that nobody else holds
@@ -122,10 +130,11 @@ pub fn next(
         return Next::Take(take);
     }
     let served = |expert: &Expert| holdings.served(*expert, holdings.others(*expert));
-    let most = held
-        .iter()
-        .copied()
-        .max_by(|a, b| served(a).total_cmp(&served(b)).then_with(|| tie(*a, me).cmp(&tie(*b, me))));
+    let most = held.iter().copied().max_by(|a, b| {
+        served(a)
+            .total_cmp(&served(b))
+            .then_with(|| tie(*a, me).cmp(&tie(*b, me)))
+    });
     let Some(most) = most else {
         return Next::Stay;
     };
@@ -235,6 +244,10 @@ mod tests {
         holdings.others.insert((0, 3), 0);
         assert_eq!(next(&holdings, &held), Next::Swap((0, 3), (0, 0)));
         holdings.others.insert((0, 0), 0);
-        assert_eq!(next(&holdings, &held), Next::Stay, "nobody else has what is held");
+        assert_eq!(
+            next(&holdings, &held),
+            Next::Stay,
+            "nobody else has what is held"
+        );
     }
 }
