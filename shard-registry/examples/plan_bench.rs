@@ -2,6 +2,7 @@
 //! the worst case, in which every peer holds every layer, and peers with room for a few layers only.
 //!
 //! cargo run --release -p shard-registry --example plan_bench
+//! … -- '16 neighbours' 'plan and standbys'    only what has these words: for a profile
 
 use std::{
     io::Write,
@@ -130,6 +131,11 @@ fn measure(name: &str, swarm: &Snapshot) -> std::io::Result<()> {
         ..Query::new(MODEL, N_LAYER)
     };
     for (what, way) in WAYS {
+        let mut args = std::env::args().skip(1);
+        let asked = |name: &str, arg: Option<String>| arg.is_none_or(|arg| name.ends_with(&arg));
+        if !asked(name, args.next()) || !asked(what, args.next()) {
+            continue;
+        }
         let mut times: Vec<Duration> = Vec::new();
         let mut hops = 0;
         for seed in 0..100 {

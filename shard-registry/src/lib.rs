@@ -13,6 +13,7 @@
 pub mod adverts;
 mod assemble;
 pub mod blobs;
+pub mod experts;
 mod files;
 mod import;
 mod layout;

@@ -20,6 +20,7 @@ use std::{fmt::Write as _, time::Duration};
 
 use swarm_proto::{Advert, Hop, LayerRange, ModelAdvert, ModelId, Peer};
 
+mod bound;
 mod crowd;
 mod index;
 pub(crate) mod links;
@@ -30,6 +31,7 @@ mod rooms;
 mod search;
 mod seen;
 mod standby;
+mod sweep;
 mod table;
 #[cfg(test)]
 mod tests;

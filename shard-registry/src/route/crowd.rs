@@ -1,4 +1,4 @@
-//! Where very many hold a layer, not every way goes on.
+//! Where very many hold a layer and some are short of room, not every way goes on.
 //!
 //! A first route among few says what the cheapest costs at most, and what is left from each boundary on costs no
 //! less than each layer at its cheapest holder: ways that cannot be better than the first route end. Nothing is
@@ -13,8 +13,6 @@ use super::{
     table::half,
 };
 
-/// More holders of a layer than this, on average, are a crowd.
-pub(super) const CROWD: u64 = 200;
 /// Holders of a layer among whom a first route is looked for.
 pub(super) const FEW: usize = 32;
 /// Ways that go on from a boundary where room is short.
@@ -128,7 +126,7 @@ impl Crowd {
         boundary: u16,
         on: Vec<u16>,
         nodes: &mut [Node],
-        rooms: &mut Option<Rooms>,
+        rooms: &mut Rooms,
     ) -> Vec<u16> {
         let mut kept = std::mem::take(&mut self.kept);
         kept.clear();
@@ -139,20 +137,12 @@ impl Crowd {
         kept.extend(on.iter().map(|seat| whole(*seat)));
         kept.sort_unstable();
         let worth = kept.partition_point(|(whole, _)| *whole < self.most);
-        let n = if rooms.is_some() {
-            worth.min(WIDTH)
-        } else {
-            worth
-        };
+        let n = worth.min(WIDTH);
         for (_, seat) in &kept[n..] {
             nodes[usize::from(*seat)].cost = NONE;
-            if let Some(rooms) = rooms {
-                rooms.begin(*seat);
-            }
+            rooms.begin(*seat);
         }
-        if rooms.is_some()
-            && let Some(least) = kept.first()
-        {
+        if let Some(least) = kept.first() {
             let dearest = kept[n.max(1) - 1].0;
             self.reach = match self.reach {
                 NONE if worth > WIDTH => dearest - least.0,

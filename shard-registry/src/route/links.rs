@@ -32,6 +32,8 @@ pub(super) struct Links {
     seats: Vec<(Peer, u64, u32)>,
     /// Of each giver the nearest taker first.
     takers: Ends,
+    /// Of each taker the round trip to the nearest giver, `u32::MAX` where there is none.
+    nearest: Vec<u32>,
 }
 
 /// Links by one of their ends.
@@ -118,7 +120,16 @@ impl Links {
         }
         let mut takers = Ends::by(servers.len(), &pairs(servers, &seat));
         takers.nearest_first();
-        Links { seats, takers }
+        let mut nearest = vec![u32::MAX; servers.len()];
+        for link in &takers.links {
+            let nearest = &mut nearest[usize::from(link.to)];
+            *nearest = link.rtt_us.min(*nearest);
+        }
+        Links {
+            seats,
+            takers,
+            nearest,
+        }
     }
 
     /// Where each of these sits; `None` where too many of their adverts are newer.
@@ -157,6 +168,12 @@ impl Links {
     /// The links of a giver, the nearest taker first.
     pub(super) fn takers(&self, giver: u16) -> &[Link] {
         self.takers.of(giver)
+    }
+
+    /// The round trip to a taker's nearest giver, where one was measured.
+    pub(super) fn nearest_giver(&self, taker: u16) -> Option<u32> {
+        let nearest = self.nearest.get(usize::from(taker)).copied();
+        nearest.filter(|rtt_us| *rtt_us < u32::MAX)
     }
 
     /// Whether the delay between them was measured.

@@ -1,5 +1,6 @@
 //! The search itself: boundary by boundary, for each holder of the next layer the cheapest way to have it
-//! computed by it, over everybody who may be used.
+//! computed by it, over everybody who may be used. Where nobody is short of room all holders of a layer go on
+//! together ([`sweep`](super::sweep)); else one by one, here.
 //!
 //! ```text
 //! those who computed layer l-1 ─▶ push what handing over costs to the takers they measured, the nearest first
@@ -18,20 +19,22 @@ use swarm_proto::LayerRange;
 
 use super::{
     Query,
-    crowd::{CROWD, Crowd, FEW},
+    bound::{self, Bound, CROWD},
+    crowd::{Crowd, FEW},
     links::{Links, SEATS_MAX},
     rooms::Rooms,
+    sweep::Sweep,
     table::{Price, Table, Usable, half, servers},
 };
 use crate::adverts::Snapshot;
 
 /// Givers of a boundary that are kept at hand, the cheapest for any taker first.
-const GIVERS: usize = 4;
+pub(super) const GIVERS: usize = 4;
 /// Bits of who gives: a seat, counted from 1.
 const WHO_BITS: u32 = (SEATS_MAX + 1).trailing_zeros();
-const WHO: u64 = (1 << WHO_BITS) - 1;
+pub(super) const WHO: u64 = (1 << WHO_BITS) - 1;
 /// One hop. Of more than 63 each 64 count as a nanosecond: it decides nothing.
-const HOP: u64 = 1 << WHO_BITS;
+pub(super) const HOP: u64 = 1 << WHO_BITS;
 const NS_BITS: u32 = WHO_BITS + 6;
 /// No way: more than any, and what is added to it before it is looked at does not wrap.
 pub(super) const NONE: u64 = 1 << 62;
@@ -43,7 +46,7 @@ pub(super) fn word(ns: u64) -> u64 {
 }
 
 /// Who gives.
-fn giver(word: u64) -> Option<u16> {
+pub(super) fn giver(word: u64) -> Option<u16> {
     ((word & WHO) as u16).checked_sub(1)
 }
 
@@ -264,7 +267,10 @@ impl<'t, 'a> Search<'t, 'a> {
                 short |= node.short;
             }
         }
-        let mut rooms = short.then(|| Rooms::of(self.nodes.len()));
+        if !short {
+            return self.sweep(prices, some);
+        }
+        let mut rooms = Rooms::of(self.nodes.len());
         let mut hops = if !self.crowded || some.is_some() {
             self.once(some, &mut rooms)?.1
         } else {
@@ -273,7 +279,7 @@ impl<'t, 'a> Search<'t, 'a> {
             let first = self.once(Some(&few), &mut rooms);
             let most = first.as_ref().map_or(NONE, |first| first.0);
             let crowd = Crowd::of(&self.nodes, &self.starts, &self.exits, &self.links, most);
-            let found = self.pass::<false>(None, &mut rooms, &mut Some(crowd));
+            let found = self.pass(None, &mut rooms, &mut Some(crowd));
             let both = first.into_iter().chain(found).min_by_key(|found| found.0);
             // Where nothing was found some way ended too early.
             both.or_else(|| self.once(None, &mut rooms))?.1
@@ -281,6 +287,47 @@ impl<'t, 'a> Search<'t, 'a> {
         hops.reverse();
         let ns = self.table.cost(&hops, prices);
         Some(Found { hops, ns })
+    }
+
+    /// The cheapest way where nobody is short of room.
+    fn sweep(&self, prices: &[Price], some: Option<&[bool]>) -> Option<Found> {
+        let (nodes, starts, exits) = (&self.nodes[..], &self.starts[..], &self.exits[..]);
+        let found = |hops: &mut dyn Iterator<Item = (u16, LayerRange)>| {
+            let hops = hops.map(|(seat, layers)| (self.peers[usize::from(seat)] as usize, layers));
+            let hops: Vec<_> = hops.collect();
+            let ns = self.table.cost(&hops, prices);
+            Found { hops, ns }
+        };
+        let mut known = None;
+        let mut bound = None;
+        if self.crowded && some.is_none() {
+            let mut left = Bound::of(nodes, starts, exits, &self.links)?;
+            let first = found(&mut left.hops.iter().copied());
+            left.most = bound::priced(first.ns, first.hops.len());
+            let one = first.hops.len() == 1;
+            known = Some(first);
+            if one {
+                return known;
+            }
+            if let Some((whole, seat)) = bound::alone(nodes, starts, exits)
+                && whole < left.most
+            {
+                left.most = whole;
+                let layers = LayerRange {
+                    start: 0,
+                    end: self.n_layer,
+                };
+                known = Some(found(&mut std::iter::once((seat, layers))));
+            }
+            bound = Some(left);
+        }
+        let mut sweep = Sweep::of(nodes, &self.links);
+        let wanted =
+            |seat: u16| some.is_none_or(|some| some[self.peers[usize::from(seat)] as usize]);
+        match sweep.run(starts, exits, wanted, bound.as_ref()) {
+            Some((_, hops)) => Some(found(&mut hops.into_iter().rev())),
+            None => known,
+        }
     }
 
     /// Who is among the `n` best holders of some layer, by what they cost alone.
@@ -327,31 +374,24 @@ impl<'t, 'a> Search<'t, 'a> {
     fn once(
         &mut self,
         some: Option<&[bool]>,
-        rooms: &mut Option<Rooms>,
+        rooms: &mut Rooms,
     ) -> Option<(u64, Vec<(usize, LayerRange)>)> {
-        if rooms.is_none() {
-            return self.pass::<true>(some, &mut None, &mut None);
-        }
-        let mut found = self.pass::<false>(some, rooms, &mut None);
-        let met = rooms.as_mut().filter(|rooms| rooms.met.take());
-        if let Some(picky) = met.map(|rooms| &mut rooms.picky) {
+        let mut found = self.pass(some, rooms, &mut None);
+        if rooms.met.take() {
             // Neither rule is always the better one.
-            *picky = false;
-            let other = self.pass::<false>(some, rooms, &mut None);
+            rooms.picky = false;
+            let other = self.pass(some, rooms, &mut None);
             found = found.into_iter().chain(other).min_by_key(|found| found.0);
-            if let Some(rooms) = rooms {
-                rooms.picky = true;
-            }
+            rooms.picky = true;
         }
         found
     }
 
-    /// Goes through the layers once: the cheapest way and its hops, the last one first. `PLAIN` where there are
-    /// neither rooms nor a crowd.
-    fn pass<const PLAIN: bool>(
+    /// Goes through the layers once: the cheapest way and its hops, the last one first.
+    fn pass(
         &mut self,
         some: Option<&[bool]>,
-        rooms: &mut Option<Rooms>,
+        rooms: &mut Rooms,
         crowd: &mut Option<Crowd>,
     ) -> Option<(u64, Vec<(usize, LayerRange)>)> {
         self.before.clear();
@@ -364,29 +404,25 @@ impl<'t, 'a> Search<'t, 'a> {
                 let wanted = some.is_none_or(|some| some[self.peers[at] as usize]);
                 if wanted && crowd.as_ref().is_none_or(|crowd| crowd.hopeful(*seat)) {
                     active.push(*seat);
-                    if let Some(rooms) = rooms {
-                        rooms.begin(*seat);
-                    }
+                    rooms.begin(*seat);
                 }
             }
             if layer > 0 {
-                let most = self.offer::<PLAIN>(layer, &active, rooms, crowd);
-                self.hand_over::<PLAIN>(layer, most, rooms);
+                let most = self.offer(layer, &active, rooms, crowd);
+                self.hand_over(layer, most, rooms);
             }
             self.before.clear();
             for seat in &active {
-                self.compute::<PLAIN>(layer, *seat, rooms);
+                self.compute(layer, *seat, rooms);
             }
-            if !PLAIN && let Some(crowd) = crowd {
+            if let Some(crowd) = crowd {
                 let on = std::mem::take(&mut self.before.seats);
                 self.before.clear();
                 for seat in crowd.thin(layer + 1, on, &mut self.nodes, rooms) {
                     self.before.add(seat, &self.nodes[usize::from(seat)]);
                 }
             }
-            if !PLAIN && let Some(rooms) = rooms {
-                rooms.turn();
-            }
+            rooms.turn();
             if self.before.seats.is_empty() {
                 return None;
             }
@@ -405,23 +441,17 @@ impl<'t, 'a> Search<'t, 'a> {
 
     /// For each holder of `layer` what being handed the rows may cost at most to be better than going on, or
     /// costs from the best whose delay was not measured; the largest of it.
-    fn offer<const PLAIN: bool>(
-        &mut self,
-        layer: u16,
-        active: &[u16],
-        rooms: &Option<Rooms>,
-        crowd: &Option<Crowd>,
-    ) -> u64 {
+    fn offer(&mut self, layer: u16, active: &[u16], rooms: &Rooms, crowd: &Option<Crowd>) -> u64 {
         let (mut most, mut marked) = (0, false);
         for seat in active {
             let at = usize::from(*seat);
             let node = &self.nodes[at];
             // A hop contains what entering it cost.
             let mut least = node.cost - node.enter;
-            if !PLAIN && node.short {
+            if node.short {
                 least = NONE;
             }
-            if !PLAIN && let Some(crowd) = crowd {
+            if let Some(crowd) = crowd {
                 least = least.min(crowd.most(layer, node));
             }
             if self.before.at_hand[0] + node.half < least {
@@ -441,7 +471,7 @@ impl<'t, 'a> Search<'t, 'a> {
     }
 
     /// Hands the rows over to those whose delay was measured, where that is cheaper.
-    fn hand_over<const PLAIN: bool>(&mut self, layer: u16, most: u64, rooms: &Option<Rooms>) {
+    fn hand_over(&mut self, layer: u16, most: u64, rooms: &Rooms) {
         let (links, taken) = (&*self.links, &mut *self.taken);
         for seat in &self.before.seats {
             let given = self.before.given[usize::from(*seat)];
@@ -453,26 +483,20 @@ impl<'t, 'a> Search<'t, 'a> {
                 }
                 let offer = given + u64::from(link.rtt_us) * word(half(1));
                 let taken = &mut taken[usize::from(link.to) & SEATS_MAX];
-                if PLAIN {
-                    *taken = offer.min(*taken);
-                } else if offer < *taken {
-                    let of = (&self.nodes[..], &self.ways);
-                    let spent = |rooms: &Rooms| rooms.spent(of, *seat, link.to, layer);
-                    if !rooms.as_ref().is_some_and(spent) {
-                        *taken = offer;
-                    }
+                let of = (&self.nodes[..], &self.ways);
+                if offer < *taken && !rooms.spent(of, *seat, link.to, layer) {
+                    *taken = offer;
                 }
             }
         }
     }
 
     /// The cheapest giver whose delay to `taker` was not measured, where that is less than `least`.
-    fn unmeasured(&self, layer: u16, taker: u16, least: u64, rooms: &Option<Rooms>) -> u64 {
+    fn unmeasured(&self, layer: u16, taker: u16, least: u64, rooms: &Rooms) -> u64 {
         let half = self.nodes[usize::from(taker)].half;
         let may = |giver: u16| {
             let of = (&self.nodes[..], &self.ways);
-            let spent = |rooms: &Rooms| rooms.spent(of, giver, taker, layer);
-            giver != taker && !rooms.as_ref().is_some_and(spent)
+            giver != taker && !rooms.spent(of, giver, taker, layer)
         };
         let measured = self.before.measured[usize::from(taker)];
         for (bit, given) in self.before.at_hand.iter().enumerate() {
@@ -493,7 +517,7 @@ impl<'t, 'a> Search<'t, 'a> {
     }
 
     /// The cheapest way to have `layer` computed by a holder of it.
-    fn compute<const PLAIN: bool>(&mut self, layer: u16, seat: u16, rooms: &mut Option<Rooms>) {
+    fn compute(&mut self, layer: u16, seat: u16, rooms: &mut Rooms) {
         let at = usize::from(seat);
         let node = &self.nodes[at];
         let (taken, entered) = match layer {
@@ -503,17 +527,12 @@ impl<'t, 'a> Search<'t, 'a> {
                 (taken, taken & WHO > 0)
             }
         };
-        if !PLAIN && !entered && node.cost >= NONE {
+        if !entered && node.cost >= NONE {
             return;
         }
         let giver = (taken & WHO) as u16;
-        let (mut cost, mut start) = (node.cost, node.start);
-        if !PLAIN && let Some(rooms) = rooms {
-            let entered = entered.then(|| ((taken & !WHO) + node.enter, giver));
-            (cost, start) = rooms.compute((&self.nodes, &self.ways), layer, seat, entered);
-        } else if entered {
-            (cost, start) = ((taken & !WHO) + node.enter, layer);
-        }
+        let given = entered.then(|| ((taken & !WHO) + node.enter, giver));
+        let (cost, start) = rooms.compute((&self.nodes, &self.ways), layer, seat, given);
         let node = &mut self.nodes[at];
         node.start = start;
         node.cost = (cost + node.layer).min(NONE);
@@ -521,6 +540,44 @@ impl<'t, 'a> Search<'t, 'a> {
         *way = (start, if entered { giver } else { way.1 });
         if node.cost < NONE {
             self.before.add(seat, node);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::crowds;
+    use super::*;
+
+    /// Every way would else be looked at for nothing, or the cheapest end too early.
+    #[test]
+    fn a_bound_is_never_more_than_what_is_left() {
+        for (n, (swarm, query)) in crowds().into_iter().enumerate() {
+            let table = Table::of(&swarm, &query.ask());
+            let mut search = Search::new(&table, &swarm, &query.ask());
+            let found = search.run(&table.prices).expect("a route");
+            let (nodes, starts) = (&search.nodes, &search.starts);
+            let bound = Bound::of(nodes, starts, &search.exits, &search.links);
+            let bound = bound.expect("all layers are held");
+            let seat = |peer: usize| search.peers.iter().position(|at| *at as usize == peer);
+            let (mut left, mut tight) = (0, false);
+            let mut behind: Option<usize> = None;
+            for (peer, layers) in found.hops.iter().rev() {
+                let (at, price) = (seat(*peer).expect("a seat"), table.prices[*peer]);
+                left += match behind {
+                    None => table.peers[*peer].exit_ns,
+                    Some(next) => table.link(*peer, next),
+                };
+                for boundary in (layers.start + 1..=layers.end).rev() {
+                    let least = bound.left(boundary.into())[at] >> NS_BITS;
+                    assert!(least <= left, "swarm {n}, {boundary}: {least} > {left}");
+                    tight |= 2 * least > left;
+                    left += price.layer_ns;
+                }
+                left += price.enter_ns;
+                behind = Some(*peer);
+            }
+            assert!(tight, "swarm {n}: a bound that ends nothing");
         }
     }
 }

@@ -58,8 +58,27 @@ const CROWD: Kind = Kind {
     ..MAP
 };
 
-const KINDS: [Kind; 12] = [
+const KINDS: [Kind; 15] = [
     CROWD,
+    // Whose nearest giver holds other layers, and whom the client does not know.
+    Kind {
+        n_peers: 420,
+        span: (8, 24),
+        seen_of: 30,
+        ..CROWD
+    },
+    // Nobody holds everything, and the client knows nobody.
+    Kind {
+        n_peers: 460,
+        span: (8, 16),
+        space: Space::Building,
+        seen_of: u64::MAX,
+        ..CROWD
+    },
+    Kind {
+        seen_of: 30,
+        ..CROWD
+    },
     Kind {
         space: Space::Dice,
         ..CROWD
@@ -215,6 +234,25 @@ impl Kind {
             ..Query::new(MODEL, self.n_layer)
         }
     }
+}
+
+/// A client's question, with the round trips it measured.
+pub(super) struct Asked(Kind, Vec<(Peer, u32)>);
+
+impl Asked {
+    pub(super) fn ask(&self) -> Query<'_> {
+        self.0.query(&self.1)
+    }
+}
+
+/// Swarms in which very many hold each layer.
+pub(super) fn crowds() -> Vec<(Snapshot, Asked)> {
+    let kinds = KINDS.iter().filter(|kind| kind.n_peers > MAP.n_peers);
+    let swarm = |kind: &Kind| {
+        let (swarm, rtts) = kind.swarm(1);
+        (swarm, Asked(*kind, rtts))
+    };
+    kinds.map(swarm).collect()
 }
 
 /// `SHOAL_PLAN_SEEDS=from..to` tries these instead.
