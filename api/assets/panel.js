@@ -102,6 +102,8 @@ function holds(held) {
   return definitions([
     ["serves", spans(held.live)],
     ["will serve", spans(held.intended)],
+    ...(held.experts.length ? [["experts", held.experts.join("; ")]] : []),
+    ...(held.island.length ? [["experts with", held.island.map(short).join(" ")]] : []),
     ["gives shards of", spans(held.stored)],
     ["speed", `${figure(held.layer_tokens_s)} tokens/s·layer${ago(held.measured_s_ago)}`],
     ["free KV", `${whole(held.free_cells)} positions of one layer`],

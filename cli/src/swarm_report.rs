@@ -112,6 +112,12 @@ pub struct HolderReport {
     pub n_ctx_max: u32,
     /// Peers with the same class give the same bits.
     pub numerics: String,
+    /// Experts that it computes for the trunks of others, as `0-3,7 of 0..5`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub experts: Vec<String>,
+    /// Who computes the experts of its layers, where it does not.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub island: Vec<String>,
     /// Since its advert was made.
     pub age_s: f64,
     #[serde(skip)]
@@ -296,6 +302,7 @@ impl ModelReport {
 
 impl HolderReport {
     fn new(advert: &Advert, held: &ModelAdvert, now_ms: u64) -> Self {
+        let experts = held.experts.iter();
         Self {
             peer: advert.peer.to_string(),
             live: held.live.iter().map(ToString::to_string).collect(),
@@ -305,6 +312,8 @@ impl HolderReport {
             free_cells: held.free_cells,
             n_ctx_max: held.n_ctx_max,
             numerics: format!("{:016x}", held.numerics),
+            experts: experts.clone().flat_map(|e| &e.live).map(ToString::to_string).collect(),
+            island: experts.flat_map(|e| &e.island).map(ToString::to_string).collect(),
             age_s: age_s(advert, now_ms),
             live_ranges: held.live.iter().map(range).collect(),
             intended_ranges: held.intended.iter().map(range).collect(),
@@ -313,14 +322,21 @@ impl HolderReport {
 
     /// Speed is that of one layer, so that peers with different spans compare.
     fn remark(&self) -> String {
-        let spans = if self.live.is_empty() {
+        let spans = if !self.experts.is_empty() {
+            "–".to_string()
+        } else if self.live.is_empty() {
             "loading".to_string()
         } else {
             self.live.join(" ")
         };
         let speed = figures::rate(self.layer_tokens_s.map(f64::from));
         let age = format!("{:.0} s ago", self.age_s);
-        format!("{spans:<8} {speed:>14}  {age:>8}")
+        let about = match (&self.experts[..], self.island.len()) {
+            ([], 0) => String::new(),
+            ([], n) => format!("  experts with {}", figures::plural(n, "peer")),
+            (experts, _) => format!("  experts {}", experts.join("; ")),
+        };
+        format!("{spans:<8} {speed:>14}  {age:>8}{about}")
     }
 }
 

@@ -145,6 +145,13 @@ impl ExpertSpan {
     }
 }
 
+/// As `0-3,7 of 0..5`: experts of layers.
+impl fmt::Display for ExpertSpan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", self.experts, self.layers)
+    }
+}
+
 /// An expert that a trunk's routers pick more often than others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize)]
 pub struct HotExpert {

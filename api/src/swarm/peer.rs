@@ -5,7 +5,7 @@ use node::{Client, Explained, SessionSpec};
 use serde::{Deserialize, Serialize};
 use swarm_proto::{Advert, Hop, ModelAdvert, Peer};
 
-use super::view::{FailedView, NAME_CHARS_MAX, WHY_CHARS_MAX, heard_s_ago, ms, pair, spans};
+use super::view::{self, FailedView, NAME_CHARS_MAX, WHY_CHARS_MAX, heard_s_ago, ms, pair, spans};
 use crate::error::ApiError;
 use crate::fields::printable;
 
@@ -74,6 +74,12 @@ pub struct HeldView {
     pub layer_bytes_max: Option<u64>,
     /// Peers with the same one compute the same bits.
     pub numerics: String,
+    /// Experts that it computes for the trunks of others, as `0-3,7 of 0..5`.
+    #[serde(default)]
+    pub experts: Vec<String>,
+    /// Who computes the experts of its layers, where it does not.
+    #[serde(default)]
+    pub island: Vec<String>,
 }
 
 /// A round trip between two others.
@@ -183,6 +189,8 @@ impl HeldView {
             n_ctx_max: held.n_ctx_max,
             layer_bytes_max: held.layer_bytes_max,
             numerics: format!("{:016x}", held.numerics),
+            experts: view::experts(held),
+            island: view::island(held),
         }
     }
 }

@@ -125,6 +125,12 @@ pub struct HolderView {
     pub n_ctx_max: u32,
     /// Peers with the same one compute the same bits.
     pub numerics: String,
+    /// Experts that it computes for the trunks of others, as `0-3,7 of 0..5`.
+    #[serde(default)]
+    pub experts: Vec<String>,
+    /// Who computes the experts of its layers, where it does not.
+    #[serde(default)]
+    pub island: Vec<String>,
 }
 
 /// What was seen of a peer that failed.
@@ -247,8 +253,22 @@ impl HolderView {
             free_cells: held.free_cells,
             n_ctx_max: held.n_ctx_max,
             numerics: format!("{:016x}", held.numerics),
+            experts: experts(held),
+            island: island(held),
         }
     }
+}
+
+/// The experts that a peer computes for the trunks of others.
+pub(super) fn experts(held: &ModelAdvert) -> Vec<String> {
+    let live = held.experts.iter().flat_map(|experts| &experts.live);
+    live.map(ToString::to_string).collect()
+}
+
+/// Who computes the experts of a peer's layers.
+pub(super) fn island(held: &ModelAdvert) -> Vec<String> {
+    let island = held.experts.iter().flat_map(|experts| &experts.island);
+    island.map(ToString::to_string).collect()
 }
 
 /// A model while it is summed up.

@@ -238,10 +238,7 @@ impl ExpertsStatus {
     fn of(experts: &Experts) -> Self {
         let stats = experts.worker.as_ref().map(|worker| worker.stats());
         let stats = stats.unwrap_or_default();
-        let text = |spans: &[ExpertSpan]| {
-            let text = |span: &ExpertSpan| format!("{} of {}", span.experts, span.layers);
-            spans.iter().map(text).collect()
-        };
+        let text = |spans: &[ExpertSpan]| spans.iter().map(ToString::to_string).collect();
         Self {
             live: text(&experts.live),
             intended: text(&experts.intended),

@@ -214,6 +214,7 @@ fn row(holder: &HolderView, peer: &PeerView) -> Row {
         _ if peer.unreachable => "unreachable",
         _ if peer.leaving => "leaving",
         _ if peer.left_alone_s > 0 => "left alone",
+        _ if !holder.experts.is_empty() => "experts",
         _ if holder.live.is_empty() => "loading",
         _ if peer.heard_s_ago > OLD_S => "silent",
         _ => "",

@@ -120,7 +120,7 @@ fn held_lines(held: &HeldView) -> Vec<Line<'static>> {
     let of = printable(&held.name, 64);
     let speed = figures::rate(held.layer_tokens_s.map(f64::from));
     let ago = held.measured_s_ago.map(|s| format!(", measured {s} s ago"));
-    vec![
+    let mut lines = vec![
         Line::styled(format!("holds of {of}"), HEAD),
         fact("serves", list(&held.live)),
         fact("will serve", list(&held.intended)),
@@ -137,7 +137,15 @@ fn held_lines(held: &HeldView) -> Vec<Line<'static>> {
             ),
         ),
         fact("numerics", printable(&held.numerics, 32)),
-    ]
+    ];
+    if !held.experts.is_empty() {
+        lines.push(fact("experts", printable(&held.experts.join("; "), 300)));
+    }
+    if !held.island.is_empty() {
+        let peers = held.island.iter().map(|peer| figures::short_peer(&printable(peer, 64)));
+        lines.push(fact("island", peers.collect::<Vec<_>>().join(" ")));
+    }
+    lines
 }
 
 fn list(spans: &[[u16; 2]]) -> String {
