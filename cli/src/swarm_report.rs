@@ -312,8 +312,15 @@ impl HolderReport {
             free_cells: held.free_cells,
             n_ctx_max: held.n_ctx_max,
             numerics: format!("{:016x}", held.numerics),
-            experts: experts.clone().flat_map(|e| &e.live).map(ToString::to_string).collect(),
-            island: experts.flat_map(|e| &e.island).map(ToString::to_string).collect(),
+            experts: experts
+                .clone()
+                .flat_map(|e| &e.live)
+                .map(ToString::to_string)
+                .collect(),
+            island: experts
+                .flat_map(|e| &e.island)
+                .map(ToString::to_string)
+                .collect(),
             age_s: age_s(advert, now_ms),
             live_ranges: held.live.iter().map(range).collect(),
             intended_ranges: held.intended.iter().map(range).collect(),

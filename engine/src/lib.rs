@@ -34,7 +34,7 @@ pub use chat::{ChatError, Message, render_chat};
 pub use experts::{
     Activation, ExpertCall, ExpertError, ExpertHolder, ExpertHolders, ExpertLayout, ExpertReply,
     ExpertSource, ExpertUse, ExpertWorker, Form, Group, HolderId, HolderReply, HolderStats,
-    InProcess, Parts, Placement,
+    InProcess, LoadedExpert, Parts, Placement, Rest,
 };
 pub use json_schema::{Grammar, SchemaError};
 pub use llama_stage::{LlamaStage, LoadOptions};
@@ -48,7 +48,10 @@ pub use source::{FileSource, TensorSource};
 pub use stage::{
     Bench, EngineError, Fault, Held, Input, Slot, Stage, StageShape, StageStats, Step, Want,
 };
-pub use system::{Device, SystemInfo, numerics_class, physical_cores, system_info, threads_for};
+pub use system::{
+    Device, SystemInfo, expert_numerics_class, numerics_class, physical_cores, system_info,
+    threads_for,
+};
 pub use vocab::{Detokenizer, TEXT_BYTES_MAX, Vocab, VocabError};
 pub use whole::{WholeModel, whole_embedding};
 pub use worker::{Busy, Done, Job, Reply, Rows, Share, SlotWaiter, Worker, WorkerByHand};

@@ -171,7 +171,10 @@ fn load_group(
         layers: layers(),
         why,
     })?;
-    llama::use_huge_pages(&model);
+    // Where the weights lie is seen by running the model, which a trunk does not do before its holders are there.
+    if holders.is_none() {
+        llama::use_huge_pages(&model);
+    }
     Ok(model)
 }
 

@@ -68,6 +68,11 @@ pub fn numerics_class(n_threads: u32) -> u64 {
     u64::from_le_bytes(std::array::from_fn(|i| hash[i]))
 }
 
+/// The same of experts, which give the same bits on any number of threads.
+pub fn expert_numerics_class() -> u64 {
+    numerics_class(0)
+}
+
 /// Below this size a layer's work is over before a second thread has woken; and where the cores are
 /// shared, ggml's busily waiting threads make it many times slower.
 const THREADS_WORTH_BYTES: u64 = 256 << 20;

@@ -419,7 +419,8 @@ fn parse_millis(text: &str) -> Result<Duration, String> {
     let millis: Option<f64> = text.parse().ok();
     let fits = millis.filter(|millis| (0.0..=60_000.0).contains(millis));
     let wrong = || format!("{text:?} is not a number of milliseconds from 0 to 60000");
-    fits.map(|millis| Duration::from_secs_f64(millis / 1e3)).ok_or_else(wrong)
+    fits.map(|millis| Duration::from_secs_f64(millis / 1e3))
+        .ok_or_else(wrong)
 }
 
 fn serve_metrics(args: &Args, file: &FileConfig) -> Result<Option<ServeMetrics>, DaemonError> {

@@ -35,6 +35,7 @@ pub mod telemetry;
 pub mod transfer;
 
 pub use client::Client;
+pub use experts::{ExpertService, Island, IslandFacts, IslandOptions};
 pub use hosting::{Hold, Hosted};
 pub use identity::{Identity, IdentityError};
 pub use known_peers::KnownPeers;

@@ -118,7 +118,9 @@ pub enum LoadError {
         needed: Bytes,
     },
     /// Trunks or experts of a model that has none to tell apart.
-    #[error("{name} is no mixture of experts, so there are no {hold} of it to hold: leave --hold out")]
+    #[error(
+        "{name} is no mixture of experts, so there are no {hold} of it to hold: leave --hold out"
+    )]
     NoMixture {
         /// The model.
         name: String,
@@ -126,7 +128,9 @@ pub enum LoadError {
         hold: Hold,
     },
     /// Not one expert fits.
-    #[error("a memory budget of {given} is too small for even one expert, which needs {needed}; raise --memory")]
+    #[error(
+        "a memory budget of {given} is too small for even one expert, which needs {needed}; raise --memory"
+    )]
     ExpertMemory {
         /// The budget, in bytes.
         given: Bytes,

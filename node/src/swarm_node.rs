@@ -251,8 +251,9 @@ impl SwarmNode {
         let blueprints: Vec<_> = found.iter().map(|found| &found.blueprint).collect();
         let shares = load::shares(memory, &blueprints);
         let hosts = found.into_iter().zip(shares);
-        let hosts = hosts
-            .map(|(found, memory)| hosting::host(&place, found, memory, config.layers.clone(), config.hold));
+        let hosts = hosts.map(|(found, memory)| {
+            hosting::host(&place, found, memory, config.layers.clone(), config.hold)
+        });
         for (model, keeping) in try_join_all(hosts).await? {
             hosted.push(model);
             tasks.push(tokio::spawn(keeping));
@@ -486,6 +487,8 @@ mod tests {
             models: vec!["demo".into()],
             layers: Some(0..8),
             memory: Some(256 << 20),
+            hold: Hold::Auto,
+            island_rtt: Duration::from_micros(500),
             turn: Duration::from_secs(60),
             listen: vec!["/ip4/127.0.0.1/tcp/0".into()],
             announce: Vec::new(),

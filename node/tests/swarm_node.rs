@@ -50,6 +50,8 @@ async fn serve_all(
         turn: Duration::from_secs(1),
         layers,
         memory: Some(memory),
+        hold: Default::default(),
+        island_rtt: Duration::from_micros(500),
         announce: Vec::new(),
         listen: vec!["/ip4/127.0.0.1/tcp/0".into()],
         threads: Some(1),

@@ -131,7 +131,8 @@ pub async fn look(args: &Args, facts: &Facts, swarm: &Swarm) -> Result<Mixture> 
     let owner = swarm.client("owner");
     let mut seen = Vec::new();
     for (i, node) in swarm.nodes().iter().enumerate() {
-        let status = owner.node_status(&swarm.home(i + 1), STATUS_TIMEOUT);
+        let home = swarm.home(i + 1);
+        let status = owner.node_status(&home, STATUS_TIMEOUT);
         let status = status.await.with_context(|| format!("node {}", i + 1))?;
         let model = status.models.into_iter().next().unwrap_or_default();
         let peer = node.ready.as_ref().map(|ready| ready.peer.clone());

@@ -25,7 +25,9 @@ async fn testnet(args: &str) -> Result<Value> {
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success(), "{}: {said}{error}", output.status);
     ensure!(said.contains("the nodes that hold them"), "{said}");
-    Ok(serde_json::from_slice(&std::fs::read(folder.path().join("report.json"))?)?)
+    Ok(serde_json::from_slice(&std::fs::read(
+        folder.path().join("report.json"),
+    )?)?)
 }
 
 #[tokio::test]
@@ -55,7 +57,8 @@ async fn experts_on_six_nodes_give_the_text_of_the_whole_model() -> Result<()> {
 
 #[tokio::test]
 async fn holders_and_trunks_may_be_killed_and_frozen_and_no_token_changes() -> Result<()> {
-    let args = "--moe --nodes 8 --experts-per-node 20 --chaos kill,freeze --faults 3 -n 64 --seed 3";
+    let args =
+        "--moe --nodes 8 --experts-per-node 20 --chaos kill,freeze --faults 3 -n 64 --seed 3";
     let report = testnet(args).await?;
     for count in ["lost", "changed", "doubled", "failed"] {
         ensure!(report[count] == 0, "{count}: {report}");
@@ -67,10 +70,11 @@ async fn holders_and_trunks_may_be_killed_and_frozen_and_no_token_changes() -> R
 async fn one_holder(trunk_memory: &str) -> Result<(Swarm, Ask)> {
     let mut swarm = Swarm::new(Binaries::beside_this_program()?)?;
     let all = (40 * EXPERT_BYTES).to_string();
-    let near = ["--model", MODEL, "--island-rtt", "1000", "--threads", "1"];
-    let holder = near.iter().chain(&["--hold", "experts", "--memory", &all]);
-    let trunk = near.iter().chain(&["--hold", "trunk", "--memory", trunk_memory]);
-    let specs = [NodeSpec::new(holder.copied()), NodeSpec::new(trunk.copied())];
+    let node = |hold: &str, memory: &str| {
+        let near = ["--model", MODEL, "--island-rtt", "1000", "--threads", "1"];
+        NodeSpec::new(near.into_iter().chain(["--hold", hold, "--memory", memory]))
+    };
+    let specs = [node("experts", &all), node("trunk", trunk_memory)];
     let plan = StartPlan {
         n_layer: 0,
         at_once: 1,
@@ -90,14 +94,21 @@ async fn a_trunk_whose_only_holder_dies_fetches_the_experts_and_goes_on() -> Res
     swarm.nodes_mut()[0].process.signal(Signal::KILL)?;
     // It has the model's file, so that the shards are here.
     let alone = client.ask(&ask, PATIENCE).await?;
-    ensure!(alone.tokens == with_holder.tokens, "{alone:?} {with_holder:?}");
+    ensure!(
+        alone.tokens == with_holder.tokens,
+        "{alone:?} {with_holder:?}"
+    );
     let whole = client.ask_local(&ask, PATIENCE).await?;
     ensure!(alone.same(&whole), "{alone:?} {whole:?}");
     let status = swarm.client("owner");
     let status = status.node_status(&swarm.home(2), PATIENCE).await?;
     let island = status.models[0].island.clone().context("no island")?;
-    let here = |expert: &testnet::mixture::Placed| expert.holders.first().is_some_and(|h| h == "here");
-    ensure!(island.experts.iter().filter(|e| e.rows > 0).all(here), "{island:?}");
+    let here =
+        |expert: &testnet::mixture::Placed| expert.holders.first().is_some_and(|h| h == "here");
+    ensure!(
+        island.experts.iter().filter(|e| e.rows > 0).all(here),
+        "{island:?}"
+    );
     swarm.stop().await;
     Ok(())
 }
@@ -122,9 +133,15 @@ async fn what_cannot_be_held_is_refused_by_name() -> Result<()> {
     let swarm = Swarm::new(Binaries::beside_this_program()?)?;
     let client = swarm.client("client");
     for (args, says) in [
-        ("--model demo --hold experts", "demo is no mixture of experts"),
+        (
+            "--model demo --hold experts",
+            "demo is no mixture of experts",
+        ),
         ("--model demo --hold trunk", "leave --hold out"),
-        ("--model demo-moe --hold experts --memory 100K", "too small for even one expert"),
+        (
+            "--model demo-moe --hold experts --memory 100K",
+            "too small for even one expert",
+        ),
         ("--model demo-moe --hold expert", "possible values"),
         ("--model demo-moe --island-rtt -1", "milliseconds"),
     ] {

@@ -150,7 +150,7 @@ fn print(inspection: &Inspection) -> anyhow::Result<()> {
     if let Some((n, used)) = facts.experts {
         let each = facts
             .expert_bytes
-            .map(|each| format!(", {} each", bytes(each)));
+            .map(|each| format!(", {} each", figures::bytes(each)));
         let each = each.unwrap_or_default();
         row(
             "experts",

@@ -225,7 +225,10 @@ impl ModelStatus {
             status.kv_bytes = stats.kv_bytes;
             status.kv_bytes_max = stats.kv_bytes_max;
             status.tensor_bytes = stats.tensor_bytes;
-            status.island = serving.island.as_ref().map(|island| IslandStatus::of(island));
+            status.island = serving
+                .island
+                .as_ref()
+                .map(|island| IslandStatus::of(island));
         }
         if let Some(experts) = &status.experts {
             status.tensor_bytes = status.tensor_bytes.saturating_add(experts.tensor_bytes);
@@ -283,7 +286,8 @@ impl HolderStatus {
 
 impl ExpertStatus {
     fn of(placed: PlacedExpert) -> Self {
-        let name = |holder: Option<Peer>| holder.map_or_else(|| "here".into(), |peer| peer.to_string());
+        let name =
+            |holder: Option<Peer>| holder.map_or_else(|| "here".into(), |peer| peer.to_string());
         Self {
             layer: placed.layer,
             expert: placed.expert,

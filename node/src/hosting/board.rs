@@ -59,7 +59,6 @@ pub(crate) struct Experts {
     pub(crate) intended: Vec<ExpertSpan>,
     pub(crate) live: Vec<ExpertSpan>,
     pub(crate) worker: Option<Arc<ExpertWorker>>,
-    threads: u32,
 }
 
 /// Where the figures come from.
@@ -132,11 +131,8 @@ impl Board {
     }
 
     /// This worker is to compute them.
-    pub(super) fn computes(&self, model: &ModelId, worker: &Arc<ExpertWorker>, n_threads: u32) {
-        self.change_experts(model, |experts| {
-            experts.worker = Some(Arc::clone(worker));
-            experts.threads = n_threads;
-        });
+    pub(super) fn computes(&self, model: &ModelId, worker: &Arc<ExpertWorker>) {
+        self.change_experts(model, |experts| experts.worker = Some(Arc::clone(worker)));
     }
 
     /// Which experts are to be computed, and which are.
@@ -347,7 +343,7 @@ impl Claim {
         if let Some(experts) = &self.experts {
             let stats = experts.worker.as_ref().map(|worker| worker.stats());
             let rows_s = stats.and_then(|stats| stats.rows_s);
-            advert.numerics = engine::numerics_class(experts.threads.max(1));
+            advert.numerics = engine::expert_numerics_class();
             advert.experts = Some(ExpertsAdvert {
                 live: experts.live.clone(),
                 intended: experts.intended.clone(),

@@ -18,7 +18,7 @@ use tokio::time::sleep;
 
 use super::{Hold, Hosted, Place, choose::LISTEN_FIRST};
 use crate::{
-    load::{self, Bytes, Found, LoadError, Verified},
+    load::{Bytes, Found, LoadError, Verified},
     swarm_node::{StartError, blocking},
     transfer::TransferError,
 };
@@ -57,7 +57,9 @@ pub(super) struct ExpertKeeper {
 
 impl ExpertShards {
     pub(super) fn entry(&self, (layer, expert): Expert) -> Option<&ShardEntry> {
-        self.found.manifest.shard(ShardKind::Expert { layer, expert })
+        self.found
+            .manifest
+            .shard(ShardKind::Expert { layer, expert })
     }
 
     /// Bytes of one expert's tensors.
@@ -70,7 +72,9 @@ impl ExpertShards {
         let entry = self.entry(expert).ok_or_else(|| no_such(expert))?;
         let store = self.place.transfer.store().clone();
         let id = self.found.id;
-        let here = blocking(move || store.here(id)).await?.map_err(LoadError::from)?;
+        let here = blocking(move || store.here(id))
+            .await?
+            .map_err(LoadError::from)?;
         if !ExpertSpan::hold(&here.experts, expert.0, expert.1) {
             self.fetch(entry).await?;
         }
@@ -121,7 +125,9 @@ fn no_such((layer, expert): Expert) -> StartError {
 impl ExpertSource for Verified {
     fn read_expert(&self, name: &str, expert: u32, out: &mut Vec<u8>) -> io::Result<()> {
         let expert = u16::try_from(expert).map_err(io::Error::other)?;
-        self.0.read_expert(name, expert, out).map_err(io::Error::other)
+        self.0
+            .read_expert(name, expert, out)
+            .map_err(io::Error::other)
     }
 }
 
@@ -140,9 +146,14 @@ pub(super) async fn host(
     let wanted = |layer: &u32| layers.as_ref().is_none_or(|layers| layers.contains(layer));
     let of_layer = |layer: u32| (0..layout.n_expert()).map(move |e| (layer as u16, e as u16));
     let all: Vec<Expert> = layout.layers().filter(wanted).flat_map(of_layer).collect();
-    let most = layout.layers().map(|layer| layout.expert_bytes(layer)).max();
+    let most = layout
+        .layers()
+        .map(|layer| layout.expert_bytes(layer))
+        .max();
     let most = most.unwrap_or(0).max(1);
-    let room = usize::try_from(memory / most).unwrap_or(usize::MAX).min(all.len());
+    let room = usize::try_from(memory / most)
+        .unwrap_or(usize::MAX)
+        .min(all.len());
     if all.is_empty() {
         let asked = layers.unwrap_or_default();
         let n_layer = found.blueprint.n_layer();
@@ -182,7 +193,7 @@ pub(super) async fn host(
         live: BTreeSet::new(),
         room,
     };
-    place.board.computes(&id, &worker, threads);
+    place.board.computes(&id, &worker);
     while !keeper.bring().await? {}
     place.service.offer(id, worker);
     let hosted = Hosted {
@@ -197,9 +208,8 @@ pub(super) async fn host(
 /// The choice, announced, once others have had time to choose otherwise.
 async fn settle(shards: &ExpertShards, all: &[Expert], room: usize) -> BTreeSet<Expert> {
     let place = &shards.place;
-    let pick = |held: &BTreeSet<Expert>| {
-        choose(all, &shards.holdings(), held, room, place.net.me())
-    };
+    let pick =
+        |held: &BTreeSet<Expert>| choose(all, &shards.holdings(), held, room, place.net.me());
     let mut intended = pick(&BTreeSet::new());
     place.board.intends_experts(&shards.found, &intended).await;
     for _ in 0..if place.alone { 0 } else { ROUNDS } {
@@ -227,7 +237,13 @@ impl ExpertShards {
             .collect();
         let n_expert = u16::try_from(self.layout.n_expert()).unwrap_or(u16::MAX);
         let near = |peer: &Peer| !far.contains(peer);
-        ExpertHoldings::of(&net.adverts().snapshot(), self.found.id, n_expert, net.me(), near)
+        ExpertHoldings::of(
+            &net.adverts().snapshot(),
+            self.found.id,
+            n_expert,
+            net.me(),
+            near,
+        )
     }
 }
 
@@ -252,7 +268,11 @@ impl ExpertKeeper {
 
     /// Does what comes next; false where that is nothing now.
     async fn step(&mut self) -> Result<bool, StartError> {
-        if self.intended.iter().any(|expert| !self.live.contains(expert)) {
+        if self
+            .intended
+            .iter()
+            .any(|expert| !self.live.contains(expert))
+        {
             return self.bring().await.map(|_| true);
         }
         let wanted = self.next();
@@ -268,7 +288,11 @@ impl ExpertKeeper {
             Next::Stay => return Ok(false),
             Next::Take(take) => drop(self.intended.insert(take)),
             Next::Swap(take, instead) => {
-                tracing::info!(layer = take.0, expert = take.1, "is wanted more: taking it in place of another");
+                tracing::info!(
+                    layer = take.0,
+                    expert = take.1,
+                    "is wanted more: taking it in place of another"
+                );
                 self.intended.insert(take);
                 self.intended.remove(&instead);
                 self.live.remove(&instead);
@@ -287,7 +311,13 @@ impl ExpertKeeper {
 
     fn next(&self) -> Next {
         let me = self.shards.place.net.me();
-        next(&self.all, &self.shards.holdings(), &self.intended, self.room, me)
+        next(
+            &self.all,
+            &self.shards.holdings(),
+            &self.intended,
+            self.room,
+            me,
+        )
     }
 
     /// Loads the one that fewest have of those that are to come; false where nobody had it for now.
@@ -310,7 +340,11 @@ impl ExpertKeeper {
         self.worker.add(loaded).map_err(LoadError::Experts)?;
         self.live.insert(expert);
         let (done, of) = (self.live.len(), self.intended.len());
-        tracing::info!(layer = expert.0, expert = expert.1, "verified and loaded an expert ({done} of {of})");
+        tracing::info!(
+            layer = expert.0,
+            expert = expert.1,
+            "verified and loaded an expert ({done} of {of})"
+        );
         self.say().await;
         Ok(true)
     }
@@ -318,6 +352,8 @@ impl ExpertKeeper {
     async fn say(&self) {
         let (intended, live) = (&self.intended, &self.live);
         let board = &self.shards.place.board;
-        board.has_experts(&self.shards.found.id, intended, live).await;
+        board
+            .has_experts(&self.shards.found.id, intended, live)
+            .await;
     }
 }

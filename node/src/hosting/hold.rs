@@ -63,13 +63,18 @@ impl Hold {
 /// Whether others serve every layer of it, or are about to.
 fn trunks_are_there(place: &Place, found: &Found) -> bool {
     let snapshot = place.net.adverts().snapshot();
-    let others = snapshot.adverts.iter().filter(|advert| advert.peer != place.net.me());
+    let others = snapshot
+        .adverts
+        .iter()
+        .filter(|advert| advert.peer != place.net.me());
     let said: Vec<_> = others
         .flat_map(|advert| &advert.models)
         .filter(|said| said.model == found.id)
         .collect();
     let held = |layer| {
-        let mut spans = said.iter().flat_map(|said| said.live.iter().chain(&said.intended));
+        let mut spans = said
+            .iter()
+            .flat_map(|said| said.live.iter().chain(&said.intended));
         spans.any(|span| span.contains(layer))
     };
     found.manifest.layers().layers().all(held)

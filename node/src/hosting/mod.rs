@@ -134,7 +134,7 @@ async fn host_layers(
     let threads = place
         .threads
         .unwrap_or_else(|| load::default_threads(&found.blueprint, &plan.layers));
-    let island = experts.as_ref().map(|experts| island(place, experts, threads));
+    let island = experts.as_ref().map(|experts| island(place, experts));
     let shards = Shards::new(found.clone(), place.transfer.clone(), plan.layers.len());
     let mut plot = Plot {
         place: place.clone(),
@@ -171,10 +171,18 @@ async fn host_layers(
     let hosted = Hosted {
         model: found.id,
         layers: plan.layers,
-        hold: if island.is_some() { Hold::Trunk } else { Hold::Layers },
+        hold: if island.is_some() {
+            Hold::Trunk
+        } else {
+            Hold::Layers
+        },
         experts: Vec::new(),
     };
-    let keeper = Keeper { plot, worker: worker.clone() }.run();
+    let keeper = Keeper {
+        plot,
+        worker: worker.clone(),
+    }
+    .run();
     let keeping = match experts.zip(island) {
         None => keeper.boxed(),
         Some((shards, island)) => {
@@ -185,14 +193,17 @@ async fn host_layers(
                 memory,
                 threads,
             };
-            async move { drop(tokio::join!(keeper, trunk.run())) }.boxed()
+            async move {
+                tokio::join!(keeper, trunk.run());
+            }
+            .boxed()
         }
     };
     Ok((hosted, keeping))
 }
 
-fn island(place: &Place, experts: &ExpertShards, threads: u32) -> Arc<Island> {
-    let numerics = engine::numerics_class(threads);
+fn island(place: &Place, experts: &ExpertShards) -> Arc<Island> {
+    let numerics = engine::expert_numerics_class();
     let facts = IslandFacts::new(experts.found.id, &experts.layout, numerics);
     let options = IslandOptions {
         rtt_max: place.island_rtt,

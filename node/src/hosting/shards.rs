@@ -117,9 +117,8 @@ impl Shards {
     async fn fetch(&self, layers: LayerRange) -> Result<(), StartError> {
         let manifest = &self.found.manifest;
         let experts = self.island.is_none();
-        let wanted = |shard: &&ShardEntry| {
-            experts || !matches!(shard.kind, ShardKind::Expert { .. })
-        };
+        let wanted =
+            |shard: &&ShardEntry| experts || !matches!(shard.kind, ShardKind::Expert { .. });
         for shard in manifest.shards_of(layers).filter(wanted) {
             let begin = Instant::now();
             let progress = &mut |_| {};

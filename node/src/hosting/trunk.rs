@@ -8,7 +8,11 @@ use shard_registry::placement::experts::Expert;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::experts::ExpertShards;
-use crate::{experts::Island, load::LoadError, swarm_node::{StartError, blocking}};
+use crate::{
+    experts::Island,
+    load::LoadError,
+    swarm_node::{StartError, blocking},
+};
 
 /// Calls that may wait at the worker for experts here: one, for the stage waits for it.
 const QUEUE_MAX: usize = 4;
@@ -77,14 +81,19 @@ impl TrunkKeeper {
     /// Experts of this trunk's layers that nobody computes.
     fn missing(&self, local: &Local) -> Vec<Expert> {
         let missing = self.island.missing().into_iter();
-        missing.filter(|expert| !local.held.contains(expert)).collect()
+        missing
+            .filter(|expert| !local.held.contains(expert))
+            .collect()
     }
 
     /// Computes an expert here; false where there is no room for it.
     async fn take(&self, local: &mut Local, expert: Expert) -> Result<bool, StartError> {
         let stats = self.worker.stats();
         let held: u64 = local.held.iter().map(|held| self.shards.bytes(*held)).sum();
-        let used = stats.tensor_bytes.saturating_add(stats.kv_bytes).saturating_add(held);
+        let used = stats
+            .tensor_bytes
+            .saturating_add(stats.kv_bytes)
+            .saturating_add(held);
         if used.saturating_add(self.shards.bytes(expert)) > self.memory {
             return Ok(false);
         }
@@ -106,7 +115,11 @@ impl TrunkKeeper {
         local.others_since = None;
         self.island.set_local(local.worker.clone());
         let (layer, expert) = expert;
-        tracing::info!(layer, expert, "nobody near computes this expert: it is computed here");
+        tracing::info!(
+            layer,
+            expert,
+            "nobody near computes this expert: it is computed here"
+        );
         Ok(true)
     }
 
@@ -116,7 +129,9 @@ impl TrunkKeeper {
             true => Vec::new(),
             false => self.island.placed(),
         };
-        let others = placed.iter().filter(|placed| placed.holders.iter().any(Option::is_some));
+        let others = placed
+            .iter()
+            .filter(|placed| placed.holders.iter().any(Option::is_some));
         let others: BTreeSet<Expert> = others.map(|placed| (placed.layer, placed.expert)).collect();
         if local.held.is_empty() || !local.held.is_subset(&others) {
             local.others_since = None;

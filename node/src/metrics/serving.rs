@@ -7,7 +7,7 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 
 use super::Reading;
-use crate::hosting::Model;
+use crate::hosting::{Model, Serving};
 use crate::session::Sessions;
 use crate::transfer::Transfer;
 
@@ -51,7 +51,8 @@ impl Collector for ServingMetrics {
         if let Some(transfer) = &facts.transfer {
             of_transfer(&mut to, transfer)?;
         }
-        of_stages(&mut to, &facts.models)
+        of_stages(&mut to, &facts.models)?;
+        of_experts(&mut to, &facts.models)
     }
 }
 
@@ -100,15 +101,15 @@ struct Stage {
 }
 
 impl Stage {
-    fn of(model: &Model) -> Self {
-        let worker = &model.serving.worker;
-        let speed = model.serving.speed.get();
-        Self {
+    /// None where the node holds experts only.
+    fn of(model: &Model) -> Option<Self> {
+        let Serving { worker, speed, .. } = model.serving.as_ref()?;
+        Some(Self {
             labels: [("model", model.id.short())],
             stats: worker.stats(),
             queued: worker.queued(),
-            layer_tokens_s: speed.map_or(0.0, |speed| f64::from(speed.value)),
-        }
+            layer_tokens_s: speed.get().map_or(0.0, |speed| f64::from(speed.value)),
+        })
     }
 
     fn layers(&self) -> u32 {
@@ -120,8 +121,63 @@ impl Stage {
 /// What a metric is called, what it is, and its value for a stage.
 type Named<T> = (&'static str, &'static str, fn(&Stage) -> T);
 
+/// Experts that are computed here, and calls that this node's trunks have others answer.
+fn of_experts(to: &mut Reading<'_>, models: &[Model]) -> fmt::Result {
+    let held = models.iter().filter_map(|model| {
+        let worker = model.experts.as_ref()?.worker.as_ref()?;
+        Some(([("model", model.id.short())], worker.stats()))
+    });
+    let held: Vec<_> = held.collect();
+    let help = "Experts that are computed here for trunks";
+    let experts = held
+        .iter()
+        .map(|(labels, it)| (labels.clone(), f64::from(it.experts)));
+    to.gauges("shoal_experts_held", help, experts)?;
+    let help = "Bytes of their weights in memory";
+    let bytes = held
+        .iter()
+        .map(|(labels, it)| (labels.clone(), it.tensor_bytes as f64));
+    to.gauges("shoal_experts_weights_bytes", help, bytes)?;
+    let help = "Calls of trunks that were answered";
+    let calls = held.iter().map(|(labels, it)| (labels.clone(), it.calls));
+    to.counters("shoal_experts_calls", help, calls)?;
+    let help = "Rows that went through experts, once for each";
+    let rows = held.iter().map(|(labels, it)| (labels.clone(), it.rows));
+    to.counters("shoal_experts_rows", help, rows)?;
+    let islands = models.iter().filter_map(|model| {
+        let island = model.serving.as_ref()?.island.as_ref()?;
+        Some((
+            [("model", model.id.short())],
+            island.stats(),
+            island.missing().len(),
+        ))
+    });
+    let islands: Vec<_> = islands.collect();
+    let help = "Experts of this node's layers that nobody computes now";
+    let missing = islands
+        .iter()
+        .map(|(labels, _, missing)| (labels.clone(), *missing as f64));
+    to.gauges("shoal_island_missing_experts", help, missing)?;
+    let help = "Peers that compute experts for this node's layers";
+    let peers = islands
+        .iter()
+        .map(|(labels, it, _)| (labels.clone(), it.len() as f64));
+    to.gauges("shoal_island_holders", help, peers)?;
+    let sum = |of: fn(&crate::experts::HolderView) -> u64| {
+        islands
+            .iter()
+            .map(move |(labels, it, _)| (labels.clone(), it.iter().map(of).sum::<u64>()))
+    };
+    let help = "Calls for experts that others answered";
+    to.counters("shoal_island_calls", help, sum(|it| it.calls))?;
+    let help = "Calls that another holder was asked, too, because the first was late";
+    to.counters("shoal_island_hedges", help, sum(|it| it.hedges))?;
+    let help = "Times that a holder was lost";
+    to.counters("shoal_island_losses", help, sum(|it| it.losses))
+}
+
 fn of_stages(to: &mut Reading<'_>, models: &[Model]) -> fmt::Result {
-    let stages: Vec<Stage> = models.iter().map(Stage::of).collect();
+    let stages: Vec<Stage> = models.iter().filter_map(Stage::of).collect();
     let gauges: [Named<f64>; 7] = [
         ("shoal_stage_layers", "Layers that are loaded", |it| {
             it.layers().into()

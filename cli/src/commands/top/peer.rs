@@ -142,7 +142,10 @@ fn held_lines(held: &HeldView) -> Vec<Line<'static>> {
         lines.push(fact("experts", printable(&held.experts.join("; "), 300)));
     }
     if !held.island.is_empty() {
-        let peers = held.island.iter().map(|peer| figures::short_peer(&printable(peer, 64)));
+        let peers = held
+            .island
+            .iter()
+            .map(|peer| figures::short_peer(&printable(peer, 64)));
         lines.push(fact("island", peers.collect::<Vec<_>>().join(" ")));
     }
     lines
