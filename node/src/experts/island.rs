@@ -405,6 +405,11 @@ impl Island {
         self.shared.changes.subscribe()
     }
 
+    /// Counts picks from here on: a measurement picks the same experts again and again.
+    pub fn forget_picks(&self) {
+        self.shared.usage.forget();
+    }
+
     /// Rows that each expert was picked for, by layer and index.
     pub fn used(&self) -> Vec<(u16, u16, u64)> {
         let all = self.shared.shape.each().zip(self.shared.usage.total());

@@ -55,6 +55,12 @@ impl Usage {
         }
     }
 
+    /// Counts from here: what was picked until now was no text.
+    pub(super) fn forget(&self) {
+        let all = self.total.iter().chain(&self.recent).chain(&self.layers);
+        all.for_each(|count| count.store(0, Ordering::Relaxed));
+    }
+
     /// Rows of each expert, in the order of their places.
     pub(super) fn total(&self) -> impl Iterator<Item = u64> {
         self.total.iter().map(|rows| rows.load(Ordering::Relaxed))

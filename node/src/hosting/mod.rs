@@ -160,6 +160,9 @@ async fn host_layers(
         move || Worker::spawn(Box::new(Timed::new(stage, speed, share)), queue)
     });
     let worker = worker.await?.map_err(StartError::Worker)?;
+    if let Some(island) = &island {
+        island.forget_picks();
+    }
     place.sessions.serve(Served::new(found.id, worker.clone()));
     let serving = Serving {
         worker: worker.clone(),
