@@ -21,7 +21,7 @@ mod shape;
 mod tests;
 
 pub use assign::{ExpertId, ExpertSet, NoRoom, assign_experts};
-pub use choice::{Choice, Reason, Way, choose};
+pub use choice::{Choice, Reason, Way, Wish, choose};
 pub use cost::{
     Holder, IslandTime, LayerTime, Link, Machine, Overheads, PipelineTime, Stage, StageTime, Unfit,
     island_time, pipeline_time,

@@ -165,7 +165,7 @@ fn one_holder_takes_what_can_be_worked_out_by_hand() {
 fn near_holders_make_an_island_and_far_ones_a_pipeline() {
     let shape = olmoe();
     let span = shape.span();
-    let of = |rtt_us: u64, gb_s: f64, insists: bool| {
+    let of = |rtt_us: u64, gb_s: f64, wish: Wish| {
         let each = machine(gb_s, 900);
         let used = ExpertUse::default();
         let holders = holders(&shape, 4, each, link(rtt_us));
@@ -173,22 +173,25 @@ fn near_holders_make_an_island_and_far_ones_a_pipeline() {
         let island = island_time(&shape, &used, span, &each, &holders, &over);
         let stages = stages(&shape, 4, each, link(rtt_us));
         let pipeline = pipeline_time(&shape, span, &stages, &over);
-        choose(island, pipeline, insists).expect("both fit")
+        choose(island, pipeline, wish).expect("both fit")
     };
     // Slow memory: what four read at once is worth a round trip each layer.
-    let near = of(250, 20.0, false);
+    let near = of(250, 20.0, Wish::Near);
     assert_eq!(near.way, Way::Island, "{near}");
     assert!(matches!(near.reason, Reason::Faster { takes, other } if takes < other));
     // Fast memory: it is not.
-    assert_eq!(of(250, 400.0, false).way, Way::Pipeline);
+    assert_eq!(of(250, 400.0, Wish::Near).way, Way::Pipeline);
     // It would be at 0.6 ms, but nobody asks for it.
-    let far = of(600, 20.0, false);
+    let far = of(600, 20.0, Wish::Near);
     assert_eq!(far.way, Way::Pipeline);
     let reason = far.reason.to_string();
     assert!(reason.contains("0.60 ms away"), "{reason}");
-    assert_eq!(of(600, 20.0, true).way, Way::Island);
+    assert_eq!(of(600, 20.0, Wish::FarHolders).way, Way::Island);
+    // Slower and asked for.
+    assert_eq!(of(600, 400.0, Wish::FarHolders).way, Way::Pipeline);
+    assert_eq!(of(600, 400.0, Wish::Island).reason, Reason::Insisted);
     // The longer the way, the longer an island takes, and no other way round.
-    let takes = |rtt| of(rtt, 20.0, false).island.expect("it fits").total;
+    let takes = |rtt| of(rtt, 20.0, Wish::Near).island.expect("it fits").total;
     assert!(takes(100) < takes(200) && takes(200) < takes(5000));
     assert!(takes(5000) > Duration::from_millis(16 * 5));
 }
@@ -206,20 +209,22 @@ fn what_does_not_fit_is_no_way() {
     let pipeline = pipeline_time(&shape, span, &stages, &over);
     assert!(matches!(&pipeline, Err(Unfit::Memory { needs, .. }) if *needs == 8 * 112 * MIB));
     let island = island_time(&shape, &used, span, &each, &holders, &over);
-    let choice = choose(island.clone(), pipeline.clone(), false).expect("an island");
+    let choice = choose(island.clone(), pipeline.clone(), Wish::Near).expect("an island");
     assert_eq!(choice.way, Way::Island);
     // Too far to be taken unasked, and nothing else there is.
     let slow = island.map(|island| IslandTime {
         rtt_max: Duration::from_millis(20),
         ..island
     });
-    let none = choose(slow.clone(), pipeline.clone(), false);
+    let none = choose(slow.clone(), pipeline.clone(), Wish::Near);
     assert!(matches!(
         none,
         Err((Unfit::TooFar { .. }, Unfit::Memory { .. }))
     ));
     assert_eq!(
-        choose(slow, pipeline, true).expect("asked for").way,
+        choose(slow, pipeline, Wish::FarHolders)
+            .expect("asked for")
+            .way,
         Way::Island
     );
     // Whose only holder forgets it.
