@@ -9,7 +9,7 @@
 
 use std::{fmt, time::Duration};
 
-use swarm_proto::LayerRange;
+use swarm_proto::{LayerRange, Peer};
 
 use super::{
     assign::{ExpertId, ExpertSet},
@@ -162,6 +162,14 @@ pub enum Unfit {
     TooFar {
         /// To the farthest.
         rtt: Duration,
+    },
+    /// Nobody knows how near a holder is.
+    #[error("nobody measured the way from {one} to {other}")]
+    Unmeasured {
+        /// The trunk.
+        one: Peer,
+        /// The holder.
+        other: Peer,
     },
     /// A figure that cannot be.
     #[error("{who} reads no weights or sends no bytes in a second")]

@@ -16,6 +16,7 @@ mod assign;
 mod choice;
 mod cost;
 mod draws;
+mod of_route;
 mod shape;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ pub use cost::{
     Holder, IslandTime, LayerTime, Link, Machine, Overheads, PipelineTime, Stage, StageTime, Unfit,
     island_time, pipeline_time,
 };
+pub use of_route::{Compared, compare};
 pub use shape::{ExpertUse, LayerShape, MixtureShape};
 
 use std::time::Duration;

@@ -2,9 +2,12 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use swarm_proto::LayerRange;
+use swarm_proto::{Advert, Hash, Hop, LayerRange, Measured, ModelAdvert, ModelId, Peer};
 
 use super::{draws::Draws, *};
+use crate::adverts::Snapshot;
+
+const MODEL: ModelId = ModelId(Hash([7; 32]));
 
 const MIB: u64 = 1 << 20;
 
@@ -412,4 +415,74 @@ fn a_shape_is_what_the_manifest_says() {
     let len = dense.metadata().expect("its length").len();
     let header = gguf::Header::read(&mut dense, len).expect("its header");
     assert_eq!(MixtureShape::of_header(&header).expect("a manifest"), None);
+}
+
+/// Two machines that hold half of the layers each, so far from each other.
+fn two(rtt_us: Option<u32>) -> (Snapshot, Vec<Hop>) {
+    let peer = |n: u16| Peer([n as u8 + 1; 32]);
+    let layers = |n: u16| LayerRange {
+        start: 8 * n,
+        end: 8 * n + 8,
+    };
+    let figure = |value| Some(Measured { value, age_s: 0 });
+    let advert = |n: u16| Advert {
+        peer: peer(n),
+        seq: 1,
+        ttl_ms: 30_000,
+        addrs: Vec::new(),
+        models: vec![ModelAdvert {
+            model: MODEL,
+            name: String::new(),
+            n_layer: 16,
+            live: vec![layers(n)],
+            intended: Vec::new(),
+            layer_tokens_s: figure(200.0),
+            n_ctx_max: 4096,
+            free_cells: 1 << 20,
+            n_embd: 2048,
+            numerics: 0,
+            stored: Vec::new(),
+            layer_bytes_max: None,
+        }],
+        uplink_bytes_s: figure(125e6),
+        queue: 0,
+        // Only one of them measured it.
+        rtts: rtt_us
+            .filter(|_| n == 0)
+            .map(|us| (peer(1), us))
+            .into_iter()
+            .collect(),
+        leaving: false,
+        agent: String::new(),
+    };
+    let hop = |n| Hop {
+        peer: peer(n),
+        addrs: Vec::new(),
+        layers: layers(n),
+    };
+    let snapshot = Snapshot::new(vec![advert(0).into(), advert(1).into()]);
+    (snapshot, vec![hop(0), hop(1)])
+}
+
+#[test]
+fn a_route_is_held_against_an_island_of_its_machines() {
+    let shape = olmoe();
+    let claim = |_: &Peer, claim: &ModelAdvert| claim.layer_tokens_s.map(|m| m.value);
+    let of = |rtt_us| {
+        let (snapshot, hops) = two(rtt_us);
+        let compared = compare(&snapshot, MODEL, &shape, &hops, claim).expect("two machines");
+        compared.choice.expect("the route is one")
+    };
+    // 5 ms a layer: two that read at once are worth 0.2.
+    let near = of(Some(200));
+    assert_eq!(near.way, Way::Island, "{near}");
+    assert_eq!(near.island.expect("it fits").n_holders, 2);
+    assert_eq!(of(Some(20_000)).way, Way::Pipeline);
+    let unknown = of(None);
+    assert_eq!(unknown.way, Way::Pipeline);
+    assert!(matches!(unknown.island, Err(Unfit::Unmeasured { .. })));
+    // Nothing is said of one machine, nor of one that says nothing.
+    let (snapshot, hops) = two(Some(200));
+    assert_eq!(compare(&snapshot, MODEL, &shape, &hops[..1], claim), None);
+    assert_eq!(compare(&snapshot, MODEL, &shape, &hops, |_, _| None), None);
 }

@@ -100,6 +100,11 @@ impl Round {
         self.us.push(begun.elapsed().as_secs_f64() * 1e6);
     }
 
+    /// Of each token.
+    pub(super) fn us(&self) -> &[f64] {
+        &self.us
+    }
+
     /// Of one token, the middle one.
     pub(super) fn p50_us(&self) -> f64 {
         median(self.us.iter().copied())
