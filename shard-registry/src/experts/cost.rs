@@ -164,13 +164,8 @@ pub enum Unfit {
         rtt: Duration,
     },
     /// Nobody knows how near a holder is.
-    #[error("nobody measured the way from {one} to {other}")]
-    Unmeasured {
-        /// The trunk.
-        one: Peer,
-        /// The holder.
-        other: Peer,
-    },
+    #[error("nobody measured the way from the trunk to {0}")]
+    Unmeasured(Peer),
     /// A figure that cannot be.
     #[error("{who} reads no weights or sends no bytes in a second")]
     Figure {

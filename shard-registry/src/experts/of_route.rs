@@ -112,10 +112,7 @@ fn island(
             true => Some(Link::NONE),
             false => link(snapshot, peers[trunk].0, *peer, None),
         };
-        let link = link.ok_or(Unfit::Unmeasured {
-            one: peers[trunk].0,
-            other: *peer,
-        })?;
+        let link = link.ok_or(Unfit::Unmeasured(*peer))?;
         holders.push(Holder {
             machine: *machine,
             link,

@@ -303,57 +303,17 @@ pub(super) fn main(
     let shape = shape.ok_or_else(|| anyhow::anyhow!("{name} says no number of experts used"))?;
     let mut ways = load(args, file, layout, source, &shape)?;
     let n_cells = SLOWER.len() * LINKS_MB_S.len() * RTTS_MS.len();
-    let bar = terminal::bar_of(n_cells as u64 + 2, "cells");
-    // The first one warms both up.
-    ways.measure(args, Injected::default())?;
+    let bar = terminal::bar_of(n_cells as u64 + 1, "cells");
+    let here = Here::of(&mut ways, args)?;
     bar.inc(1);
-    let (island_s, pipeline_s, mut same_tokens) = ways.measure(args, Injected::default())?;
-    bar.inc(1);
-    let read_bytes_s = shape.span_read_bytes(shape.span()) as f64 / pipeline_s;
-    let used = counted(&ways.slow.near);
-    let free = Overheads {
-        layer: Duration::ZERO,
-        holder: Duration::ZERO,
-        hop: Duration::ZERO,
-    };
-    let asked = ways
-        .choose(&used, read_bytes_s, Link::NEAR, &free)?
-        .island?;
-    let asking_s = (island_s - asked.total.as_secs_f64()) / f64::from(asked.n_asked.max(1));
-    let overheads = Overheads {
-        layer: Duration::from_secs_f64(asking_s.max(0.0)),
-        ..free
-    };
     let mut cells = Vec::with_capacity(n_cells);
+    let mut same_tokens = here.same_tokens;
     for slower in SLOWER {
         for link_mb_s in LINKS_MB_S {
             for rtt_ms in RTTS_MS {
-                let now = Injected {
-                    rtt_s: rtt_ms / 1e3,
-                    link_s: 1e-6 / link_mb_s,
-                    read_s: (slower - 1.0) / read_bytes_s,
-                };
-                let link = Link {
-                    rtt: Duration::from_secs_f64(now.rtt_s),
-                    bytes_s: link_mb_s * 1e6,
-                };
-                let choice = ways.choose(&used, read_bytes_s / slower, link, &overheads)?;
-                let (island_s, pipeline_s, same) = ways.measure(args, now)?;
+                let (cell, same) = here.cell(&mut ways, args, [slower, link_mb_s, rtt_ms])?;
                 same_tokens &= same;
-                cells.push(CellReport {
-                    rtt_ms,
-                    link_mb_s,
-                    read_gb_s: read_bytes_s / slower / 1e9,
-                    island_tokens_per_s: 1.0 / island_s,
-                    pipeline_tokens_per_s: 1.0 / pipeline_s,
-                    island_planned_tokens_per_s: 1.0 / choice.island?.total.as_secs_f64(),
-                    pipeline_planned_tokens_per_s: 1.0 / choice.pipeline?.total.as_secs_f64(),
-                    chosen: match choice.way {
-                        Way::Island => "island",
-                        Way::Pipeline => "pipeline",
-                    },
-                    right: right(choice.way, island_s, pipeline_s),
-                });
+                cells.push(cell);
                 bar.inc(1);
             }
         }
@@ -366,8 +326,8 @@ pub(super) fn main(
         holders: args.holders,
         stages: ways.pipeline.stages.len(),
         memory_bytes: ways.memory_bytes,
-        read_bytes_s,
-        asking_us_per_layer: asking_s * 1e6,
+        read_bytes_s: here.read_bytes_s,
+        asking_us_per_layer: here.overheads.layer.as_secs_f64() * 1e6,
         tokens: args.tokens,
         rounds: args.rounds,
         right: n_right as f64 / cells.len() as f64,
@@ -378,6 +338,79 @@ pub(super) fn main(
     match args.json {
         true => terminal::say_json(&report),
         false => print(&report),
+    }
+}
+
+/// What this machine takes by itself, and what experts are picked.
+struct Here {
+    read_bytes_s: f64,
+    overheads: Overheads,
+    used: ExpertUse,
+    same_tokens: bool,
+}
+
+impl Here {
+    fn of(ways: &mut Ways, args: &Args) -> anyhow::Result<Self> {
+        // The first one warms both up.
+        ways.measure(args, Injected::default())?;
+        let (island_s, pipeline_s, same_tokens) = ways.measure(args, Injected::default())?;
+        let shape = &ways.slow.shape;
+        let read_bytes_s = shape.span_read_bytes(shape.span()) as f64 / pipeline_s;
+        let used = counted(&ways.slow.near);
+        let free = Overheads {
+            layer: Duration::ZERO,
+            holder: Duration::ZERO,
+            hop: Duration::ZERO,
+        };
+        let asked = ways
+            .choose(&used, read_bytes_s, Link::NEAR, &free)?
+            .island?;
+        let asking_s = (island_s - asked.total.as_secs_f64()) / f64::from(asked.n_asked.max(1));
+        Ok(Self {
+            read_bytes_s,
+            overheads: Overheads {
+                layer: Duration::from_secs_f64(asking_s.max(0.0)),
+                ..free
+            },
+            used,
+            same_tokens,
+        })
+    }
+
+    /// One cell, and whether both ways chose the same tokens in it.
+    fn cell(
+        &self,
+        ways: &mut Ways,
+        args: &Args,
+        [slower, link_mb_s, rtt_ms]: [f64; 3],
+    ) -> anyhow::Result<(CellReport, bool)> {
+        let now = Injected {
+            rtt_s: rtt_ms / 1e3,
+            link_s: 1e-6 / link_mb_s,
+            read_s: (slower - 1.0) / self.read_bytes_s,
+        };
+        let link = Link {
+            rtt: Duration::from_secs_f64(now.rtt_s),
+            bytes_s: link_mb_s * 1e6,
+        };
+        let read_bytes_s = self.read_bytes_s / slower;
+        let choice = ways.choose(&self.used, read_bytes_s, link, &self.overheads)?;
+        let (island_s, pipeline_s, same) = ways.measure(args, now)?;
+        let cell = CellReport {
+            rtt_ms,
+            link_mb_s,
+            read_gb_s: read_bytes_s / 1e9,
+            island_tokens_per_s: 1.0 / island_s,
+            pipeline_tokens_per_s: 1.0 / pipeline_s,
+            island_planned_tokens_per_s: 1.0 / choice.island?.total.as_secs_f64(),
+            pipeline_planned_tokens_per_s: 1.0 / choice.pipeline?.total.as_secs_f64(),
+            chosen: match choice.way {
+                Way::Island => "island",
+                Way::Pipeline => "pipeline",
+            },
+            right: right(choice.way, island_s, pipeline_s),
+        };
+        Ok((cell, same))
     }
 }
 
