@@ -49,6 +49,8 @@ use crate::adverts::Snapshot;
 const HOP_NS: u64 = 80_000;
 /// Half of a round trip to a peer that was never measured: somewhere on the same continent.
 const HALF_RTT_UNKNOWN_NS: u64 = 10_000_000;
+/// A round trip that nobody measured.
+pub(crate) const RTT_UNKNOWN: Duration = Duration::from_nanos(2 * HALF_RTT_UNKNOWN_NS);
 /// How much faster than it was seen to be a peer is believed to be: what is seen includes waiting and the
 /// network.
 pub const SEEN_FACTOR: f32 = 2.0;

@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use node::{Explained, SessionSpec};
 use serde::Serialize;
+use shard_registry::Snapshot;
+use shard_registry::experts::{self, Compared, MixtureShape, Unfit, Way};
 use shard_registry::route::{Doubt, Other};
-use swarm_proto::{Hop, LayerRange, Peer};
+use swarm_proto::{Hop, LayerRange, ModelAdvert, Peer};
 
 use crate::failure::Failure;
 use crate::figures;
@@ -63,6 +65,23 @@ struct Report {
     others: Vec<OtherReport>,
     /// Peers that were seen to be slower than they claim.
     doubts: Vec<DoubtReport>,
+    /// Of a mixture over several machines: what they would take otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mixture: Option<MixtureReport>,
+}
+
+/// Whole layers in a row against one trunk that asks the others for experts.
+#[derive(Serialize)]
+struct MixtureReport {
+    /// `pipeline` or `island`, where either is possible.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    better: Option<&'static str>,
+    why: String,
+    /// Who would be the island's trunk.
+    trunk: String,
+    /// What it takes and by which parts, or why it is none.
+    island: String,
+    pipeline: String,
 }
 
 /// In layer-tokens a second.
@@ -143,7 +162,9 @@ async fn look(member: &Member, asked: Option<&str>, n_ctx: u32) -> anyhow::Resul
         let ms = now_ms.saturating_sub(made.unwrap_or(now_ms));
         (ms / 100) as f64 / 10.0
     };
-    Ok(Report::new(&model, n_ctx, &explained, &age_s))
+    let mut report = Report::new(&model, n_ctx, &explained, &age_s);
+    report.mixture = MixtureReport::of(&model, &explained, &adverts);
+    Ok(report)
 }
 
 fn remedy(report: &Report) -> String {
@@ -194,7 +215,63 @@ impl Report {
             as_if_idle: explained.as_if_idle,
             others: others.into_iter().map(|(_, report)| report).collect(),
             doubts: explained.doubts.iter().map(DoubtReport::new).collect(),
+            mixture: None,
         }
+    }
+}
+
+impl MixtureReport {
+    fn of(model: &SwarmModel, explained: &Explained, adverts: &Snapshot) -> Option<Self> {
+        let shape = MixtureShape::of(&model.manifest)?;
+        let hops = explained.hops.as_ref().ok()?;
+        let believed = |peer: &Peer, claim: &ModelAdvert| {
+            let mut doubts = explained.doubts.iter();
+            let doubt = doubts.find(|doubt| doubt.peer == *peer);
+            let claimed = claim.layer_tokens_s.map(|measured| measured.value);
+            doubt.map(|doubt| doubt.counted).or(claimed)
+        };
+        let compared = experts::compare(adverts, model.id, &shape, hops, believed)?;
+        Some(Self::new(&compared))
+    }
+
+    fn new(compared: &Compared) -> Self {
+        let told = |time: Result<String, &Unfit>| time.unwrap_or_else(|why| format!("none: {why}"));
+        let (better, why, island, pipeline) = match &compared.choice {
+            Ok(choice) => (
+                Some(match choice.way {
+                    Way::Island => "island",
+                    Way::Pipeline => "pipeline",
+                }),
+                choice.to_string(),
+                told(choice.island.as_ref().map(ToString::to_string)),
+                told(choice.pipeline.as_ref().map(ToString::to_string)),
+            ),
+            Err((island, pipeline)) => (
+                None,
+                "neither".into(),
+                told(Err(island)),
+                told(Err(pipeline)),
+            ),
+        };
+        Self {
+            better,
+            why,
+            trunk: compared.trunk.to_string(),
+            island,
+            pipeline,
+        }
+    }
+
+    fn lines(&self) -> [String; 3] {
+        [
+            format!("  better: {}", self.why),
+            format!("  pipeline, whole layers in a row: {}", self.pipeline),
+            format!(
+                "  island, {} asks the others for experts: {}",
+                figures::short_peer(&self.trunk),
+                self.island
+            ),
+        ]
     }
 }
 
@@ -279,6 +356,7 @@ fn print(report: &Report, explain: bool) -> anyhow::Result<()> {
     }
     if explain {
         print_hops(report)?;
+        print_mixture(report)?;
         print_others(report)?;
         print_doubts(report)?;
     }
@@ -337,6 +415,20 @@ fn print_hops(report: &Report) -> anyhow::Result<()> {
         let about = "  ≈: not measured, estimated from both ends' round trips";
         terminal::say(paint(DIM, about))?;
     }
+    Ok(())
+}
+
+fn print_mixture(report: &Report) -> anyhow::Result<()> {
+    let Some(mixture) = &report.mixture else {
+        return Ok(());
+    };
+    terminal::say("")?;
+    terminal::say(paint(BOLD, "as a mixture of experts"))?;
+    for line in mixture.lines() {
+        terminal::say(line)?;
+    }
+    let about = "  one token without the way to and from here; as if each machine had room for little more than it serves now";
+    terminal::say(paint(DIM, about))?;
     Ok(())
 }
 
@@ -407,6 +499,26 @@ impl OtherReport {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mixture_says_which_way_is_better_and_why_not_the_other() {
+        let far = Unfit::TooFar {
+            rtt: Duration::from_millis(30),
+        };
+        let gap = Unfit::Gap(3);
+        let neither = MixtureReport::new(&Compared {
+            trunk: Peer([1; 32]),
+            choice: Err((far, gap)),
+        });
+        assert_eq!(neither.better, None);
+        let [better, pipeline, island] = neither.lines();
+        assert_eq!(better, "  better: neither");
+        assert!(
+            pipeline.contains("none: no stage computes layer 3"),
+            "{pipeline}"
+        );
+        assert!(island.contains("none: a holder is 30ms away"), "{island}");
+    }
 
     #[test]
     fn a_claim_that_is_not_believed_is_told_beside_what_was_seen() {

@@ -16,6 +16,18 @@ pub enum Way {
     Pipeline,
 }
 
+/// What the user says about islands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Wish {
+    /// Nothing: near holders only.
+    #[default]
+    Near,
+    /// However far the holders are, whatever is faster.
+    FarHolders,
+    /// An island, even where a pipeline is faster.
+    Island,
+}
+
 /// What is taken.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
@@ -51,28 +63,26 @@ pub enum Reason {
 }
 
 /// Takes the faster of the ways that are possible. An island whose holders are farther than [`ISLAND_RTT_MAX`] is
-/// taken only where the user insists on it: a way so long is none that stays as it was measured.
+/// taken only where the user wishes it: a way so long is none that stays as it was measured.
 ///
 /// # Errors
 /// None is possible: why there is no island, and why no pipeline.
 pub fn choose(
     island: Result<IslandTime, Unfit>,
     pipeline: Result<PipelineTime, Unfit>,
-    insists: bool,
+    wish: Wish,
 ) -> Result<Choice, (Unfit, Unfit)> {
     let (way, reason) = match (&island, &pipeline) {
         (Err(island), Err(pipeline)) => return Err((island.clone(), pipeline.clone())),
         (Err(why), Ok(_)) => (Way::Pipeline, Reason::OnlyOne(why.clone())),
-        (Ok(_), _) if insists => (Way::Island, Reason::Insisted),
+        (Ok(_), _) if wish == Wish::Island => (Way::Island, Reason::Insisted),
         // Slow is better than not at all, but only if the user says so.
-        (Ok(near), Err(why)) if near.rtt_max <= ISLAND_RTT_MAX => {
-            (Way::Island, Reason::OnlyOne(why.clone()))
-        }
+        (Ok(island), Err(why)) if near(island, wish) => (Way::Island, Reason::OnlyOne(why.clone())),
         (Ok(far), Err(why)) => {
             let why_no_island = Unfit::TooFar { rtt: far.rtt_max };
             return Err((why_no_island, why.clone()));
         }
-        (Ok(island), Ok(pipeline)) => faster(island, pipeline),
+        (Ok(island), Ok(pipeline)) => faster(island, pipeline, wish),
     };
     Ok(Choice {
         way,
@@ -82,7 +92,11 @@ pub fn choose(
     })
 }
 
-fn faster(island: &IslandTime, pipeline: &PipelineTime) -> (Way, Reason) {
+fn near(island: &IslandTime, wish: Wish) -> bool {
+    wish != Wish::Near || island.rtt_max <= ISLAND_RTT_MAX
+}
+
+fn faster(island: &IslandTime, pipeline: &PipelineTime, wish: Wish) -> (Way, Reason) {
     let (island_takes, pipeline_takes) = (island.total, pipeline.total);
     if island_takes >= pipeline_takes {
         let reason = Reason::Faster {
@@ -91,7 +105,7 @@ fn faster(island: &IslandTime, pipeline: &PipelineTime) -> (Way, Reason) {
         };
         return (Way::Pipeline, reason);
     }
-    if island.rtt_max > ISLAND_RTT_MAX {
+    if !near(island, wish) {
         let rtt = island.rtt_max;
         return (Way::Pipeline, Reason::TooFar { rtt });
     }

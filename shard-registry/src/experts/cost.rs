@@ -9,7 +9,7 @@
 
 use std::{fmt, time::Duration};
 
-use swarm_proto::LayerRange;
+use swarm_proto::{LayerRange, Peer};
 
 use super::{
     assign::{ExpertId, ExpertSet},
@@ -163,6 +163,9 @@ pub enum Unfit {
         /// To the farthest.
         rtt: Duration,
     },
+    /// Nobody knows how near a holder is.
+    #[error("nobody measured the way from the trunk to {0}")]
+    Unmeasured(Peer),
     /// A figure that cannot be.
     #[error("{who} reads no weights or sends no bytes in a second")]
     Figure {
@@ -172,6 +175,11 @@ pub enum Unfit {
 }
 
 impl Link {
+    /// Another program of the same machine.
+    pub const NEAR: Link = Link {
+        rtt: Duration::from_nanos(1),
+        bytes_s: f64::INFINITY,
+    };
     /// To oneself.
     pub const NONE: Link = Link {
         rtt: Duration::ZERO,
@@ -418,18 +426,15 @@ pub fn pipeline_time(
             return Err(Unfit::Gap(next));
         }
         next = stage.layers.end;
-        let head = shape.head_of(stage.layers);
-        let layers = || shape.within(stage.layers).map(|(_, layer)| layer);
-        let held: u64 = layers().map(|layer| shape.layer_bytes(layer)).sum();
-        stage.machine.fits(held + head, who)?;
-        let read: u64 = layers().map(|layer| shape.read_bytes(layer)).sum();
+        stage.machine.fits(shape.span_bytes(stage.layers), who)?;
+        let read = shape.span_read_bytes(stage.layers);
         let network = match at {
             0 => 0.0,
             _ => stage.link.seconds(0.5, shape.row_bytes()) + overheads.hop.as_secs_f64(),
         };
         times.push(StageTime {
             layers: stage.layers,
-            compute: duration(stage.machine.seconds(read + head)),
+            compute: duration(stage.machine.seconds(read)),
             network: duration(network),
         });
     }

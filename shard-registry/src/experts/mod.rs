@@ -16,16 +16,18 @@ mod assign;
 mod choice;
 mod cost;
 mod draws;
+mod of_route;
 mod shape;
 #[cfg(test)]
 mod tests;
 
 pub use assign::{ExpertId, ExpertSet, NoRoom, assign_experts};
-pub use choice::{Choice, Reason, Way, choose};
+pub use choice::{Choice, Reason, Way, Wish, choose};
 pub use cost::{
     Holder, IslandTime, LayerTime, Link, Machine, Overheads, PipelineTime, Stage, StageTime, Unfit,
     island_time, pipeline_time,
 };
+pub use of_route::{Compared, compare};
 pub use shape::{ExpertUse, LayerShape, MixtureShape};
 
 use std::time::Duration;

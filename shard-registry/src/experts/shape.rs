@@ -107,7 +107,24 @@ impl MixtureShape {
 
     /// Bytes of a layer with all its experts.
     pub fn layer_bytes(&self, layer: &LayerShape) -> u64 {
-        layer.trunk_bytes + layer.expert_bytes * u64::from(self.n_expert)
+        layer.trunk_bytes + self.experts_bytes(layer)
+    }
+
+    /// Bytes of a layer's experts.
+    pub fn experts_bytes(&self, layer: &LayerShape) -> u64 {
+        layer.expert_bytes * u64::from(self.n_expert)
+    }
+
+    /// Bytes of a span, with the head where it ends with it.
+    pub fn span_bytes(&self, span: LayerRange) -> u64 {
+        let layers = self.within(span).map(|(_, layer)| self.layer_bytes(layer));
+        layers.sum::<u64>() + self.head_of(span)
+    }
+
+    /// Bytes that a machine reads for one row of a span that it computes whole.
+    pub fn span_read_bytes(&self, span: LayerRange) -> u64 {
+        let layers = self.within(span).map(|(_, layer)| self.read_bytes(layer));
+        layers.sum::<u64>() + self.head_of(span)
     }
 
     /// Bytes of one row.

@@ -2,9 +2,12 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use swarm_proto::LayerRange;
+use swarm_proto::{Advert, Hash, Hop, LayerRange, Measured, ModelAdvert, ModelId, Peer};
 
 use super::{draws::Draws, *};
+use crate::adverts::Snapshot;
+
+const MODEL: ModelId = ModelId(Hash([7; 32]));
 
 const MIB: u64 = 1 << 20;
 
@@ -165,7 +168,7 @@ fn one_holder_takes_what_can_be_worked_out_by_hand() {
 fn near_holders_make_an_island_and_far_ones_a_pipeline() {
     let shape = olmoe();
     let span = shape.span();
-    let of = |rtt_us: u64, gb_s: f64, insists: bool| {
+    let of = |rtt_us: u64, gb_s: f64, wish: Wish| {
         let each = machine(gb_s, 900);
         let used = ExpertUse::default();
         let holders = holders(&shape, 4, each, link(rtt_us));
@@ -173,22 +176,25 @@ fn near_holders_make_an_island_and_far_ones_a_pipeline() {
         let island = island_time(&shape, &used, span, &each, &holders, &over);
         let stages = stages(&shape, 4, each, link(rtt_us));
         let pipeline = pipeline_time(&shape, span, &stages, &over);
-        choose(island, pipeline, insists).expect("both fit")
+        choose(island, pipeline, wish).expect("both fit")
     };
     // Slow memory: what four read at once is worth a round trip each layer.
-    let near = of(250, 20.0, false);
+    let near = of(250, 20.0, Wish::Near);
     assert_eq!(near.way, Way::Island, "{near}");
     assert!(matches!(near.reason, Reason::Faster { takes, other } if takes < other));
     // Fast memory: it is not.
-    assert_eq!(of(250, 400.0, false).way, Way::Pipeline);
+    assert_eq!(of(250, 400.0, Wish::Near).way, Way::Pipeline);
     // It would be at 0.6 ms, but nobody asks for it.
-    let far = of(600, 20.0, false);
+    let far = of(600, 20.0, Wish::Near);
     assert_eq!(far.way, Way::Pipeline);
     let reason = far.reason.to_string();
     assert!(reason.contains("0.60 ms away"), "{reason}");
-    assert_eq!(of(600, 20.0, true).way, Way::Island);
+    assert_eq!(of(600, 20.0, Wish::FarHolders).way, Way::Island);
+    // Slower and asked for.
+    assert_eq!(of(600, 400.0, Wish::FarHolders).way, Way::Pipeline);
+    assert_eq!(of(600, 400.0, Wish::Island).reason, Reason::Insisted);
     // The longer the way, the longer an island takes, and no other way round.
-    let takes = |rtt| of(rtt, 20.0, false).island.expect("it fits").total;
+    let takes = |rtt| of(rtt, 20.0, Wish::Near).island.expect("it fits").total;
     assert!(takes(100) < takes(200) && takes(200) < takes(5000));
     assert!(takes(5000) > Duration::from_millis(16 * 5));
 }
@@ -206,20 +212,22 @@ fn what_does_not_fit_is_no_way() {
     let pipeline = pipeline_time(&shape, span, &stages, &over);
     assert!(matches!(&pipeline, Err(Unfit::Memory { needs, .. }) if *needs == 8 * 112 * MIB));
     let island = island_time(&shape, &used, span, &each, &holders, &over);
-    let choice = choose(island.clone(), pipeline.clone(), false).expect("an island");
+    let choice = choose(island.clone(), pipeline.clone(), Wish::Near).expect("an island");
     assert_eq!(choice.way, Way::Island);
     // Too far to be taken unasked, and nothing else there is.
     let slow = island.map(|island| IslandTime {
         rtt_max: Duration::from_millis(20),
         ..island
     });
-    let none = choose(slow.clone(), pipeline.clone(), false);
+    let none = choose(slow.clone(), pipeline.clone(), Wish::Near);
     assert!(matches!(
         none,
         Err((Unfit::TooFar { .. }, Unfit::Memory { .. }))
     ));
     assert_eq!(
-        choose(slow, pipeline, true).expect("asked for").way,
+        choose(slow, pipeline, Wish::FarHolders)
+            .expect("asked for")
+            .way,
         Way::Island
     );
     // Whose only holder forgets it.
@@ -407,4 +415,74 @@ fn a_shape_is_what_the_manifest_says() {
     let len = dense.metadata().expect("its length").len();
     let header = gguf::Header::read(&mut dense, len).expect("its header");
     assert_eq!(MixtureShape::of_header(&header).expect("a manifest"), None);
+}
+
+/// Two machines that hold half of the layers each, so far from each other.
+fn two(rtt_us: Option<u32>) -> (Snapshot, Vec<Hop>) {
+    let peer = |n: u16| Peer([n as u8 + 1; 32]);
+    let layers = |n: u16| LayerRange {
+        start: 8 * n,
+        end: 8 * n + 8,
+    };
+    let figure = |value| Some(Measured { value, age_s: 0 });
+    let advert = |n: u16| Advert {
+        peer: peer(n),
+        seq: 1,
+        ttl_ms: 30_000,
+        addrs: Vec::new(),
+        models: vec![ModelAdvert {
+            model: MODEL,
+            name: String::new(),
+            n_layer: 16,
+            live: vec![layers(n)],
+            intended: Vec::new(),
+            layer_tokens_s: figure(200.0),
+            n_ctx_max: 4096,
+            free_cells: 1 << 20,
+            n_embd: 2048,
+            numerics: 0,
+            stored: Vec::new(),
+            layer_bytes_max: None,
+        }],
+        uplink_bytes_s: figure(125e6),
+        queue: 0,
+        // Only one of them measured it.
+        rtts: rtt_us
+            .filter(|_| n == 0)
+            .map(|us| (peer(1), us))
+            .into_iter()
+            .collect(),
+        leaving: false,
+        agent: String::new(),
+    };
+    let hop = |n| Hop {
+        peer: peer(n),
+        addrs: Vec::new(),
+        layers: layers(n),
+    };
+    let snapshot = Snapshot::new(vec![advert(0).into(), advert(1).into()]);
+    (snapshot, vec![hop(0), hop(1)])
+}
+
+#[test]
+fn a_route_is_held_against_an_island_of_its_machines() {
+    let shape = olmoe();
+    let claim = |_: &Peer, claim: &ModelAdvert| claim.layer_tokens_s.map(|m| m.value);
+    let of = |rtt_us| {
+        let (snapshot, hops) = two(rtt_us);
+        let compared = compare(&snapshot, MODEL, &shape, &hops, claim).expect("two machines");
+        compared.choice.expect("the route is one")
+    };
+    // 5 ms a layer: two that read at once are worth 0.2.
+    let near = of(Some(200));
+    assert_eq!(near.way, Way::Island, "{near}");
+    assert_eq!(near.island.expect("it fits").n_holders, 2);
+    assert_eq!(of(Some(20_000)).way, Way::Pipeline);
+    let unknown = of(None);
+    assert_eq!(unknown.way, Way::Pipeline);
+    assert!(matches!(unknown.island, Err(Unfit::Unmeasured(_))));
+    // Nothing is said of one machine, nor of one that says nothing.
+    let (snapshot, hops) = two(Some(200));
+    assert_eq!(compare(&snapshot, MODEL, &shape, &hops[..1], claim), None);
+    assert_eq!(compare(&snapshot, MODEL, &shape, &hops, |_, _| None), None);
 }

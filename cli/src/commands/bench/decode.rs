@@ -60,7 +60,7 @@ struct Report {
 }
 
 /// Token ids of the prompt: any will do, but not one alone.
-const PROMPT: [u32; 8] = [1, 17, 33, 65, 97, 129, 161, 193];
+pub(super) const PROMPT: [u32; 8] = [1, 17, 33, 65, 97, 129, 161, 193];
 
 /// Makes the model where asked to, starts the node, measures, prints.
 pub fn main(args: Args) -> anyhow::Result<()> {
@@ -95,9 +95,14 @@ pub(super) struct Round {
 }
 
 impl Round {
-    fn add(&mut self, token: u32, begun: Instant) {
+    pub(super) fn add(&mut self, token: u32, begun: Instant) {
         self.tokens.push(token);
         self.us.push(begun.elapsed().as_secs_f64() * 1e6);
+    }
+
+    /// Of each token.
+    pub(super) fn us(&self) -> &[f64] {
+        &self.us
     }
 
     /// Of one token, the middle one.
@@ -204,7 +209,7 @@ pub(super) async fn node_round(session: &mut Session, n: u32) -> anyhow::Result<
 }
 
 /// The likeliest token, as cheaply as a plain loop would.
-fn best(row: &[f32]) -> anyhow::Result<u32> {
+pub(super) fn best(row: &[f32]) -> anyhow::Result<u32> {
     let first = (0u32, *row.first().context("an empty row")?);
     Ok((0u32..)
         .zip(row.iter().copied())

@@ -14,6 +14,8 @@ use engine::{
 };
 use serde::Serialize;
 
+mod grid;
+
 use super::decode::{Round, context, median, plain_round};
 use super::{sameness, say_title, temporary};
 use crate::failure::Failure;
@@ -28,6 +30,7 @@ Examples:
   shoal bench moe --model models/demo-moe.gguf  which experts are used, too
   shoal bench moe --olmoe --holders 4           a random model of OLMoE's width (2 GB of temporary disk)
   shoal bench moe --olmoe --rtt-ms 0.25         as if each layer's answers took so much longer
+  shoal bench moe --grid --tokens 16 --rounds 2 whether the planner chooses the faster way
   shoal bench moe --json
 
 Both sides decode the same prompt greedily; that they chose the same tokens is part of the report.")]
@@ -46,6 +49,9 @@ pub struct Args {
     /// Milliseconds that the answers of each layer are held back.
     #[arg(long, value_name = "MS", default_value_t = 0.0)]
     rtt_ms: f64,
+    /// Whether the planner chooses the faster of an island and a pipeline, for 48 injected round trips and bandwidths; some minutes.
+    #[arg(long, conflicts_with = "rtt_ms")]
+    grid: bool,
     /// Tokens decoded in a round.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(2..))]
     tokens: u32,
@@ -116,6 +122,9 @@ pub fn main(args: Args) -> anyhow::Result<()> {
         Failure::new(format!("{name}: {why}"))
             .try_this("`shoal bench moe` without --model makes a mixture of its own")
     })?;
+    if args.grid {
+        return grid::main(&args, name, &file, &layout, &source);
+    }
     let near = deal_out(&layout, &source, args.holders)?;
     let far = Arc::new(Far {
         near: Arc::clone(&near),
