@@ -94,10 +94,7 @@ async fn holders_that_die_cost_no_token() {
 async fn a_frozen_holder_costs_a_deadline_and_one_that_never_ends_too() {
     let mixture = mixture();
     let expected = mixture.expected();
-    let misdeeds: [Misdeed; 2] = [
-        |_, _| Vec::new(),
-        |_, _| said(&ExpertGive::Working, &[]),
-    ];
+    let misdeeds: [Misdeed; 2] = [|_, _| Vec::new(), |_, _| said(&ExpertGive::Working, &[])];
     for misdeed in misdeeds {
         let net = network(None).await;
         let frozen = bad_holder(&net, all(), misdeed).await;
@@ -130,7 +127,10 @@ async fn a_holder_that_lies_is_struck_and_no_token_is_wrong() {
     let expected = mixture.expected();
     let misdeeds: [(&str, Misdeed); 6] = [
         ("bytes for", |id, n| {
-            said(&ExpertGive::Rows { id, spent_us: 9 }, &vec![0.5; 256 * (n + 1)])
+            said(
+                &ExpertGive::Rows { id, spent_us: 9 },
+                &vec![0.5; 256 * (n + 1)],
+            )
         }),
         ("bytes for", |id, _| {
             said(&ExpertGive::Rows { id, spent_us: 9 }, &[])
@@ -183,7 +183,10 @@ async fn an_expert_that_nobody_has_is_waited_for_and_then_named() {
     let why = mixture.run(&hasty, |_| ()).await.unwrap_err();
     assert!(begun.elapsed() >= wait);
     assert!(why.contains("of layer 1 is held by nobody"), "{why}");
-    assert!(why.contains("expert 6") || why.contains("expert 7"), "{why}");
+    assert!(
+        why.contains("expert 6") || why.contains("expert 7"),
+        "{why}"
+    );
     assert!(!hasty.wanted().is_empty() && hasty.wanted().iter().all(|(l, _)| *l == 1));
 
     // Somebody takes it up while a step waits.
@@ -252,7 +255,10 @@ async fn nonsense_ends_the_stream_and_nothing_else() {
         ("other rows", [good.clone(), call(128, 0, 128)].concat()),
         ("too few values", [good.clone(), call(256, 0, 255)].concat()),
         ("a huge frame", [good.clone(), vec![0xff; 6]].concat()),
-        ("another model", hello(swarm_proto::ModelId(swarm_proto::Hash([1; 32])))),
+        (
+            "another model",
+            hello(swarm_proto::ModelId(swarm_proto::Hash([1; 32]))),
+        ),
     ];
     for (what, bytes) in cases {
         let opened = net.open(node.net.me(), &[], Proto::Experts, DEADLINE);

@@ -276,7 +276,8 @@ mod tests {
         NodeStatus {
             models: vec![HeldModel {
                 live: live.iter().map(|span| (*span).to_owned()).collect(),
-                intended: intended.into(),
+                intended: Some(intended.into()),
+                ..HeldModel::default()
             }],
             transfer: Transfer {
                 fetched_bytes: shards.iter().map(|shard| shard.fetched_bytes).sum(),

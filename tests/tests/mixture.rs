@@ -37,9 +37,12 @@ async fn experts_on_six_nodes_give_the_text_of_the_whole_model() -> Result<()> {
     let experts = report["experts"].as_array().context("no experts")?;
     ensure!(experts.len() == 40, "{report}");
     let rows = |expert: &Value| expert["rows"].as_u64().unwrap_or(0);
-    // Two picks a row in each of five layers.
+    // Two picks a row in each of five layers; the last layer computes only rows that are looked at.
     let picked: u64 = experts.iter().map(rows).sum();
-    ensure!(picked >= 24 * 10 && picked % 10 == 0, "{picked}: {report}");
+    ensure!(
+        picked >= 24 * 10 && picked.is_multiple_of(2),
+        "{picked}: {report}"
+    );
     let trunks = report["trunks"].as_array().context("no trunks")?;
     let holders = 8 - trunks.len();
     for expert in experts {
@@ -60,7 +63,12 @@ async fn holders_and_trunks_may_be_killed_and_frozen_and_no_token_changes() -> R
     let args =
         "--moe --nodes 8 --experts-per-node 20 --chaos kill,freeze --faults 3 -n 64 --seed 3";
     let report = testnet(args).await?;
-    for count in ["lost", "changed", "doubled", "failed"] {
+    for count in [
+        "tokens_lost",
+        "tokens_changed",
+        "tokens_doubled",
+        "runs_failed",
+    ] {
         ensure!(report[count] == 0, "{count}: {report}");
     }
     Ok(())
@@ -71,7 +79,7 @@ async fn one_holder(trunk_memory: &str) -> Result<(Swarm, Ask)> {
     let mut swarm = Swarm::new(Binaries::beside_this_program()?)?;
     let all = (40 * EXPERT_BYTES).to_string();
     let node = |hold: &str, memory: &str| {
-        let near = ["--model", MODEL, "--island-rtt", "1000", "--threads", "1"];
+        let near = ["--model", MODEL, "--island-rtt", "1000"];
         NodeSpec::new(near.into_iter().chain(["--hold", hold, "--memory", memory]))
     };
     let specs = [node("experts", &all), node("trunk", trunk_memory)];
@@ -143,7 +151,7 @@ async fn what_cannot_be_held_is_refused_by_name() -> Result<()> {
             "too small for even one expert",
         ),
         ("--model demo-moe --hold expert", "possible values"),
-        ("--model demo-moe --island-rtt -1", "milliseconds"),
+        ("--model demo-moe --island-rtt near", "milliseconds"),
     ] {
         let args: Vec<String> = std::iter::once("node")
             .chain(args.split(' '))

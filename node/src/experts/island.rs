@@ -458,7 +458,9 @@ impl Island {
         let experts = experts.zip(self.shared.usage.total());
         let now = Instant::now();
         let placed = experts.map(|(((layer, expert), holders), rows)| {
-            let first = choose(&[(1, holders)], |holder| self.shared.costs(&current, holder, now));
+            let first = choose(&[(1, holders)], |holder| {
+                self.shared.costs(&current, holder, now)
+            });
             let first = first.into_iter().flatten().next();
             let mut holders = holders.clone();
             holders.sort_by_key(|holder| Some(*holder) != first);
@@ -489,7 +491,10 @@ impl Drop for Island {
 
 impl ExpertHolders for Island {
     fn holder_of(&self, layer: u32, expert: u32) -> Option<HolderId> {
-        self.place(layer, &[(expert, 1)]).into_iter().next().flatten()
+        self.place(layer, &[(expert, 1)])
+            .into_iter()
+            .next()
+            .flatten()
     }
 
     fn place(&self, layer: u32, experts: &[(u32, u32)]) -> Vec<Option<HolderId>> {
@@ -709,10 +714,7 @@ impl Shared {
             table,
             holders: known.holders.clone(),
         };
-        *self
-            .current
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
         drop(known);
         if other {
             self.changes.send_modify(|version| *version += 1);

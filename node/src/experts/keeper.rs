@@ -70,7 +70,9 @@ fn look(shared: &Arc<Shared>, links: &mut HashMap<u32, JoinHandle<()>>) {
     for (peer, experts) in candidates(shared) {
         let holder = shared.holder_for(peer);
         said.insert(holder.number, experts);
-        let running = links.get(&holder.number).is_some_and(|link| !link.is_finished());
+        let running = links
+            .get(&holder.number)
+            .is_some_and(|link| !link.is_finished());
         if !running {
             let task = keep(shared.clone(), holder.clone());
             links.insert(holder.number, shared.runtime.spawn(task));
@@ -109,9 +111,8 @@ fn candidates(shared: &Shared) -> Vec<(Peer, HashSet<Expert>)> {
             model.model == facts.model && same_bits
         });
         let live = model.and_then(|model| Some(&model.experts.as_ref()?.live));
-        let experts: HashSet<Expert> = live.map_or_else(HashSet::new, |live| {
-            ExpertSpan::each(live).collect()
-        });
+        let experts: HashSet<Expert> =
+            live.map_or_else(HashSet::new, |live| ExpertSpan::each(live).collect());
         if !experts.is_empty() {
             found.push((rtt.unwrap_or(Duration::MAX), peer, experts));
         }

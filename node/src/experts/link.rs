@@ -142,11 +142,7 @@ pub(super) struct Welcome {
 }
 
 /// Says hello and measures round trips.
-pub(super) async fn greet(
-    stream: Stream,
-    model: ModelId,
-    n_embd: u32,
-) -> Result<Welcome, Ended> {
+pub(super) async fn greet(stream: Stream, model: ModelId, n_embd: u32) -> Result<Welcome, Ended> {
     let mut pipe = Pipe::new(stream, wire::HELLO);
     pipe.push(&ExpertAsk::Hello { model });
     match next(&mut pipe).await? {
@@ -215,7 +211,9 @@ impl Link {
         rtt_max: Duration,
     ) -> Self {
         let mut pipe = welcome.pipe;
-        pipe.set_limits(wire::answers(EXPERT_ROWS_MAX.saturating_mul(n_embd as usize)));
+        pipe.set_limits(wire::answers(
+            EXPERT_ROWS_MAX.saturating_mul(n_embd as usize),
+        ));
         let moved = (pipe.moved(), Instant::now());
         Self {
             up,

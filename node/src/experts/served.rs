@@ -11,9 +11,7 @@ use std::{
 };
 
 use engine::{ExpertCall, ExpertError, ExpertReply};
-use swarm_proto::{
-    Dtype, ExpertAsk, ExpertGive, ExpertRefusal, ExpertRows, ModelId, activation,
-};
+use swarm_proto::{Dtype, ExpertAsk, ExpertGive, ExpertRefusal, ExpertRows, ModelId, activation};
 use tokio::{
     sync::mpsc,
     time::{Instant, Sleep, timeout},

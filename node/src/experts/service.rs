@@ -130,7 +130,9 @@ impl Inner {
     }
 
     pub(super) fn is_paused(&self) -> bool {
-        self.pause.as_ref().is_some_and(|pause| pause.now().is_some())
+        self.pause
+            .as_ref()
+            .is_some_and(|pause| pause.now().is_some())
     }
 
     pub(super) fn refuse(&self) {

@@ -87,7 +87,9 @@ impl Table {
             let held = held.iter().filter(|expert| !denied.contains(*expert));
             held.for_each(|expert| put(*expert, holder));
         }
-        by_expert.iter_mut().for_each(|holders| holders.sort_unstable());
+        by_expert
+            .iter_mut()
+            .for_each(|holders| holders.sort_unstable());
         Self { by_expert }
     }
 

@@ -52,9 +52,8 @@ impl Timing {
     }
 
     fn expected(&self, rows: u32) -> f64 {
-        self.known.map_or(0.0, |known| {
-            known.wire + known.row * f64::from(rows.max(1))
-        })
+        self.known
+            .map_or(0.0, |known| known.wire + known.row * f64::from(rows.max(1)))
     }
 
     /// How long an answer of `rows` rows may take before another holder is asked, too.

@@ -38,11 +38,7 @@ pub(super) fn answers(values: usize) -> FrameLimits {
 ///
 /// # Errors
 /// A call that no holder would take.
-pub(super) fn encode_call(
-    id: u32,
-    call: &ExpertCall,
-    out: &mut Vec<u8>,
-) -> Result<(), FrameError> {
+pub(super) fn encode_call(id: u32, call: &ExpertCall, out: &mut Vec<u8>) -> Result<(), FrameError> {
     let n_rows = call.hidden.len() / (call.n_embd as usize).max(1);
     out.reserve(size_of_val(call.hidden.as_slice()) + 64 + 8 * call.groups.len());
     // What does not fit its field becomes what the message's own check refuses.

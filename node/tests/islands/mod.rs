@@ -102,10 +102,7 @@ impl Mixture {
 pub const DECODED: usize = 10;
 
 /// The bits of the logits of a prompt of more than a chunk, and of tokens after it.
-fn generate(
-    model: &mut WholeModel,
-    mut at: impl FnMut(usize),
-) -> Result<Vec<Vec<u32>>, String> {
+fn generate(model: &mut WholeModel, mut at: impl FnMut(usize)) -> Result<Vec<Vec<u32>>, String> {
     let n_vocab = model.n_vocab();
     let prompt: Vec<u32> = (1..40u32).map(|i| (i * 7919) % n_vocab).collect();
     let mut out = Vec::new();
@@ -174,11 +171,7 @@ pub struct HolderNode {
     pub worker: Arc<ExpertWorker>,
 }
 
-pub async fn holder(
-    mixture: &Mixture,
-    near: &Net,
-    holds: impl Fn(u32, u32) -> bool,
-) -> HolderNode {
+pub async fn holder(mixture: &Mixture, near: &Net, holds: impl Fn(u32, u32) -> bool) -> HolderNode {
     let net = network(Some(near)).await;
     let service = ExpertService::new(None);
     service.serve(&net).expect("nobody serves yet");

@@ -443,6 +443,7 @@ fn two(rtt_us: Option<u32>) -> (Snapshot, Vec<Hop>) {
             numerics: 0,
             stored: Vec::new(),
             layer_bytes_max: None,
+            experts: None,
         }],
         uplink_bytes_s: figure(125e6),
         queue: 0,
