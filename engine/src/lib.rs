@@ -34,7 +34,7 @@ pub use chat::{ChatError, Message, render_chat};
 pub use experts::{
     Activation, ExpertCall, ExpertError, ExpertHolder, ExpertHolders, ExpertLayout, ExpertReply,
     ExpertSource, ExpertUse, ExpertWorker, Form, Group, HolderId, HolderReply, HolderStats,
-    InProcess, Parts, Placement,
+    InProcess, LoadedExpert, Parts, Placement, Rest,
 };
 pub use json_schema::{Grammar, SchemaError};
 pub use llama_stage::{LlamaStage, LoadOptions};

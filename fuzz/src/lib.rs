@@ -22,6 +22,8 @@ pub const TARGETS: &[Target] = &[
     ("found", found),
     ("ask", ask),
     ("give", give),
+    ("expert_ask", expert_ask),
+    ("expert_give", expert_give),
     ("snapshot", snapshot),
     ("advert", advert),
     ("ticket", ticket),
@@ -149,6 +151,19 @@ pub fn ask(data: &[u8]) {
 /// The reply to it.
 pub fn give(data: &[u8]) {
     message::<Give>(data);
+}
+
+/// A call for experts.
+pub fn expert_ask(data: &[u8]) {
+    if let Some(ExpertAsk::Call(call)) = message(data) {
+        assert!(call.rows.iter().all(|row| *row < call.n_rows));
+        let _ = call.payload_len();
+    }
+}
+
+/// The answer to it.
+pub fn expert_give(data: &[u8]) {
+    message::<ExpertGive>(data);
 }
 
 /// Adverts one after the other.

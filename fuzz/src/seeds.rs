@@ -69,6 +69,25 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
             }),
             encoded(&Give::Failed("no".into())),
         ],
+        "expert_ask" => vec![
+            encoded(&ExpertAsk::Hello {
+                model: ModelId(Hash([1; 32])),
+            }),
+            encoded(&ExpertAsk::Call(expert_rows())),
+            encoded(&ExpertAsk::Ping(7)),
+        ],
+        "expert_give" => vec![
+            encoded(&ExpertGive::Serving { n_embd: 2048 }),
+            encoded(&ExpertGive::Refused("no".into())),
+            encoded(&ExpertGive::Rows {
+                id: 3,
+                spent_us: 700,
+            }),
+            encoded(&ExpertGive::Failed {
+                id: 3,
+                why: ExpertRefusal::NotHeld { expert: 9 },
+            }),
+        ],
         "snapshot" => vec![
             encode_snapshot(&signed()),
             encode_snapshot(signed().iter().chain(&signed())),
@@ -138,6 +157,24 @@ fn rows() -> Rows {
             form: Form::Top(256),
         },
         spent_us: 70_000,
+    }
+}
+
+fn expert_rows() -> ExpertRows {
+    let group = |expert, rows| ExpertGroup { expert, rows };
+    ExpertRows {
+        id: 70_000,
+        layer: 300,
+        form: ExpertForm {
+            activation: 5,
+            alpha: 1.7,
+            limit: 7.0,
+            parts: 0x249,
+        },
+        n_embd: 2048,
+        n_rows: 2,
+        groups: vec![group(3, 2), group(900, 1)],
+        rows: vec![0, 1, 1],
     }
 }
 

@@ -9,6 +9,7 @@ pub mod cpu_share;
 pub mod daemon;
 pub mod demo;
 mod experience;
+pub mod experts;
 mod hosting;
 pub mod identity;
 pub mod keys;
@@ -34,6 +35,7 @@ pub mod telemetry;
 pub mod transfer;
 
 pub use client::Client;
+pub use experts::{ExpertService, Island, IslandFacts, IslandOptions};
 pub use hosting::Hosted;
 pub use identity::{Identity, IdentityError};
 pub use known_peers::KnownPeers;

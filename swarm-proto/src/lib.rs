@@ -10,6 +10,7 @@
 pub mod activation;
 pub mod advert;
 pub mod codec;
+pub mod expert_call;
 pub mod experts;
 pub mod fetch;
 pub mod frame;
@@ -26,6 +27,7 @@ pub mod transfer;
 pub use activation::ActivationError;
 pub use advert::{Advert, AdvertError, Measured, ModelAdvert, SignedAdvert};
 pub use codec::{CheckError, CodecError, Message};
+pub use expert_call::{ExpertAsk, ExpertForm, ExpertGive, ExpertGroup, ExpertRefusal, ExpertRows};
 pub use experts::{ExpertSet, ExpertSpan, ExpertsAdvert, HotExpert};
 pub use fetch::{Fetch, Found, decode_snapshot, encode_snapshot};
 pub use frame::{FrameDecoder, FrameError, FrameLimits, decode_header, encode_frame};

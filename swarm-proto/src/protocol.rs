@@ -27,6 +27,11 @@ impl SwarmId {
         format!("/shoal/{self}/transfer/{PROTOCOL_VERSION}")
     }
 
+    /// Rows for experts, from trunk to holder and back.
+    pub fn experts_protocol(&self) -> String {
+        format!("/shoal/{self}/experts/{PROTOCOL_VERSION}")
+    }
+
     /// Kademlia.
     pub fn kad_protocol(&self) -> String {
         format!("/shoal/{self}/kad/{PROTOCOL_VERSION}")

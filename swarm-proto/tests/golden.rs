@@ -202,6 +202,54 @@ fn a_frame() {
     assert_eq!(hex(&frame), "0600000001000178797a");
 }
 
+#[test]
+fn calls_for_experts() {
+    let hello = ExpertAsk::Hello {
+        model: ModelId(Hash([0xab; 32])),
+    };
+    golden(&hello, &format!("00{}", "ab".repeat(32)));
+    let call = ExpertAsk::Call(ExpertRows {
+        id: 7,
+        layer: 300,
+        form: ExpertForm {
+            activation: 5,
+            alpha: 1.0,
+            limit: 2.0,
+            parts: 0x249,
+        },
+        n_embd: 64,
+        n_rows: 2,
+        groups: vec![
+            ExpertGroup { expert: 3, rows: 2 },
+            ExpertGroup {
+                expert: 1000,
+                rows: 1,
+            },
+        ],
+        rows: vec![0, 1, 1],
+    });
+    golden(
+        &call,
+        "01 07 fb2c01 05 0000803f 00000040 fb4902 40 02 02 03 02 fbe803 01 03 00 01 01",
+    );
+    golden(&ExpertAsk::Ping(9), "02 09");
+    golden(&ExpertGive::Serving { n_embd: 64 }, "00 40");
+    golden(&ExpertGive::Refused("no".into()), "01 02 6e6f");
+    let rows = ExpertGive::Rows {
+        id: 7,
+        spent_us: 300,
+    };
+    golden(&rows, "02 07 fb2c01");
+    let failed = |why| ExpertGive::Failed { id: 7, why };
+    golden(&failed(ExpertRefusal::NotHeld { expert: 3 }), "03 07 00 03");
+    golden(&failed(ExpertRefusal::Busy), "03 07 01");
+    golden(&failed(ExpertRefusal::Paused), "03 07 02");
+    golden(&failed(ExpertRefusal::Call("x".into())), "03 07 03 01 78");
+    golden(&failed(ExpertRefusal::Failed("x".into())), "03 07 04 01 78");
+    golden(&ExpertGive::Working, "04");
+    golden(&ExpertGive::Pong(9), "05 09");
+}
+
 fn advert() -> Advert {
     let secret = [7; 32];
     Advert {
@@ -304,6 +352,7 @@ fn names() {
     assert_eq!(swarm.answer_protocol(), "/shoal/home/answer/2");
     assert_eq!(swarm.fetch_protocol(), "/shoal/home/fetch/2");
     assert_eq!(swarm.transfer_protocol(), "/shoal/home/transfer/2");
+    assert_eq!(swarm.experts_protocol(), "/shoal/home/experts/2");
     assert_eq!(swarm.kad_protocol(), "/shoal/home/kad/2");
     assert_eq!(swarm.identify_protocol(), "/shoal/home/2");
     assert_eq!(swarm.advert_topic(), "shoal/home/adverts/2");

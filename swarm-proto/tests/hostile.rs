@@ -134,6 +134,70 @@ fn absurd_ranges_and_too_many_names_are_refused() {
     );
 }
 
+/// A call that no trunk sends is refused by its header, before its rows are looked at.
+#[test]
+fn calls_for_experts_that_cannot_be() {
+    let group = |expert, rows| ExpertGroup { expert, rows };
+    let call = ExpertRows {
+        id: 0,
+        layer: 0,
+        form: ExpertForm {
+            activation: 0,
+            alpha: 0.0,
+            limit: 0.0,
+            parts: 0,
+        },
+        n_embd: 64,
+        n_rows: 2,
+        groups: vec![group(3, 2), group(4, 1)],
+        rows: vec![0, 1, 1],
+    };
+    assert_eq!(ExpertAsk::Call(call.clone()).check(), Ok(()));
+    assert_eq!(call.payload_len(), Some(512));
+    let wrongs: [fn(&mut ExpertRows); 14] = [
+        |c| c.form.activation = 12,
+        |c| c.form.parts = 4096,
+        |c| c.form.alpha = f32::NAN,
+        |c| c.form.limit = f32::INFINITY,
+        |c| c.n_embd = 0,
+        |c| c.n_rows = 0,
+        |c| c.n_rows = 2049,
+        |c| c.n_rows = 1,
+        |c| c.groups.clear(),
+        |c| c.groups[1].expert = 3,
+        |c| c.groups[1].expert = 1024,
+        |c| c.groups[0].rows = 0,
+        |c| c.groups[0].rows = 33,
+        |c| c.rows.push(0),
+    ];
+    for (i, wrong) in wrongs.into_iter().enumerate() {
+        let mut call = call.clone();
+        wrong(&mut call);
+        // As a peer writes it that checks nothing.
+        let config = bincode::config::standard();
+        let bytes = bincode::encode_to_vec(ExpertAsk::Call(call), config).unwrap();
+        let why = refusal::<ExpertAsk>(&bytes);
+        assert!(why.starts_with("call for experts: "), "{i}: {why}");
+    }
+    // 2^60 groups, and an answer's text of 4 GiB.
+    let mut bytes = vec![1, 0, 0, 0];
+    bytes.extend([0; 8]);
+    bytes.extend([0, 64, 2, 253]);
+    bytes.extend((1u64 << 60).to_le_bytes());
+    assert_eq!(
+        refusal::<ExpertAsk>(&bytes),
+        "call for experts announces more than 262144 bytes of memory"
+    );
+    assert_eq!(
+        refusal::<ExpertGive>(&[1, 252, 255, 255, 255, 255]),
+        "answer of experts announces more than 262144 bytes of memory"
+    );
+    assert_eq!(
+        refusal::<ExpertGive>(&[3, 0, 5]),
+        "answer of experts: unknown kind 5 of ExpertRefusal; is the sender newer?"
+    );
+}
+
 fn open(layers: &[(u16, u16)]) -> Open {
     let hop = |(start, end): &(u16, u16)| Hop {
         peer: Peer([1; 32]),

@@ -16,6 +16,14 @@ pub trait ExpertHolders: Send + Sync {
     /// there, together: their number decides how they are computed.
     fn holder_of(&self, layer: u32, expert: u32) -> Option<HolderId>;
 
+    /// The same for all experts that a call of `layer` takes, with the rows it has for each: one answer an
+    /// expert, in their order.
+    fn place(&self, layer: u32, experts: &[(u32, u32)]) -> Vec<Option<HolderId>> {
+        let each = experts.iter();
+        each.map(|(expert, _)| self.holder_of(layer, *expert))
+            .collect()
+    }
+
     /// Asks all at once and waits for all: as many answers as calls, in their
     /// order. An implementation may have another holder of the same experts
     /// answer. Called on the thread that runs the trunk.
@@ -109,9 +117,14 @@ fn ways(
         by_expert.entry(expert).or_default().push(pick);
     }
     let mut by_holder: BTreeMap<HolderId, Vec<(u32, Vec<usize>)>> = BTreeMap::new();
+    let wanted: Vec<_> = by_expert
+        .iter()
+        .map(|(expert, picks)| (*expert, picks.len() as u32))
+        .collect();
+    let mut placed = holders.place(layer, &wanted).into_iter();
     for (expert, of_expert) in by_expert {
         let none = ExpertError::NotHeld { layer, expert };
-        let holder = holders.holder_of(layer, expert).ok_or(none)?;
+        let holder = placed.next().flatten().ok_or(none)?;
         by_holder
             .entry(holder)
             .or_default()

@@ -2,13 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use super::message::{ExpertCall, ExpertError, ExpertReply, Group};
+use super::message::{Activation, ExpertCall, ExpertError, ExpertReply, Form, Group};
 use super::tensors::{ExpertLayout, ExpertSource};
 use crate::llama::{ExpertCpu, ExpertWeights, Job};
 
+/// Weight of the newest go in the speed: it follows within some twenty tokens.
+const NEWEST: f64 = 0.1;
+/// How long a measurement without any call may take.
+const MEASURE_MAX: Duration = Duration::from_millis(50);
+/// Goes of it at most; the first, which may find the weights on disk, does not count.
+const MEASURE_GOES: u32 = 12;
+
 /// What a holder has and has done.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct HolderStats {
     /// Experts held.
     pub experts: u32,
@@ -18,6 +26,68 @@ pub struct HolderStats {
     pub calls: u64,
     /// Rows that went through experts, counted once for each.
     pub rows: u64,
+    /// Rows a second through one expert, one row at a time, and when that was last seen: over the latest goes
+    /// in which every expert had one row.
+    pub rows_s: Option<(f64, Instant)>,
+}
+
+/// An expert's weights, read and laid out, on their way to a holder.
+pub struct LoadedExpert {
+    layer: u32,
+    expert: u32,
+    weights: ExpertWeights,
+}
+
+impl LoadedExpert {
+    /// Reads an expert, on any thread.
+    ///
+    /// # Errors
+    /// The model has no such expert, its bytes cannot be had, or its type is not
+    /// computed here.
+    pub fn read(
+        layout: &ExpertLayout,
+        layer: u32,
+        expert: u32,
+        source: &dyn ExpertSource,
+    ) -> Result<LoadedExpert, ExpertError> {
+        let slices = layout.slices(layer);
+        let slices = slices.filter(|_| expert < layout.n_expert());
+        let slices = slices.ok_or(ExpertError::NotHeld { layer, expert })?;
+        let mut weights = ExpertWeights::new().map_err(ExpertError::Backend)?;
+        let mut bytes = Vec::new();
+        for (what, slice) in slices {
+            let failed = |why: String| {
+                let why = format!("tensor `{}` of expert {expert}: {why}", slice.name);
+                ExpertError::Backend(why)
+            };
+            source
+                .read_expert(&slice.name, expert, &mut bytes)
+                .map_err(|why| failed(why.to_string()))?;
+            weights
+                .add(*what, slice.ty, [slice.columns, slice.rows], &bytes)
+                .map_err(failed)?;
+        }
+        Ok(LoadedExpert {
+            layer,
+            expert,
+            weights,
+        })
+    }
+
+    /// Of which layer.
+    pub fn layer(&self) -> u32 {
+        self.layer
+    }
+
+    /// Which.
+    pub fn expert(&self) -> u32 {
+        self.expert
+    }
+
+    /// Bytes of its tensors in memory.
+    pub fn bytes(&self) -> u64 {
+        self.weights.bytes()
+    }
 }
 
 /// Experts of a model on this machine. It has no sessions: a call is all it
@@ -55,26 +125,22 @@ impl ExpertHolder {
         expert: u32,
         source: &dyn ExpertSource,
     ) -> Result<(), ExpertError> {
-        let slices = self.layout.slices(layer);
-        let slices = slices.filter(|_| expert < self.layout.n_expert());
-        let slices = slices.ok_or(ExpertError::NotHeld { layer, expert })?;
-        let mut weights = ExpertWeights::new().map_err(ExpertError::Backend)?;
-        let mut bytes = Vec::new();
-        for (what, slice) in slices {
-            let failed = |why: String| {
-                let why = format!("tensor `{}` of expert {expert}: {why}", slice.name);
-                ExpertError::Backend(why)
-            };
-            source
-                .read_expert(&slice.name, expert, &mut bytes)
-                .map_err(|why| failed(why.to_string()))?;
-            weights
-                .add(*what, slice.ty, [slice.columns, slice.rows], &bytes)
-                .map_err(failed)?;
-        }
+        self.add(LoadedExpert::read(&self.layout, layer, expert, source)?);
+        Ok(())
+    }
+
+    /// Holds an expert that was read by this model's layout; one that is held is replaced.
+    pub fn add(&mut self, loaded: LoadedExpert) {
+        let LoadedExpert {
+            layer,
+            expert,
+            weights,
+        } = loaded;
         self.experts.insert((layer, expert), weights);
         self.count();
-        Ok(())
+        if self.stats.rows_s.is_none() {
+            self.measure(layer, expert);
+        }
     }
 
     /// Holds an expert no more; whether it did.
@@ -89,9 +155,64 @@ impl ExpertHolder {
         self.experts.contains_key(&(layer, expert))
     }
 
+    /// The experts held, by layer and index.
+    pub fn held(&self) -> Vec<(u32, u32)> {
+        self.experts.keys().copied().collect()
+    }
+
+    /// What its experts are made of.
+    pub fn layout(&self) -> &Arc<ExpertLayout> {
+        &self.layout
+    }
+
     /// What it has and has done.
     pub fn stats(&self) -> HolderStats {
         self.stats.clone()
+    }
+
+    /// A first figure for the speed, before anybody asked: what any expert of the layer takes for a row.
+    fn measure(&mut self, layer: u32, expert: u32) {
+        let activation = match self.layout.gated(layer) {
+            true => Activation::SwiGlu,
+            false => Activation::Silu,
+        };
+        let parts = self.layout.parts(layer);
+        let n_embd = self.layout.n_embd() as usize;
+        let Some(weights) = self.experts.get(&(layer, expert)) else {
+            return;
+        };
+        let job = Job {
+            weights,
+            form: Form { activation, parts },
+            rows: vec![0.5; n_embd],
+            n_embd,
+        };
+        let job = [job];
+        let start = Instant::now();
+        let mut least: Option<Duration> = None;
+        for go in 0..MEASURE_GOES {
+            let begun = Instant::now();
+            if self.cpu.run(&job).is_err() {
+                return;
+            }
+            let took = begun.elapsed();
+            least = match least {
+                Some(least) if go > 1 => Some(least.min(took)),
+                _ => Some(took),
+            };
+            if start.elapsed() > MEASURE_MAX {
+                break;
+            }
+        }
+        let took = least.unwrap_or(MEASURE_MAX).as_secs_f64().max(1e-9);
+        self.stats.rows_s = Some((1.0 / took, Instant::now()));
+    }
+
+    /// Takes a go into the speed in which `experts` experts had a row each.
+    fn went(&mut self, experts: usize, took: Duration) {
+        let value = experts as f64 / took.as_secs_f64().max(1e-9);
+        let old = self.stats.rows_s.map_or(value, |(old, _)| old);
+        self.stats.rows_s = Some((old + (value - old) * NEWEST, Instant::now()));
     }
 
     fn count(&mut self) {
@@ -120,10 +241,17 @@ impl ExpertHolder {
                 Some(job(weights, &calls[at], calls[at].groups.get(i)?))
             })
             .collect();
+        let start = Instant::now();
         let computed = match jobs.is_empty() {
             true => Ok(Vec::new()),
             false => self.cpu.run(&jobs),
         };
+        let single = jobs.iter().all(|job| job.rows.len() == job.n_embd);
+        let n_jobs = jobs.len();
+        drop(jobs);
+        if single && n_jobs > 0 && computed.is_ok() {
+            self.went(n_jobs, start.elapsed());
+        }
         let mut rows: BTreeMap<(usize, usize), Vec<f32>> = BTreeMap::new();
         let why = match computed {
             Ok(computed) => {
@@ -201,7 +329,6 @@ fn job<'a>(weights: &'a ExpertWeights, call: &ExpertCall, group: &Group) -> Job<
 mod tests {
     use gguf::{Header, TensorInfo, TensorType, Value};
 
-    use super::super::message::{Activation, Form};
     use super::*;
 
     const N: usize = 32;

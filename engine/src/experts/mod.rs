@@ -30,8 +30,8 @@ pub(crate) use dispatch::{Picks, dispatch};
 pub(crate) use tensors::{Kind, PATTERN, Part, Weight};
 
 pub use dispatch::{ExpertHolders, HolderId};
-pub use holder::{ExpertHolder, HolderStats};
+pub use holder::{ExpertHolder, HolderStats, LoadedExpert};
 pub use in_process::{ExpertUse, InProcess, Placement};
 pub use message::{Activation, ExpertCall, ExpertError, ExpertReply, Form, Group};
 pub use tensors::{ExpertLayout, ExpertSource, Parts};
-pub use worker::{ExpertWorker, HolderReply};
+pub use worker::{ExpertWorker, HolderReply, Rest};

@@ -6,6 +6,8 @@ use std::io;
 
 use gguf::{Header, TensorInfo, TensorType};
 
+use super::message::USED_MAX;
+
 /// A matrix of an expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Part {
@@ -157,6 +159,7 @@ pub(crate) struct Slice {
 pub struct ExpertLayout {
     n_embd: u32,
     n_expert: u32,
+    n_used: u32,
     layers: BTreeMap<u32, BTreeMap<(Part, Kind), Slice>>,
 }
 
@@ -179,6 +182,8 @@ impl ExpertLayout {
         };
         let n_embd = number("embedding_length")?;
         let n_expert = number("expert_count").unwrap_or(0);
+        let most = USED_MAX as u32;
+        let n_used = number("expert_used_count").unwrap_or(most).clamp(1, most);
         if n_embd == 0 || u64::from(n_embd) > DIM_MAX || n_expert == 0 || n_expert > 1024 {
             return Err(format!(
                 "{n_expert} experts of {n_embd} cannot be: not a mixture of experts"
@@ -201,6 +206,7 @@ impl ExpertLayout {
         Ok(ExpertLayout {
             n_embd,
             n_expert,
+            n_used,
             layers,
         })
     }
@@ -213,6 +219,11 @@ impl ExpertLayout {
     /// Experts of a layer.
     pub fn n_expert(&self) -> u32 {
         self.n_expert
+    }
+
+    /// Experts that a row meets; where the file does not say, the most there are.
+    pub fn n_used(&self) -> u32 {
+        self.n_used
     }
 
     /// The layers that have experts, in ascending order.

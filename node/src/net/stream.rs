@@ -140,11 +140,19 @@ pub enum Proto {
     Fetch,
     /// Parts of shards, on a connection of their own.
     Transfer,
+    /// Trunk to holder of experts.
+    Experts,
 }
 
 impl Proto {
     /// All of them.
-    pub const ALL: [Proto; 4] = [Proto::Session, Proto::Answer, Proto::Fetch, Proto::Transfer];
+    pub const ALL: [Proto; 5] = [
+        Proto::Session,
+        Proto::Answer,
+        Proto::Fetch,
+        Proto::Transfer,
+        Proto::Experts,
+    ];
 
     /// The name negotiated on the wire; it carries the swarm id, so that swarms do not mix.
     pub fn name(self, swarm: &SwarmId) -> String {
@@ -153,12 +161,13 @@ impl Proto {
             Proto::Answer => swarm.answer_protocol(),
             Proto::Fetch => swarm.fetch_protocol(),
             Proto::Transfer => swarm.transfer_protocol(),
+            Proto::Experts => swarm.experts_protocol(),
         }
     }
 
     /// Whether rows or logits pass on its streams.
     pub(super) fn is_session(self) -> bool {
-        matches!(self, Proto::Session | Proto::Answer)
+        matches!(self, Proto::Session | Proto::Answer | Proto::Experts)
     }
 
     /// Whether its streams get a connection of their own, so that nothing small waits behind them.

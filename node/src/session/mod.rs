@@ -35,7 +35,7 @@ mod standby;
 mod tail;
 mod topk;
 mod trace;
-mod wire;
+pub(crate) mod wire;
 
 pub use bench::{BenchError, HopBench, HopCost, bench_hops};
 pub use client::ClientSession;

@@ -41,21 +41,22 @@ pub enum WireError {
 
 /// How long a stream kept somebody waiting who had begun to read or to write.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Waited {
+pub(crate) struct Waited {
     /// For the rest of a frame.
-    pub(super) wire_in: Duration,
+    pub(crate) wire_in: Duration,
     /// For room.
-    pub(super) wire_out: Duration,
+    pub(crate) wire_out: Duration,
 }
 
 /// Frames in and out over one stream.
-pub(super) struct Pipe {
+pub(crate) struct Pipe {
     io: Option<Stream>,
     decoder: FrameDecoder,
     chunk: Box<[u8]>,
     payload: Range<usize>,
     out: Vec<u8>,
     written: usize,
+    moved: u64,
     flushed: bool,
     /// Since when a part of a frame is here, and since when the stream takes nothing.
     partial_since: Option<Instant>,
@@ -66,14 +67,14 @@ pub(super) struct Pipe {
 }
 
 impl Pipe {
-    pub(super) fn new(io: Stream, limits: FrameLimits) -> Self {
+    pub(crate) fn new(io: Stream, limits: FrameLimits) -> Self {
         let mut pipe = Self::detached(limits);
         pipe.io = Some(io);
         pipe
     }
 
     /// A pipe whose stream comes later: frames gather until then.
-    pub(super) fn detached(limits: FrameLimits) -> Self {
+    pub(crate) fn detached(limits: FrameLimits) -> Self {
         Self {
             io: None,
             decoder: FrameDecoder::new(limits),
@@ -81,6 +82,7 @@ impl Pipe {
             payload: 0..0,
             out: Vec::new(),
             written: 0,
+            moved: 0,
             flushed: true,
             partial_since: None,
             stuck_since: None,
@@ -90,22 +92,22 @@ impl Pipe {
     }
 
     /// The stream that a detached pipe waited for.
-    pub(super) fn attach(&mut self, io: Stream) {
+    pub(crate) fn attach(&mut self, io: Stream) {
         self.io = Some(io);
     }
 
     /// Whether a part of a frame is here.
-    pub(super) fn is_receiving(&self) -> bool {
+    pub(crate) fn is_receiving(&self) -> bool {
         !self.decoder.is_empty()
     }
 
     /// Whether there is one.
-    pub(super) fn has_stream(&self) -> bool {
+    pub(crate) fn has_stream(&self) -> bool {
         self.io.is_some()
     }
 
     /// The stream, unless bytes beyond the last frame were already read from it.
-    pub(super) fn into_stream(self) -> Option<Stream> {
+    pub(crate) fn into_stream(self) -> Option<Stream> {
         if self.decoder.is_empty() {
             self.io
         } else {
@@ -114,17 +116,17 @@ impl Pipe {
     }
 
     /// What frames may be from here on.
-    pub(super) fn set_limits(&mut self, limits: FrameLimits) {
+    pub(crate) fn set_limits(&mut self, limits: FrameLimits) {
         self.decoder.set_limits(limits);
     }
 
     /// Puts a frame into the write buffer.
-    pub(super) fn push(&mut self, header: &impl Message) {
+    pub(crate) fn push(&mut self, header: &impl Message) {
         self.push_with(header, |_| {});
     }
 
     /// The same with a payload that is written straight into the buffer.
-    pub(super) fn push_with(&mut self, header: &impl Message, payload: impl FnOnce(&mut Vec<u8>)) {
+    pub(crate) fn push_with(&mut self, header: &impl Message, payload: impl FnOnce(&mut Vec<u8>)) {
         self.flushed = false;
         TRAFFIC.sent(1, 0);
         if let Err(e) = encode_frame(header, &mut self.out, payload) {
@@ -133,17 +135,35 @@ impl Pipe {
     }
 
     /// The payload of the frame that was pushed last: its last `len` bytes.
-    pub(super) fn pushed(&self, len: usize) -> &[u8] {
+    pub(crate) fn pushed(&self, len: usize) -> &[u8] {
         &self.out[self.out.len().saturating_sub(len)..]
     }
 
+    /// Puts a frame into the write buffer that was encoded elsewhere.
+    pub(crate) fn push_encoded(&mut self, frame: &[u8]) {
+        self.flushed = false;
+        TRAFFIC.sent(1, 0);
+        self.out.extend_from_slice(frame);
+    }
+
+    /// Bytes that came and went so far: what moves is not silent.
+    pub(crate) fn moved(&self) -> u64 {
+        self.moved
+    }
+
+    /// How long the rest of a frame, or room for one, has been waited for.
+    pub(crate) fn stuck(&self) -> Option<Duration> {
+        let since = self.partial_since.into_iter().chain(self.stuck_since);
+        since.min().map(|since| since.elapsed())
+    }
+
     /// Bytes that the stream has not taken yet.
-    pub(super) fn backlog(&self) -> usize {
+    pub(crate) fn backlog(&self) -> usize {
         self.out.len() - self.written
     }
 
     /// Moves the write buffer into the stream; ready when all of it is on its way.
-    pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.flushed {
             return Poll::Ready(Ok(()));
         }
@@ -163,6 +183,7 @@ impl Pipe {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Poll::Ready(Ok(n)) => {
                     TRAFFIC.sent(0, n);
+                    self.moved = self.moved.wrapping_add(n as u64);
                     self.written += n;
                 }
             }
@@ -184,7 +205,7 @@ impl Pipe {
 
     /// The next frame's header, its payload in [`Pipe::payload`]; `None` when the other side closed
     /// the stream between frames.
-    pub(super) fn poll_frame<H: Message>(
+    pub(crate) fn poll_frame<H: Message>(
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Option<H>, WireError>> {
@@ -214,6 +235,7 @@ impl Pipe {
                 }
                 Poll::Ready(Ok(())) => {
                     TRAFFIC.came(0, buf.filled().len());
+                    self.moved = self.moved.wrapping_add(buf.filled().len() as u64);
                     self.decoder.push(buf.filled());
                 }
             }
@@ -221,27 +243,27 @@ impl Pipe {
     }
 
     /// How long it waited since this was last asked.
-    pub(super) fn take_waited(&mut self) -> Waited {
+    pub(crate) fn take_waited(&mut self) -> Waited {
         std::mem::take(&mut self.waited)
     }
 
     /// The payload of the last frame.
-    pub(super) fn payload(&self) -> &[u8] {
+    pub(crate) fn payload(&self) -> &[u8] {
         self.decoder.bytes(self.payload.clone())
     }
 
     /// Waits for the next frame. Cancel safe: bytes read stay in the decoder.
-    pub(super) async fn frame<H: Message>(&mut self) -> Result<Option<H>, WireError> {
+    pub(crate) async fn frame<H: Message>(&mut self) -> Result<Option<H>, WireError> {
         poll_fn(|cx| self.poll_frame(cx)).await
     }
 
     /// Writes everything out. Cancel safe: what is left stays in the buffer.
-    pub(super) async fn flush(&mut self) -> io::Result<()> {
+    pub(crate) async fn flush(&mut self) -> io::Result<()> {
         poll_fn(|cx| self.poll_flush(cx)).await
     }
 
     /// Writes everything out and closes our half.
-    pub(super) async fn close(&mut self) -> io::Result<()> {
+    pub(crate) async fn close(&mut self) -> io::Result<()> {
         if self.io.is_none() {
             return Ok(());
         }
