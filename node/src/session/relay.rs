@@ -460,7 +460,14 @@ impl Relay {
                     let now = Instant::now();
                     (self.progress, self.heard) = (now, now);
                 }
-                Poll::Ready(Ok(Some(Up::Working))) => self.heard = Instant::now(),
+                Poll::Ready(Ok(Some(Up::Working))) => {
+                    self.heard = Instant::now();
+                    // The client waits for the tail: it hears of work however far down that is.
+                    if !self.at_work() && self.p.up.backlog() == 0 {
+                        any = true;
+                        self.p.up.push(&Up::Working);
+                    }
+                }
                 Poll::Ready(Ok(Some(Up::Failed(failure) | Up::Lost { failure, .. }))) => {
                     let hops = self.p.open.hops.len();
                     return Err(Halt::Below(clamp_to_below(failure, self.at(), hops)));

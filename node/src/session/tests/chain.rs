@@ -201,3 +201,18 @@ async fn the_time_spent_computing_adds_up_over_the_hops() {
         row.spent_us
     );
 }
+
+/// Hops before the last two are done, and have nothing to say of themselves, for longer than any hop may be silent.
+#[tokio::test]
+async fn a_client_hears_of_work_however_far_down_the_route_it_is() {
+    let pace = std::time::Duration::from_millis(6);
+    let swarm = Swarm::with(&[0, 1, 2, 11, 12], Default::default(), |stage| {
+        stage.with_pace(pace)
+    });
+    let mut session = swarm.open().await;
+    let silence = swarm.limits.deadlines.silence;
+    assert!(pace * 32 * 9 > silence * 2, "the third hop takes long");
+    decode(&mut session, &mut Vec::new(), &prompt(32, 5), 0).await;
+    session.close().await;
+    swarm.assert_empty().await;
+}
