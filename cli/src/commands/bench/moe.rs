@@ -30,7 +30,7 @@ Examples:
   shoal bench moe --model models/demo-moe.gguf  which experts are used, too
   shoal bench moe --olmoe --holders 4           a random model of OLMoE's width (2 GB of temporary disk)
   shoal bench moe --olmoe --rtt-ms 0.25         as if each layer's answers took so much longer
-  shoal bench moe --grid --tokens 16 --rounds 2 whether the planner chooses the faster way
+  shoal bench moe --grid --rounds 2             whether the planner chooses the faster way
   shoal bench moe --json
 
 Both sides decode the same prompt greedily; that they chose the same tokens is part of the report.")]
