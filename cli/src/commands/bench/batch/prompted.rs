@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use node::Session;
 use serde::Serialize;
 
 use super::{Args, Gaps, answer, open, prompt};
@@ -54,11 +55,7 @@ pub async fn measure(args: &Args, member: &Member, n: u32) -> anyhow::Result<Bes
     let mut running = open(args, member, RUNNING_MAX).await?;
     let (mut token, _) = answer(&mut running, &[1, 2, 3, 4]).await?;
     let mut usual = Vec::new();
-    for _ in 0..USUAL {
-        let last = Instant::now();
-        (token, _) = answer(&mut running, &[token]).await?;
-        usual.push(last.elapsed());
-    }
+    token = usual_gaps(&mut running, token, &mut usual).await?;
     bar.inc(1);
     long.truncate(0)?;
     let begun = Instant::now();
@@ -91,14 +88,7 @@ pub async fn measure(args: &Args, member: &Member, n: u32) -> anyhow::Result<Bes
     let measured = begun.elapsed();
     // What is left of the prompt goes with its session, before usual gaps are measured again.
     long.close().await;
-    for _ in 0..USUAL {
-        if running.pos() >= running.n_ctx() {
-            running.truncate(4)?;
-        }
-        let last = Instant::now();
-        (token, _) = answer(&mut running, &[token]).await?;
-        usual.push(last.elapsed());
-    }
+    usual_gaps(&mut running, token, &mut usual).await?;
     bar.finish_and_clear();
     running.close().await;
     let (usual_gap_ms, gap_ms) = (Gaps::of(&usual), Gaps::of(&gaps));
@@ -115,6 +105,23 @@ pub async fn measure(args: &Args, member: &Member, n: u32) -> anyhow::Result<Bes
         gap_ms,
         target: TARGET,
     })
+}
+
+/// Some tokens of a session with nobody else; the last of them.
+async fn usual_gaps(
+    running: &mut Session,
+    mut token: u32,
+    gaps: &mut Vec<Duration>,
+) -> anyhow::Result<u32> {
+    for _ in 0..USUAL {
+        if running.pos() >= running.n_ctx() {
+            running.truncate(4)?;
+        }
+        let last = Instant::now();
+        (token, _) = answer(running, &[token]).await?;
+        gaps.push(last.elapsed());
+    }
+    Ok(token)
 }
 
 impl Beside {
