@@ -18,6 +18,7 @@ mod llama;
 mod llama_stage;
 mod load;
 mod memory;
+mod noise;
 mod pooling;
 mod random_model;
 mod sampler;
@@ -39,6 +40,7 @@ pub use experts::{
 pub use json_schema::{Grammar, SchemaError};
 pub use llama_stage::{LlamaStage, LoadOptions};
 pub use load::{LoadError, Loaded};
+pub use noise::BatchNoise;
 pub use pooling::{NoPooling, Pool, Pooling};
 pub use random_model::{
     QuantType, RandomModelError, RandomShape, RandomWeights, quantize, random_model,

@@ -15,6 +15,9 @@ use crate::stage::{Bench, EngineError, Slot, Stage, StageStats, Want};
 
 /// How often a step may be overtaken: keeps prefill going under many decoders.
 const OVERTAKEN_MAX: u32 = 4;
+/// A longer step that waits for the tokens of others is computed within this time, evenly: well before whoever sent
+/// it takes this hop for lost (`Deadlines::step` of the node), however slow the machine is.
+const PATIENCE: Duration = Duration::from_secs(6);
 /// Who ran in so many passes of its bench one after the other is waited for in the next.
 const REGULAR: u8 = 0b11;
 
@@ -70,6 +73,8 @@ pub(super) struct Run {
     pub(super) job: Job,
     pub(super) since: Instant,
     overtaken: u32,
+    /// When it was next first.
+    begun: Option<Instant>,
     /// Rows that ran, what came of them, and how long it took.
     pub(super) done: u32,
     pub(super) rows: Vec<f32>,
@@ -83,11 +88,20 @@ impl Run {
             job,
             since,
             overtaken: 0,
+            begun: None,
             done: 0,
             rows: Vec::new(),
             compute: Duration::ZERO,
             queued: Duration::ZERO,
         }
+    }
+}
+
+impl Run {
+    /// When it would be late with so many more of its rows.
+    fn late(&self, more: u32, now: Instant) -> Instant {
+        let begun = self.begun.unwrap_or(now);
+        begun + PATIENCE * (self.done + more) / self.job.step.n_rows.max(1)
     }
 }
 
@@ -175,9 +189,15 @@ impl Queue {
         self.pace.decoded(now, took, since.into_iter());
     }
 
-    /// A part of a longer step ran.
-    pub(super) fn prompted(&mut self, rows: u32, now: Instant, took: Duration) {
-        self.pace.prompted(now, rows, took);
+    /// A part of a longer step of this session ran.
+    pub(super) fn prompted(&mut self, slot: Slot, rows: u32, now: Instant, took: Duration) {
+        let begun = now.checked_sub(took).unwrap_or(now);
+        let beside = self.others_decode(slot, begun).is_some();
+        self.pace.prompted(now, rows, took, beside);
+        // What comes behind its prompt is the first token again.
+        if let Some(seat) = self.seats.get_mut(&slot) {
+            seat.decoded = None;
+        }
     }
 
     /// What goes first. Without the time, as a stage has it that is driven by hand, nothing waits or is cut.
@@ -318,15 +338,22 @@ impl Queue {
         let slot = run.job.step.slot;
         let seat = self.seats.get(&slot);
         let cuts = seat.is_some_and(|seat| seat.bench.is_some());
+        let least = if cuts { left.min(ROWS) } else { left };
+        let begun = run.begun.or(now);
         let mut rows = left;
         if let Some(now) = now
-            && let Some(until) = self.others_decode(slot, now)
+            && let Some(last) = self.others_decode(slot, now)
         {
-            match self.pace.turn(left, cuts, until) {
+            let late = run.late(least, now);
+            match self.pace.turn(left, cuts, now, last) {
                 Turn::Rows(some) => rows = some,
-                Turn::Wait(until) if !starving => return Taken::Wait(until),
-                Turn::Wait(_) if cuts => rows = left.min(ROWS),
-                Turn::Wait(_) => {}
+                Turn::Wait(_) if starving || late <= now => rows = least,
+                Turn::Wait(until) => {
+                    if let Some(Item::Run(run)) = self.items.get_mut(at) {
+                        run.begun = begun;
+                    }
+                    return Taken::Wait(until.min(late));
+                }
             }
         }
         self.turn += 1;
@@ -336,18 +363,18 @@ impl Queue {
         match self.items.remove(at) {
             Some(Item::Run(mut run)) => {
                 run.overtaken = 0;
+                run.begun = begun;
                 Taken::Long(run, rows)
             }
             _ => Taken::Nothing,
         }
     }
 
-    /// Until when somebody else is taken to decode, unless a token comes.
+    /// When somebody else had a token, if anybody is taken to decode.
     fn others_decode(&self, slot: Slot, now: Instant) -> Option<Instant> {
         let others = self.seats.iter().filter(|(other, _)| **other != slot);
         let last = others.filter_map(|(_, seat)| seat.decoded).max()?;
-        let until = self.pace.pauses(last);
-        (now < until).then_some(until)
+        (now < self.pace.pauses(last)).then_some(last)
     }
 }
 
@@ -532,7 +559,7 @@ mod tests {
             "2: 32",
             "nobody decodes"
         );
-        queue.prompted(32, start, 160 * MS);
+        queue.prompted(Slot(2), 32, start, 64 * MS);
         let mut now = start + MS;
         for _ in 0..3 {
             now += 100 * MS;
@@ -543,21 +570,66 @@ mod tests {
         let Taken::Long(mut step, rows) = taken else {
             panic!("{}", named(&taken));
         };
-        assert!((8..=12).contains(&rows), "{rows}");
+        assert_eq!(rows, 12);
         step.done = rows;
-        queue.prompted(rows, now, 60 * MS);
+        queue.prompted(Slot(2), rows, now + 24 * MS, 24 * MS);
         assert!(queue.put_back(step).is_ok());
         assert_eq!(named(&queue.take(Some(now + 60 * MS), &nobody)), "wait");
         // The token comes, and then the next part.
         queue.items.push_back(run(1, 9, 1, now));
-        assert_eq!(named(&queue.take(Some(now + 70 * MS), &nobody)), "1");
-        queue.decoded(&[Slot(1)], now + 90 * MS, 20 * MS);
-        assert!(named(&queue.take(Some(now + 90 * MS), &nobody)).starts_with("2: "));
-        // Nobody decodes any more: the rest at once.
+        assert_eq!(named(&queue.take(Some(now + 90 * MS), &nobody)), "1");
+        now += 110 * MS;
+        queue.decoded(&[Slot(1)], now, 20 * MS);
+        assert_eq!(named(&queue.take(Some(now), &nobody)), "2: 12");
+        queue.prompted(Slot(2), 12, now + 24 * MS, 24 * MS);
+        // A token is late: that is no reason for a whole frame, which would make the next late, too.
         queue.items.push_back(run(2, 64, 32, now));
+        let late = now + 250 * MS;
+        assert_eq!(named(&queue.take(Some(late), &nobody)), "2: 12");
+        queue.prompted(Slot(2), 12, late + 24 * MS, 24 * MS);
+        // Nobody decodes any more: the rest at once.
+        queue.items.push_back(run(2, 96, 32, now));
         drop(queue.close(Slot(1)));
-        assert_eq!(named(&queue.take(Some(now), &nobody)), "item");
-        assert_eq!(named(&queue.take(Some(now + 91 * MS), &nobody)), "2: 32");
+        assert_eq!(named(&queue.take(Some(late), &nobody)), "item");
+        assert_eq!(named(&queue.take(Some(late + 25 * MS), &nobody)), "2: 32");
+    }
+
+    #[test]
+    fn a_frame_is_computed_in_time_however_little_prompts_may_take() {
+        let mut now = Instant::now();
+        let mut queue = queue(&[(1, Some(7), 10), (2, Some(8), 20)]);
+        queue.decoded(&[Slot(1)], now, 20 * MS);
+        queue.items.push_back(run(2, 0, 32, now));
+        let (start, mut rows) = (now, 0);
+        while rows < 32 {
+            // A row takes longer than all gaps together.
+            match queue.take(Some(now), &nobody) {
+                Taken::Long(mut step, some) => {
+                    assert_eq!(some, 4);
+                    rows += some;
+                    step.done = rows;
+                    queue.prompted(Slot(2), some, now, 4000 * MS);
+                    assert!(queue.put_back(step).is_ok());
+                }
+                Taken::Wait(until) => {
+                    now = until.min(now + 50 * MS);
+                    queue.decoded(&[Slot(1)], now, 20 * MS);
+                }
+                other => panic!("{}", named(&other)),
+            }
+        }
+        assert!(now > start + PATIENCE / 2 && now <= start + PATIENCE + 50 * MS);
+    }
+
+    #[test]
+    fn who_computes_a_prompt_does_not_decode() {
+        let now = Instant::now();
+        let mut queue = queue(&[(1, Some(7), 10), (2, Some(8), 20)]);
+        queue.decoded(&[Slot(1)], now, 20 * MS);
+        queue.items.push_back(run(2, 0, 32, now));
+        assert_eq!(queue.others_decode(Slot(2), now + MS), Some(now));
+        queue.prompted(Slot(1), 32, now + 60 * MS, 60 * MS);
+        assert_eq!(named(&queue.take(Some(now + 60 * MS), &nobody)), "2: 32");
     }
 
     #[test]

@@ -170,7 +170,8 @@ impl Runner {
         });
         let end = Instant::now();
         let compute = took.unwrap_or_else(|| end.saturating_duration_since(begin));
-        self.shared.lock().prompted(part.n_rows, end, compute);
+        let (slot, n_rows) = (whole.slot, part.n_rows);
+        self.shared.lock().prompted(slot, n_rows, end, compute);
         run.compute += compute;
         let went_well = matches!(ran, Ok(Ok(())));
         if went_well && run.done == 0 {
