@@ -8,9 +8,10 @@ mod support;
 use std::sync::Arc;
 
 use engine::{
-    ExpertCall, ExpertError, ExpertHolder, ExpertHolders, ExpertLayout, ExpertReply, FileSource,
-    HolderId, InProcess, LlamaStage, LoadOptions, Loaded, PREFILL_CHUNK, QuantType, RandomShape,
-    RandomWeights, Stage, Want, WholeModel, quantize, random_model,
+    Activation, ExpertCall, ExpertError, ExpertHolder, ExpertHolders, ExpertLayout, ExpertReply,
+    ExpertWorker, FileSource, Form, Group, HolderId, InProcess, LlamaStage, LoadOptions, Loaded,
+    LoadedExpert, PREFILL_CHUNK, QuantType, RandomShape, RandomWeights, Stage, Want, WholeModel,
+    quantize, random_model,
 };
 use gguf::TensorType;
 use support::{Chain, N_CTX, cuts, greedy, same, tiny};
@@ -291,6 +292,56 @@ fn a_step_whose_experts_fail_is_an_error_and_runs_again() {
         .fails
         .store(false, std::sync::atomic::Ordering::Relaxed);
     assert_eq!(generate(&mut trunk), expected);
+}
+
+/// Experts come and go between calls: each call meets those that were there when it was put into the queue.
+#[test]
+fn experts_come_and_go_while_calls_wait() {
+    let f32s = RandomWeights::One(TensorType::F32);
+    let model = Mixture::random("olmoe", &shape("olmoe"), f32s);
+    let holder = ExpertHolder::new(Arc::clone(&model.layout), 1).unwrap();
+    let worker = ExpertWorker::spawn(holder, 64).unwrap();
+    let call = |expert| ExpertCall {
+        layer: 1,
+        form: Form {
+            activation: Activation::SwiGlu,
+            parts: model.layout.parts(1),
+        },
+        n_embd: model.layout.n_embd(),
+        groups: vec![Group {
+            expert,
+            rows: vec![0],
+        }],
+        hidden: vec![0.25; model.layout.n_embd() as usize],
+    };
+    let load = |expert| LoadedExpert::read(&model.layout, 1, expert, &model.source).unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    let ask = |expert| {
+        let tell = tell.clone();
+        let reply = Box::new(move |answer| drop(tell.send(answer)));
+        worker.submit(call(expert), reply).unwrap();
+    };
+    ask(3);
+    worker.add(load(3)).unwrap();
+    worker.add(load(5)).unwrap();
+    ask(3);
+    ask(5);
+    assert!(worker.remove(1, 3).unwrap() && !worker.remove(1, 3).unwrap());
+    ask(3);
+    ask(5);
+    assert_eq!(worker.held(), [(1, 5)]);
+    let answers: Vec<_> = told.iter().take(5).collect();
+    let none = ExpertError::NotHeld {
+        layer: 1,
+        expert: 3,
+    };
+    assert_eq!(answers[0], Err(none.clone()));
+    assert_eq!(answers[3], Err(none));
+    let rows = |at: usize| &answers[at].as_ref().unwrap().rows;
+    assert!(rows(2) == rows(4) && rows(1) != rows(2));
+    let (rows_s, _) = worker.stats().rows_s.unwrap();
+    assert!(rows_s.is_finite() && rows_s > 0.0);
+    assert!(LoadedExpert::read(&model.layout, 1, 99, &model.source).is_err());
 }
 
 #[test]

@@ -94,8 +94,11 @@ async fn holders_that_die_cost_no_token() {
 async fn a_frozen_holder_costs_a_deadline_and_one_that_never_ends_too() {
     let mixture = mixture();
     let expected = mixture.expected();
-    let misdeeds: [Misdeed; 2] = [|_, _| Vec::new(), |_, _| said(&ExpertGive::Working, &[])];
-    for misdeed in misdeeds {
+    let misdeeds: [(bool, Misdeed); 2] = [
+        (true, |_, _| Vec::new()),
+        (false, |_, _| said(&ExpertGive::Working, &[])),
+    ];
+    for (silent, misdeed) in misdeeds {
         let net = network(None).await;
         let frozen = bad_holder(&net, all(), misdeed).await;
         let island = island(&mixture, &net);
@@ -111,12 +114,11 @@ async fn a_frozen_holder_costs_a_deadline_and_one_that_never_ends_too() {
         .await;
         let _good = holder(&mixture, &net, |_, _| true).await;
         assert_eq!(run.await.unwrap().unwrap(), expected);
-        let lost = |island: &node::Island| {
-            let stats = island.stats();
-            let view = stats.iter().find(|view| view.peer == Some(frozen.me()));
-            view.is_some_and(|view| view.losses > 0)
-        };
-        until(&island, "found silent", lost).await;
+        let stats = island.stats();
+        let view = stats.iter().find(|view| view.peer == Some(frozen.me()));
+        let view = view.expect("it says that it is there");
+        assert!(view.calls == 0 && view.losses + view.hedges > 0, "{view:?}");
+        assert_eq!(view.losses > 0, silent, "{view:?}");
     }
 }
 

@@ -94,7 +94,8 @@ fn no_input_makes_a_decoder_panic_or_take_much_memory() {
 #[test]
 fn seeds_are_accepted() {
     use swarm_proto::{
-        Advert, Answer, Ask, Attach, Down, Fetch, Found, Give, Ticket, Up, codec::decode,
+        Advert, Answer, Ask, Attach, Down, ExpertAsk, ExpertGive, Fetch, Found, Give, Ticket, Up,
+        codec::decode,
     };
     for seed in seeds("manifest") {
         assert!(shard_registry::Manifest::decode(&seed).is_ok());
@@ -134,6 +135,16 @@ fn seeds_are_accepted() {
         seeds("give")
             .iter()
             .all(|seed| decode::<Give>(seed).is_ok())
+    );
+    assert!(
+        seeds("expert_ask")
+            .iter()
+            .all(|seed| decode::<ExpertAsk>(seed).is_ok())
+    );
+    assert!(
+        seeds("expert_give")
+            .iter()
+            .all(|seed| decode::<ExpertGive>(seed).is_ok())
     );
     assert!(
         seeds("advert")

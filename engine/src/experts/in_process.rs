@@ -1,5 +1,6 @@
 //! Holders inside this process: for tests, benches and a node's own experts.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
@@ -40,7 +41,7 @@ pub struct InProcess {
     layout: Arc<ExpertLayout>,
     /// Layer after layer of the layout's, expert after expert.
     placed: Vec<Option<Placed>>,
-    workers: Vec<ExpertWorker>,
+    workers: Vec<Arc<ExpertWorker>>,
 }
 
 impl InProcess {
@@ -59,37 +60,51 @@ impl InProcess {
         let mut loaded = (0..holders)
             .map(|_| ExpertHolder::new(Arc::clone(&layout), n_threads))
             .collect::<Result<Vec<_>, _>>()?;
-        let mut placed = Vec::new();
         for layer in layout.layers() {
             for expert in 0..layout.n_expert() {
                 let Some(at) = placement(layer, expert) else {
-                    placed.push(None);
                     continue;
                 };
                 let none = || ExpertError::Backend(format!("holder {at} of {holders}"));
                 let holder = loaded.get_mut(at as usize).ok_or_else(none)?;
                 holder.load(layer, expert, source)?;
-                placed.push(Some(Placed {
-                    holder: HolderId(at),
-                    rows: AtomicU64::new(0),
-                }));
             }
         }
         let workers = loaded
             .into_iter()
-            .map(|holder| ExpertWorker::spawn(holder, QUEUE_MAX))
+            .map(|holder| ExpertWorker::spawn(holder, QUEUE_MAX).map(Arc::new))
             .collect::<Result<_, _>>()
             .map_err(|why| ExpertError::Backend(why.to_string()))?;
-        Ok(InProcess {
+        Ok(InProcess::new(layout, workers))
+    }
+
+    /// Of holders that run, with the experts that they hold now; one that several have is asked of the first.
+    pub fn new(layout: Arc<ExpertLayout>, workers: Vec<Arc<ExpertWorker>>) -> InProcess {
+        let mut held = BTreeMap::new();
+        for (at, worker) in workers.iter().enumerate().rev() {
+            let at = HolderId(at as u32);
+            held.extend(worker.held().into_iter().map(|which| (which, at)));
+        }
+        let mut placed = Vec::new();
+        for layer in layout.layers() {
+            for expert in 0..layout.n_expert() {
+                let holder = held.get(&(layer, expert));
+                placed.push(holder.map(|holder| Placed {
+                    holder: *holder,
+                    rows: AtomicU64::new(0),
+                }));
+            }
+        }
+        InProcess {
             layout,
             placed,
             workers,
-        })
+        }
     }
 
     /// What each holder has and has done.
     pub fn stats(&self) -> Vec<HolderStats> {
-        self.workers.iter().map(ExpertWorker::stats).collect()
+        self.workers.iter().map(|worker| worker.stats()).collect()
     }
 
     /// How often each expert was picked.

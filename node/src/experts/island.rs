@@ -6,8 +6,8 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
         mpsc::Sender,
     },
     time::{Duration, Instant},
@@ -18,16 +18,14 @@ use engine::{
 };
 use serde::Serialize;
 use swarm_proto::{HotExpert, ModelId, Peer, experts::ISLAND_PEERS_MAX};
-use tokio::{
-    runtime::Handle,
-    sync::{mpsc, watch},
-};
+use tokio::{runtime::Handle, sync::watch};
 
 use super::{
     ask,
     choose::{LOCAL, choose},
+    holder::{Holder, HolderView, LinkState, lock, us},
     keeper,
-    link::{CALLS_MAX, Event, Request},
+    link::Event,
     table::{Expert, Shape, Table},
     timing::Timing,
     usage::Usage,
@@ -86,43 +84,6 @@ impl Default for IslandOptions {
     }
 }
 
-/// How it stands with a holder.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LinkState {
-    /// It is being reached.
-    Opening,
-    /// It is asked.
-    Up,
-    /// It is not, and why.
-    Down(String),
-}
-
-/// A holder, as others may see it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct HolderView {
-    /// Who; none: this node itself.
-    pub peer: Option<Peer>,
-    /// How it stands with it.
-    pub state: LinkState,
-    /// Experts that it holds.
-    pub experts: usize,
-    /// Calls that it answered.
-    pub calls: u64,
-    /// Rows in these answers.
-    pub rows: u64,
-    /// The least round trip, in microseconds.
-    pub rtt_us: Option<u64>,
-    /// What a call takes beyond its computing, in microseconds.
-    pub wire_us: Option<u64>,
-    /// What a row of one expert takes it, in microseconds.
-    pub row_us: Option<u64>,
-    /// Calls that others were asked, too, because it was late.
-    pub hedges: u64,
-    /// Times that it was lost.
-    pub losses: u64,
-}
-
 /// Where an expert is computed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PlacedExpert {
@@ -134,122 +95,6 @@ pub struct PlacedExpert {
     pub holders: Vec<Option<Peer>>,
     /// Rows it was picked for.
     pub rows: u64,
-}
-
-/// What is known of one holder.
-pub(super) struct Holder {
-    pub(super) number: u32,
-    pub(super) peer: Peer,
-    link: Mutex<Option<mpsc::Sender<Request>>>,
-    timing: Mutex<Timing>,
-    seen: Mutex<Seen>,
-    next_id: AtomicU32,
-    calls: AtomicU64,
-    rows: AtomicU64,
-    hedges: AtomicU64,
-    losses: AtomicU64,
-}
-
-struct Seen {
-    state: LinkState,
-    rtt: Option<Duration>,
-}
-
-impl Holder {
-    fn new(number: u32, peer: Peer) -> Self {
-        Self {
-            number,
-            peer,
-            link: Mutex::default(),
-            timing: Mutex::default(),
-            seen: Mutex::new(Seen {
-                state: LinkState::Opening,
-                rtt: None,
-            }),
-            next_id: AtomicU32::new(0),
-            calls: AtomicU64::new(0),
-            rows: AtomicU64::new(0),
-            hedges: AtomicU64::new(0),
-            losses: AtomicU64::new(0),
-        }
-    }
-
-    /// A queue for calls, whose other end the link has.
-    pub(super) fn connect(&self) -> mpsc::Receiver<Request> {
-        let (requests, receiver) = mpsc::channel(CALLS_MAX);
-        *lock(&self.link) = Some(requests);
-        self.set_state(LinkState::Up);
-        receiver
-    }
-
-    /// No more calls; whether there were.
-    pub(super) fn disconnect(&self) -> bool {
-        lock(&self.link).take().is_some()
-    }
-
-    pub(super) fn is_up(&self) -> bool {
-        lock(&self.link).is_some()
-    }
-
-    /// Hands a call to the link's task.
-    pub(super) fn send(&self, request: Request) -> Result<(), Request> {
-        let link = lock(&self.link);
-        let Some(link) = &*link else {
-            return Err(request);
-        };
-        link.try_send(request).map_err(|why| match why {
-            mpsc::error::TrySendError::Full(request)
-            | mpsc::error::TrySendError::Closed(request) => request,
-        })
-    }
-
-    pub(super) fn next_id(&self) -> u32 {
-        self.next_id.fetch_add(1, Ordering::Relaxed)
-    }
-
-    pub(super) fn answered(&self, rows: u32, took: Duration, spent: Duration) {
-        self.calls.fetch_add(1, Ordering::Relaxed);
-        self.rows.fetch_add(rows.into(), Ordering::Relaxed);
-        lock(&self.timing).answered(rows, took, spent, Instant::now());
-    }
-
-    pub(super) fn deadline(&self, rows: u32) -> Duration {
-        lock(&self.timing).deadline(rows)
-    }
-
-    pub(super) fn was_late(&self) {
-        self.hedges.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(super) fn set_state(&self, state: LinkState) {
-        lock(&self.seen).state = state;
-    }
-
-    pub(super) fn lost(&self) {
-        self.losses.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(super) fn set_rtt(&self, rtt: Duration) {
-        lock(&self.seen).rtt = Some(rtt);
-    }
-
-    fn view(&self, experts: usize) -> HolderView {
-        let seen = lock(&self.seen);
-        let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        let figures = lock(&self.timing).figures();
-        HolderView {
-            peer: Some(self.peer),
-            state: seen.state.clone(),
-            experts,
-            calls: self.calls.load(Ordering::Relaxed),
-            rows: self.rows.load(Ordering::Relaxed),
-            rtt_us: seen.rtt.map(us),
-            wire_us: figures.map(|(wire, _)| us(wire)),
-            row_us: figures.map(|(_, row)| us(row)),
-            hedges: self.hedges.load(Ordering::Relaxed),
-            losses: self.losses.load(Ordering::Relaxed),
-        }
-    }
 }
 
 /// What a holder says that it has, and what of it it refused.
@@ -428,7 +273,6 @@ impl Island {
         let mut views = Vec::new();
         if !known.local.is_empty() {
             let (timing, calls, rows) = *lock(&self.shared.local_timing);
-            let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
             views.push(HolderView {
                 peer: None,
                 state: LinkState::Up,
@@ -721,9 +565,4 @@ impl Shared {
             self.wake();
         }
     }
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Each change is one call, or leaves what any reader can take: no invariant spans a panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -17,7 +17,8 @@ use swarm_proto::{ExpertSpan, Peer, experts::ISLAND_PEERS_MAX};
 use tokio::{task::JoinHandle, time::timeout};
 
 use super::{
-    island::{Holder, LinkState, Shared},
+    holder::{Holder, LinkState},
+    island::Shared,
     link::{self, Ended, Link},
     table::Expert,
 };

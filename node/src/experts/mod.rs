@@ -10,8 +10,9 @@
 //! | `wire` | calls as the engine has them, calls as they travel |
 //! | `service`, `served` | the holder's side |
 //! | `island`, `keeper` | the trunk's side: who is in it, and what others may know of it |
-//! | `link` | the stream to one holder |
+//! | `holder`, `link` | what is known of one holder, and the stream to it |
 //! | `ask` | one layer's calls: sent, waited for, sent elsewhere |
+//! | `loopback` | an island on one machine, for benches |
 //! | `table`, `choose`, `timing`, `usage` | rules that need neither streams nor clocks |
 //!
 //! There are no sessions here and no KV: a call is all that a holder needs to know, so any of them that has the
@@ -20,9 +21,11 @@
 
 mod ask;
 mod choose;
+mod holder;
 mod island;
 mod keeper;
 mod link;
+mod loopback;
 mod served;
 mod service;
 mod table;
@@ -30,5 +33,7 @@ mod timing;
 mod usage;
 mod wire;
 
-pub use island::{HolderView, Island, IslandFacts, IslandOptions, LinkState, PlacedExpert};
+pub use holder::{HolderView, LinkState};
+pub use island::{Island, IslandFacts, IslandOptions, PlacedExpert};
+pub use loopback::Loopback;
 pub use service::{ExpertService, ServiceStats};

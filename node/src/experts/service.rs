@@ -144,3 +144,85 @@ impl Inner {
         self.rows.fetch_add(rows, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use engine::{ExpertHolder, ExpertLayout, FileSource, RandomShape, RandomWeights};
+    use swarm_proto::{ExpertAsk, ExpertGive, ExpertRefusal, Hash};
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::{experts::wire, net::Stream, quiet_hours::QuietHours, session::wire::Pipe};
+
+    const MODEL: ModelId = ModelId(Hash([7; 32]));
+
+    fn worker() -> Arc<ExpertWorker> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.gguf");
+        let shape = RandomShape {
+            n_expert: 4,
+            n_expert_used: 2,
+            ..RandomShape::tiny()
+        };
+        let weights = RandomWeights::One(gguf::TensorType::F32);
+        engine::random_model("olmoe", &shape, weights, 1, &path).unwrap();
+        let source = FileSource::open(&path).unwrap();
+        let layout = Arc::new(ExpertLayout::new(source.header()).unwrap());
+        let holder = ExpertHolder::new(layout, 1).unwrap();
+        Arc::new(ExpertWorker::spawn(holder, 4).unwrap())
+    }
+
+    async fn said(pipe: &mut Pipe) -> ExpertGive {
+        pipe.flush().await.unwrap();
+        let said = timeout(Duration::from_secs(30), pipe.frame()).await;
+        said.unwrap().unwrap().expect("it closed the stream")
+    }
+
+    fn trunk(service: &ExpertService) -> Pipe {
+        let (near, far) = tokio::io::duplex(1 << 16);
+        let inner = service.inner.clone();
+        tokio::spawn(async move { served::serve(&inner, Stream::new(far)).await });
+        let mut pipe = Pipe::new(Stream::new(near), wire::HELLO);
+        pipe.push(&ExpertAsk::Hello { model: MODEL });
+        pipe
+    }
+
+    #[tokio::test]
+    async fn who_is_not_served_is_told_why() {
+        let home = tempfile::tempdir().unwrap();
+        let pause = Pause::load(home.path(), QuietHours::default());
+        let service = ExpertService::new(Some(pause.clone()));
+        let refused = said(&mut trunk(&service)).await;
+        assert!(matches!(&refused, ExpertGive::Refused(why) if why.contains("no experts")));
+
+        let worker = worker();
+        service.offer(MODEL, worker.clone());
+        let mut pipe = trunk(&service);
+        assert_eq!(said(&mut pipe).await, ExpertGive::Serving { n_embd: 256 });
+        let mut call = wire::tests::call(&[(2, &[0])], 1);
+        call.layer = 0;
+        (call.n_embd, call.hidden) = (256, vec![0.5; 256]);
+        call.form.parts = worker.layout().parts(0);
+        let mut ask = async |pipe: &mut Pipe, id| {
+            let mut frame = Vec::new();
+            wire::encode_call(id, &call, &mut frame).unwrap();
+            pipe.push_encoded(&frame);
+            match said(pipe).await {
+                ExpertGive::Failed { id: of, why } if of == id => why,
+                other => panic!("{other:?}"),
+            }
+        };
+        let none = ExpertRefusal::NotHeld { expert: 2 };
+        assert_eq!(ask(&mut pipe, 1).await, none);
+        pause.pause(None).unwrap();
+        assert_eq!(ask(&mut pipe, 2).await, ExpertRefusal::Paused);
+        let refused = said(&mut trunk(&service)).await;
+        assert!(matches!(&refused, ExpertGive::Refused(why) if why.contains("owner")));
+        pause.resume().unwrap();
+        service.withdraw(&MODEL);
+        assert_eq!(ask(&mut pipe, 3).await, none, "as one that holds nothing");
+        assert_eq!((service.stats().calls, service.stats().refused), (0, 5));
+    }
+}

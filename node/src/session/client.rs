@@ -239,7 +239,8 @@ impl ClientSession {
     /// written, or earlier when rows wait to be taken: `next_logits` then sends the rest.
     ///
     /// # Errors
-    /// The context is full (nothing was sent then), or the session failed.
+    /// The context is full (nothing was sent then), or the session failed: the tokens are then fed along the route that
+    /// it is opened again with.
     ///
     /// # Cancel safety
     /// The tokens are queued when this is first polled; what is unsent goes with the next call.
@@ -291,9 +292,6 @@ impl ClientSession {
     }
 
     fn enqueue(&mut self, tokens: &[u32], want: Want) -> Result<(), ClientError> {
-        if let Some(failed) = &self.failed {
-            return Err(failed.clone());
-        }
         let full = ClientError::ContextFull {
             n_ctx: self.n_ctx,
             pos: self.pos,
