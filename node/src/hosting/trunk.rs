@@ -43,6 +43,13 @@ struct Local {
     others_since: Option<Instant>,
 }
 
+/// A node that stops ends the steps that wait for an expert.
+impl Drop for TrunkKeeper {
+    fn drop(&mut self) {
+        self.island.close();
+    }
+}
+
 impl TrunkKeeper {
     pub(super) async fn run(self) {
         let mut changes = self.island.changes();
@@ -57,16 +64,24 @@ impl TrunkKeeper {
             };
             let asked: BTreeSet<Expert> = self.island.wanted().into_iter().collect();
             let over = missing_since.is_some_and(|since| since.elapsed() >= GRACE);
-            let next = missing.iter().find(|expert| over || asked.contains(expert));
-            if let Some(expert) = next.copied() {
-                match self.take(&mut local, expert).await {
-                    Ok(true) => continue,
-                    Ok(false) => {}
+            let mut taken = false;
+            for expert in missing
+                .iter()
+                .filter(|expert| over || asked.contains(expert))
+            {
+                match self.take(&mut local, *expert).await {
+                    Ok(true) => taken = true,
+                    Ok(false) => break,
                     Err(error) => {
-                        let (layer, index) = expert;
-                        tracing::warn!(layer, expert = index, %error, "nobody computes this expert, and it cannot be had");
+                        let (layer, expert) = *expert;
+                        tracing::warn!(layer, expert, %error, "nobody computes this expert, and it cannot be had");
+                        continue;
                     }
                 }
+                break;
+            }
+            if taken {
+                continue;
             }
             self.leave(&mut local);
             let grace = missing_since.map(|since| since + GRACE);
