@@ -205,7 +205,7 @@ mod tests {
         call.layer = 0;
         (call.n_embd, call.hidden) = (256, vec![0.5; 256]);
         call.form.parts = worker.layout().parts(0);
-        let mut ask = async |pipe: &mut Pipe, id| {
+        let ask = async |pipe: &mut Pipe, id| {
             let mut frame = Vec::new();
             wire::encode_call(id, &call, &mut frame).unwrap();
             pipe.push_encoded(&frame);
