@@ -71,7 +71,7 @@ fn serve(net: &Net) -> Sessions {
     let (store, limits) = (Store::open(folder.path()).unwrap(), Limits::default());
     let transfer = Transfer::new(net.clone(), store, limits, PeerBook::default(), true);
     transfer.serve().unwrap();
-    node::ExpertService::new(None).serve(&net).unwrap();
+    node::ExpertService::new(None).serve(net).unwrap();
     sessions
 }
 

@@ -199,11 +199,11 @@ impl Message for ExpertGive {
 
     fn check(&self) -> Result<(), CheckError> {
         let why = match self {
-            ExpertGive::Refused(why) => why,
-            ExpertGive::Failed { why, .. } => match why {
-                ExpertRefusal::Call(why) | ExpertRefusal::Failed(why) => why,
-                _ => return Ok(()),
-            },
+            ExpertGive::Refused(why)
+            | ExpertGive::Failed {
+                why: ExpertRefusal::Call(why) | ExpertRefusal::Failed(why),
+                ..
+            } => why,
             _ => return Ok(()),
         };
         at_most("bytes of a failure's text", why.len(), WHY_BYTES_MAX)

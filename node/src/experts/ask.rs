@@ -72,6 +72,7 @@ struct Attempt {
     holder: u32,
     /// Which of the call's groups; none: all.
     groups: Option<Vec<usize>>,
+    since: Instant,
     /// When somebody else is asked, too.
     deadline: Instant,
     late: bool,
@@ -212,6 +213,9 @@ impl Step<'_> {
             for attempt in &mut self.wants[at].attempts {
                 if !attempt.over && !attempt.late && attempt.deadline <= now {
                     (attempt.late, late) = (true, true);
+                    if let Some(holder) = self.shared.holder(attempt.holder) {
+                        holder.late(now.saturating_duration_since(attempt.since));
+                    }
                 }
             }
             let want = &self.wants[at];
@@ -345,6 +349,7 @@ impl Step<'_> {
                 }
             }
             if by_holder.is_empty() {
+                self.listen();
                 break;
             }
             for (holder, groups) in by_holder {
@@ -364,7 +369,7 @@ impl Step<'_> {
         });
         for attempt in late {
             if let Some(holder) = self.shared.holder(attempt.holder) {
-                holder.was_late();
+                holder.hedged();
             }
         }
     }
@@ -384,7 +389,6 @@ impl Step<'_> {
             want.orphaned = None;
             return;
         }
-        let first = want.orphaned.is_none();
         want.orphaned.get_or_insert_with(Instant::now);
         // A queue that was full for a moment tells nobody when it is not.
         want.again = want.again.or_else(|| Some(Instant::now() + ORPHAN_AGAIN));
@@ -392,7 +396,11 @@ impl Step<'_> {
         for expert in orphans {
             self.shared.want(layer, expert);
         }
-        if first && !self.told {
+    }
+
+    /// Is told of holders that come from now on.
+    fn listen(&mut self) {
+        if !self.told {
             self.told = true;
             self.shared.wait(self.to.clone());
             // What changed before that, nobody told.
@@ -453,6 +461,7 @@ impl Step<'_> {
         want.attempts.push(Attempt {
             holder: number,
             groups,
+            since: now,
             deadline,
             late: false,
             over,

@@ -135,7 +135,13 @@ impl Holder {
         lock(&self.timing).deadline(rows)
     }
 
-    pub(super) fn was_late(&self) {
+    /// It is asked less from now on.
+    pub(super) fn late(&self, waited: Duration) {
+        lock(&self.timing).late(waited, Instant::now());
+    }
+
+    /// Another one was asked for what it is late with.
+    pub(super) fn hedged(&self) {
         self.hedges.fetch_add(1, Ordering::Relaxed);
     }
 

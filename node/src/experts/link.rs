@@ -270,7 +270,8 @@ impl Link {
             if ticked {
                 self.tick()?;
             }
-            if !ticked && !(full && self.pending.len() < CALLS_MAX) {
+            let room = full && self.pending.len() < CALLS_MAX;
+            if !ticked && !room {
                 return Ok(());
             }
         }

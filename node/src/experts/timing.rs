@@ -51,6 +51,19 @@ impl Timing {
         });
     }
 
+    /// No answer came within `waited`: that is the least it takes, until it is seen or forgotten.
+    pub(super) fn late(&mut self, waited: Duration, now: Instant) {
+        let waited = waited.as_secs_f64();
+        let known = self.known.get_or_insert(Known {
+            wire: waited,
+            row: ROW_UNKNOWN,
+            off: 0.0,
+            at: now,
+        });
+        known.wire = known.wire.max(waited);
+        known.at = now;
+    }
+
     fn expected(&self, rows: u32) -> f64 {
         self.known
             .map_or(0.0, |known| known.wire + known.row * f64::from(rows.max(1)))
@@ -122,5 +135,11 @@ mod tests {
         let (_, then) = slow.costs(now);
         let (_, later) = slow.costs(now + 14 * HALF_LIFE);
         assert!(then > 0.9 && later < 100e-6, "{then} {later}");
+        // Silence counts at once: nobody waits a second time while there are others.
+        let mut frozen = Timing::default();
+        frozen.late(LEAST_DEADLINE, now);
+        assert!(frozen.costs(now).0 >= 0.1);
+        assert!(frozen.costs(now + HALF_LIFE).0 > 100.0 * WIRE_UNKNOWN);
+        assert!(frozen.costs(now + 12 * HALF_LIFE).0 < WIRE_UNKNOWN);
     }
 }
