@@ -342,14 +342,7 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
         (flag, _) => Ok(flag),
     };
     let memory = bytes(args.memory, "memory", &file.memory)?;
-    let hold = match (args.hold, &file.hold) {
-        (None, Some(text)) => filed("hold", text, |text| Hold::from_str(text, false))?,
-        (flag, _) => flag.unwrap_or_default(),
-    };
-    let island_rtt = match (args.island_rtt, file.island_rtt) {
-        (None, Some(millis)) => filed("island-rtt", &millis.to_string(), parse_millis)?,
-        (flag, _) => flag.unwrap_or(IslandOptions::default().rtt_max),
-    };
+    let (hold, island_rtt) = of_mixtures(args, file)?;
     let upload_bytes_s = bytes(args.upload_limit, "upload-limit", &file.upload_limit)?;
     let max_bytes = bytes(args.disk, "disk", &file.disk)?;
     let cpu_share = match (args.cpu_share, file.cpu_share) {
@@ -360,24 +353,7 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
         (None, Some(text)) => filed("quiet-hours", text, |text| text.parse())?,
         (flag, _) => flag.clone().unwrap_or_default(),
     };
-    let mut listen = if args.listen.is_empty() {
-        file.listen.clone()
-    } else {
-        args.listen.clone()
-    };
-    if listen.is_empty() {
-        // A pre-shared key covers TCP only.
-        let usable = if settings.key.is_some() {
-            1
-        } else {
-            DEFAULT_LISTEN.len()
-        };
-        listen = DEFAULT_LISTEN
-            .iter()
-            .take(usable)
-            .map(|addr| String::from(*addr))
-            .collect();
-    }
+    let listen = listen(args, settings.key.is_some(), file);
     let announce = match args.announce.is_empty() {
         true => file.announce.clone(),
         false => args.announce.clone(),
@@ -413,6 +389,37 @@ fn node_config(args: &Args, settings: Settings) -> Result<NodeConfig, DaemonErro
         metrics: serve_metrics(args, file)?,
         settings,
     })
+}
+
+/// What of a mixture it holds, and how far its island may be.
+fn of_mixtures(args: &Args, file: &FileConfig) -> Result<(Hold, Duration), DaemonError> {
+    let hold = match (args.hold, &file.hold) {
+        (None, Some(text)) => filed("hold", text, |text| Hold::from_str(text, false))?,
+        (flag, _) => flag.unwrap_or_default(),
+    };
+    let island_rtt = match (args.island_rtt, file.island_rtt) {
+        (None, Some(millis)) => filed("island-rtt", &millis.to_string(), parse_millis)?,
+        (flag, _) => flag.unwrap_or(IslandOptions::default().rtt_max),
+    };
+    Ok((hold, island_rtt))
+}
+
+fn listen(args: &Args, with_key: bool, file: &FileConfig) -> Vec<String> {
+    let mut listen = if args.listen.is_empty() {
+        file.listen.clone()
+    } else {
+        args.listen.clone()
+    };
+    if listen.is_empty() {
+        // A pre-shared key covers TCP only.
+        let usable = if with_key { 1 } else { DEFAULT_LISTEN.len() };
+        listen = DEFAULT_LISTEN
+            .iter()
+            .take(usable)
+            .map(|addr| String::from(*addr))
+            .collect();
+    }
+    listen
 }
 
 fn parse_millis(text: &str) -> Result<Duration, String> {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use testnet::client::{Answer, Ask, Hop};
+use testnet::cold::ColdStart;
 use testnet::facts::Facts;
 use testnet::picture::Scene;
 use testnet::plan::{copies, spans};
@@ -40,14 +41,7 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
     introduce(args, &facts, swarm, screen);
 
     let start = Instant::now();
-    let mut cold = None;
-    if args.cold {
-        cold = Some(cold_start::play(args, &model, &facts, swarm, screen).await?);
-    } else if args.moe {
-        island::start(args, &model, &facts, swarm, screen, limit).await?;
-    } else {
-        start_nodes(args, &model, &facts, swarm, screen, limit).await?;
-    }
+    let cold = begin(args, &model, &facts, swarm, screen, limit).await?;
     let client = swarm.client("client");
     let covered = client.until_covered(facts.n_layer, COVERED_TIMEOUT);
     let layers = screen
@@ -107,6 +101,26 @@ pub async fn play(args: &Args, swarm: &mut Swarm, screen: &mut Screen) -> Result
     report.total_s = seconds(began.elapsed());
     finish(args, &report, screen)?;
     Ok(report.held())
+}
+
+/// Starts the nodes, in the way that is asked for.
+async fn begin(
+    args: &Args,
+    model: &str,
+    facts: &Facts,
+    swarm: &mut Swarm,
+    screen: &mut Screen,
+    limit: Duration,
+) -> Result<Option<ColdStart>> {
+    if args.cold {
+        let cold = cold_start::play(args, model, facts, swarm, screen);
+        return cold.await.map(Some);
+    }
+    match args.moe {
+        true => island::start(args, model, facts, swarm, screen, limit).await?,
+        false => start_nodes(args, model, facts, swarm, screen, limit).await?,
+    }
+    Ok(None)
 }
 
 /// Writes the figures, where that is wanted.

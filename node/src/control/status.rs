@@ -225,10 +225,7 @@ impl ModelStatus {
             status.kv_bytes = stats.kv_bytes;
             status.kv_bytes_max = stats.kv_bytes_max;
             status.tensor_bytes = stats.tensor_bytes;
-            status.island = serving
-                .island
-                .as_ref()
-                .map(|island| IslandStatus::of(island));
+            status.island = serving.island.as_ref().map(IslandStatus::of);
         }
         if let Some(experts) = &status.experts {
             status.tensor_bytes = status.tensor_bytes.saturating_add(experts.tensor_bytes);

@@ -11,7 +11,7 @@
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
-use engine::{Stage, Worker};
+use engine::{LlamaStage, Stage, Worker};
 use futures::future::{BoxFuture, FutureExt};
 use swarm_proto::{ExpertSpan, LayerRange, ModelId};
 use tokio::runtime::Handle;
@@ -149,20 +149,9 @@ async fn host_layers(
     if let Some(layer) = plot.next_to_load() {
         stage.add(plot.load_first(layer).await?)?;
     }
-    if let Some(island) = &island {
-        // Measured with its experts, and of no use without.
-        is_whole(island, &plot.groups.layers()).await;
-    }
     let speed = Speed::default();
-    let queue = SessionLimits::default().worker_queue();
-    let worker = blocking({
-        let (speed, share) = (speed.clone(), place.cpu_share);
-        move || Worker::spawn(Box::new(Timed::new(stage, speed, share)), queue)
-    });
-    let worker = worker.await?.map_err(StartError::Worker)?;
-    if let Some(island) = &island {
-        island.forget_picks();
-    }
+    let held = plot.groups.layers();
+    let worker = worker(place, stage, &speed, island.as_deref(), &held).await?;
     place.sessions.serve(Served::new(found.id, worker.clone()));
     let serving = Serving {
         worker: worker.clone(),
@@ -184,25 +173,46 @@ async fn host_layers(
     let keeper = Keeper {
         plot,
         worker: worker.clone(),
-    }
-    .run();
-    let keeping = match experts.zip(island) {
-        None => keeper.boxed(),
-        Some((shards, island)) => {
-            let trunk = TrunkKeeper {
-                shards,
-                island,
-                worker,
-                memory,
-                threads,
-            };
-            async move {
-                tokio::join!(keeper, trunk.run());
+    };
+    let trunk = experts.zip(island).map(|(shards, island)| TrunkKeeper {
+        shards,
+        island,
+        worker,
+        memory,
+        threads,
+    });
+    let keeping = async move {
+        match trunk {
+            None => keeper.run().await,
+            Some(trunk) => {
+                tokio::join!(keeper.run(), trunk.run());
             }
-            .boxed()
         }
     };
-    Ok((hosted, keeping))
+    Ok((hosted, keeping.boxed()))
+}
+
+/// The worker of a stage, which is measured first: a trunk's with its experts, for it is of no use without.
+async fn worker(
+    place: &Place,
+    stage: LlamaStage,
+    speed: &Speed,
+    island: Option<&Island>,
+    layers: &[u16],
+) -> Result<Worker, StartError> {
+    if let Some(island) = island {
+        is_whole(island, layers).await;
+    }
+    let queue = SessionLimits::default().worker_queue();
+    let worker = blocking({
+        let (speed, share) = (speed.clone(), place.cpu_share);
+        move || Worker::spawn(Box::new(Timed::new(stage, speed, share)), queue)
+    });
+    let worker = worker.await?.map_err(StartError::Worker)?;
+    if let Some(island) = island {
+        island.forget_picks();
+    }
+    Ok(worker)
 }
 
 fn island(place: &Place, experts: &ExpertShards) -> Arc<Island> {
