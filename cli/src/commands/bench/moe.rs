@@ -90,7 +90,7 @@ struct Report {
     added_us_per_layer: f64,
     /// With the answers held back.
     delayed_tokens_per_s: Option<f64>,
-    /// Median over rounds of that speed over the trunk's of the same round.
+    /// The trunk's middle token over that with the answers held back, of the same round; the median of rounds.
     delayed_ratio: Option<f64>,
     same_tokens: bool,
     whole_tensor_bytes: u64,
@@ -218,7 +218,6 @@ fn measure(
     bar.finish_and_clear();
     let moe_layers = layout.layers().count();
     let speed = |rounds: &[Round]| 1e6 / median(rounds.iter().map(Round::mean_us));
-    let of = |a: &Round, b: &Round| a.mean_us() / b.mean_us();
     let delayed = !of_far.is_empty();
     let sides = of_trunk
         .iter()
@@ -234,12 +233,18 @@ fn measure(
         tokens_per_round: args.tokens,
         whole_tokens_per_s: speed(&of_whole),
         trunk_tokens_per_s: speed(&of_trunk),
-        ratio: of_both(&of_whole, &of_trunk, of),
+        ratio: of_both(&of_whole, &of_trunk, |whole, trunk| {
+            whole.mean_us() / trunk.mean_us()
+        }),
         added_us_per_layer: of_both(&of_whole, &of_trunk, |whole, trunk| {
             (trunk.p50_us() - whole.p50_us()) / moe_layers as f64
         }),
         delayed_tokens_per_s: delayed.then(|| speed(&of_far)),
-        delayed_ratio: delayed.then(|| of_both(&of_trunk, &of_far, of)),
+        delayed_ratio: delayed.then(|| {
+            of_both(&of_trunk, &of_far, |trunk, far| {
+                trunk.p50_us() / far.p50_us()
+            })
+        }),
         same_tokens: sides.into_iter().all(|(a, b)| a.tokens == b.tokens),
         whole_tensor_bytes: whole.tensor_bytes(),
         trunk_tensor_bytes: trunk.tensor_bytes(),
