@@ -46,6 +46,9 @@ pub(crate) use locate::locate;
 use shards::Shards;
 use trunk::TrunkKeeper;
 
+/// How long a step waits for an expert that nobody holds: it is fetched meanwhile, where there is room for it. Then the
+/// session goes on elsewhere, if another trunk serves its layers.
+const MISSING_WAIT: Duration = Duration::from_secs(3);
 /// Between two words of what a trunk waits for.
 const SAY_AGAIN: Duration = Duration::from_secs(15);
 
@@ -220,7 +223,7 @@ fn island(place: &Place, experts: &ExpertShards) -> Arc<Island> {
     let facts = IslandFacts::new(experts.found.id, &experts.layout, numerics);
     let options = IslandOptions {
         rtt_max: place.island_rtt,
-        ..IslandOptions::default()
+        missing_wait: MISSING_WAIT,
     };
     let (net, book) = (place.net.clone(), place.book.clone());
     Island::new(net, book, Handle::current(), facts, options)

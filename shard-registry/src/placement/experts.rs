@@ -16,7 +16,8 @@ pub type Expert = (u16, u16);
 
 /// Holders that a swap must leave behind, where what is taken has some already.
 const OTHERS_MIN: u32 = 2;
-/// How much better off the rows of an expert must be with a holder more than those of another with one less.
+/// How much better off the rows of an expert that has so many must be with a holder more than those of another with one
+/// less.
 const WORTH_MOVING: f64 = 1.5;
 
 /// Who holds which experts of one model, and how often they are picked: what a snapshot says of it.
@@ -140,8 +141,12 @@ pub fn next(
     };
     let left = holdings.others(most);
     let alone = holdings.others(take) == 0;
-    let gains = holdings.served(take, holdings.others(take) + 1) * WORTH_MOVING
-        <= holdings.served(most, left);
+    let worth = match holdings.others(take) < OTHERS_MIN {
+        true => 1.0,
+        false => WORTH_MOVING,
+    };
+    let gains =
+        holdings.served(take, holdings.others(take) + 1) * worth <= holdings.served(most, left);
     let may = match alone {
         true => left >= 1,
         false => left >= OTHERS_MIN && gains,
@@ -226,6 +231,20 @@ mod tests {
             assert!(steps < 40, "it goes on and on");
         }
         assert_eq!(covered(&nodes), 40);
+    }
+
+    #[test]
+    fn nobody_holds_a_third_copy_while_another_expert_has_one() {
+        let all = all(1, 2);
+        let holdings = |a, b| ExpertHoldings {
+            others: BTreeMap::from([((0, 0), a), ((0, 1), b)]),
+            picked: BTreeMap::new(),
+        };
+        let held = BTreeSet::from([(0, 0)]);
+        let next = |a, b| next(&all, &holdings(a, b), &held, 1, peer(1));
+        assert_eq!(next(2, 1), Next::Swap((0, 1), (0, 0)));
+        assert_eq!(next(1, 1), Next::Stay);
+        assert_eq!(next(2, 2), Next::Stay);
     }
 
     #[test]
