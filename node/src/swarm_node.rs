@@ -142,7 +142,6 @@ pub struct SwarmNode {
     net: Net,
     transfer: Transfer,
     sessions: Sessions,
-    experts: ExpertService,
     hosted: Vec<Hosted>,
     metrics: Metrics,
     metrics_server: Option<MetricsServer>,
@@ -259,7 +258,6 @@ impl SwarmNode {
             tasks.push(tokio::spawn(keeping));
         }
         let died = CancellationToken::new();
-        let experts = place.service.clone();
         let watched = watch(net.clone(), place.board, sessions.clone(), died.clone());
         tasks.push(tokio::spawn(watched));
         tasks.push(tokio::spawn(known.keep(net.clone())));
@@ -267,7 +265,6 @@ impl SwarmNode {
             net,
             transfer,
             sessions,
-            experts,
             hosted,
             metrics: Metrics::default(),
             metrics_server: None,
@@ -306,11 +303,6 @@ impl SwarmNode {
     /// Where that is served, if it is.
     pub fn metrics_url(&self) -> Option<String> {
         self.metrics_server.as_ref().map(MetricsServer::url)
-    }
-
-    /// What it computes for the trunks of others.
-    pub fn experts(&self) -> &ExpertService {
-        &self.experts
     }
 
     /// Sessions that are open.

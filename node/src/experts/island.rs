@@ -17,6 +17,7 @@ use engine::{
     ExpertCall, ExpertError, ExpertHolders, ExpertLayout, ExpertReply, ExpertWorker, HolderId,
 };
 use serde::Serialize;
+use shard_registry::experts::ISLAND_RTT_MAX;
 use swarm_proto::{HotExpert, ModelId, Peer, experts::ISLAND_PEERS_MAX};
 use tokio::{runtime::Handle, sync::watch};
 
@@ -78,7 +79,7 @@ pub struct IslandOptions {
 impl Default for IslandOptions {
     fn default() -> Self {
         Self {
-            rtt_max: Duration::from_micros(500),
+            rtt_max: ISLAND_RTT_MAX,
             missing_wait: Duration::from_secs(15),
         }
     }

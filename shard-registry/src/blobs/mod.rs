@@ -260,12 +260,6 @@ impl Manifest {
             layer_of(shard.kind, n_layer).is_some_and(|layer| layers.contains(layer))
         })
     }
-
-    /// Those of [`Manifest::shards_of`] that are not of experts.
-    pub fn trunk_shards_of(&self, layers: LayerRange) -> impl Iterator<Item = &ShardEntry> {
-        let shards = self.shards_of(layers);
-        shards.filter(|shard| !matches!(shard.kind, ShardKind::Expert { .. }))
-    }
 }
 
 /// The layer whose holders have such a shard; none for the metadata, which everybody has.
