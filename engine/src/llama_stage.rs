@@ -476,8 +476,8 @@ impl Stage for LlamaStage {
     }
 
     fn worth_waiting(&self, bench: Bench, rows: u32) -> Option<Duration> {
-        let costs = &self.packs.get(&bench)?.costs;
-        let (together, one) = (costs.of(rows as usize), costs.of(1));
+        let pack = self.packs.get(&bench)?;
+        let (together, one) = (pack.cost(rows as usize), pack.cost(1));
         let worth = rows > 1 && together > 0.0 && together <= one * rows as f32 / 2.0;
         worth.then(|| Duration::from_secs_f32(together.min(1.0)))
     }

@@ -23,6 +23,7 @@ use crate::load::Loaded;
 use crate::stage::{EngineError, Held, Input, Slot, Stage, StageShape, StageStats, Step};
 
 mod by_hand;
+mod company;
 mod pace;
 mod queue;
 mod runner;

@@ -6,10 +6,12 @@ use crate::llama::LANES_MAX;
 
 const LANES: usize = LANES_MAX as usize;
 
-/// How much a new figure weighs beside those before.
-const WEIGHT: f32 = 0.125;
-/// A row more than what was measured is taken to cost so much more, until it was tried: less than it mostly does,
-/// so that it is tried.
+/// How much a new figure weighs beside those before where it is less, and where it is more: what a call takes is what
+/// it takes when nothing else wants the core.
+const WEIGHT_LESS: f32 = 0.25;
+const WEIGHT_MORE: f32 = 0.03;
+/// Each row more than one is taken to cost so much more, until so many were tried: less than it mostly does, so that
+/// they are.
 const UNKNOWN_ROW: f32 = 0.1;
 
 /// Seconds of a call, by its rows.
@@ -24,8 +26,8 @@ impl Costs {
         };
         let took = took.as_secs_f32();
         *cost = Some(match *cost {
-            // What disturbs a call once is not what it costs.
-            Some(old) => old + WEIGHT * (took.min(4.0 * old) - old),
+            Some(old) if took < old => old + WEIGHT_LESS * (took - old),
+            Some(old) => old + WEIGHT_MORE * (took.min(4.0 * old) - old),
             None => took,
         });
     }
@@ -36,7 +38,7 @@ impl Costs {
         if let Some(cost) = known(rows) {
             return cost;
         }
-        let less = (1..rows).rev().find_map(|n| Some((n, known(n)?)));
+        let less = (1..rows).find_map(|n| Some((n, known(n)?)));
         let more = (rows + 1..=LANES).find_map(|n| Some((n, known(n)?)));
         match (less, more) {
             (Some((n, cost)), _) => cost * (1.0 + UNKNOWN_ROW * (rows - n) as f32),

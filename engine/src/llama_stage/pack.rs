@@ -78,6 +78,14 @@ impl Pack {
         self.lanes.iter().flatten().count() as u32
     }
 
+    /// Seconds that so many rows take in one call, which may take along lanes that do not run.
+    pub(super) fn cost(&self, rows: usize) -> f32 {
+        let calls = rows..=self.lanes.len().max(rows);
+        calls
+            .map(|rows| self.costs.of(rows))
+            .fold(f32::INFINITY, f32::min)
+    }
+
     /// A lane that nobody uses.
     pub(super) fn free_lane(&self) -> Option<u32> {
         let at = self.lanes.iter().position(Option::is_none)?;

@@ -1,7 +1,7 @@
 //! What waits for the stage, and which of it goes first. Pure.
 //!
 //! ```text
-//! single rows   ─▶ by bench ─▶ wait for who usually comes along? ─▶ fair by owner ─▶ one pass
+//! single rows   ─▶ by bench ─▶ wait for others (`company`)? ─▶ fair by owner ─▶ one pass
 //! longer steps  ─▶ fair by owner ─▶ as many rows as those who decode have time for
 //! ```
 
@@ -9,8 +9,9 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use super::company::{Company, Ready, Rhythm};
 use super::pace::{Pace, ROWS, Turn};
-use super::{Job, Reply, Share, SlotWaiter};
+use super::{Job, Reply, Rows, Share, SlotWaiter};
 use crate::stage::{Bench, EngineError, Slot, Stage, StageStats, Want};
 
 /// How often a step may be overtaken: keeps prefill going under many decoders.
@@ -18,8 +19,6 @@ const OVERTAKEN_MAX: u32 = 4;
 /// A longer step that waits for the tokens of others is computed within this time, evenly: well before whoever sent
 /// it takes this hop for lost (`Deadlines::step` of the node), however slow the machine is.
 const PATIENCE: Duration = Duration::from_secs(6);
-/// Who ran in so many passes of its bench one after the other is waited for in the next.
-const REGULAR: u8 = 0b11;
 
 #[derive(Default)]
 pub(super) struct Queue {
@@ -28,6 +27,7 @@ pub(super) struct Queue {
     pub(super) closed: bool,
     pub(super) dead: bool,
     seats: HashMap<Slot, Seat>,
+    companies: HashMap<Bench, Company>,
     pace: Pace,
     /// When each owner had rows in a pass, and a part of a longer step, last: a count of turns.
     turns: HashMap<u64, Turns>,
@@ -38,8 +38,7 @@ pub(super) struct Queue {
 struct Seat {
     bench: Option<Bench>,
     owner: u64,
-    /// In which of the last passes of its bench it had a row, the last in the lowest bit.
-    beats: u8,
+    rhythm: Rhythm,
     /// When its last single row was over.
     decoded: Option<Instant>,
 }
@@ -126,6 +125,8 @@ struct Group {
     /// The longest wait of its owners, in turns.
     turn: u64,
     since: Instant,
+    /// They are token ids: this is the first stage.
+    tokens: bool,
 }
 
 /// How long a pass of so many rows of a bench takes, where it is worth waiting for.
@@ -144,7 +145,7 @@ impl Queue {
         let seat = Seat {
             bench,
             owner,
-            beats: 0,
+            rhythm: Rhythm::default(),
             decoded: None,
         };
         self.seats.insert(slot, seat);
@@ -161,10 +162,16 @@ impl Queue {
             }
         }
         self.items.push_front(Item::Close(slot));
-        if let Some(seat) = self.seats.remove(&slot)
-            && !self.seats.values().any(|other| other.owner == seat.owner)
-        {
-            self.turns.remove(&seat.owner);
+        if let Some(seat) = self.seats.remove(&slot) {
+            let others = || self.seats.values();
+            if !others().any(|other| other.owner == seat.owner) {
+                self.turns.remove(&seat.owner);
+            }
+            if let Some(bench) = seat.bench
+                && !others().any(|other| other.bench == seat.bench)
+            {
+                self.companies.remove(&bench);
+            }
         }
         dropped
     }
@@ -197,6 +204,7 @@ impl Queue {
         // What comes behind its prompt is the first token again.
         if let Some(seat) = self.seats.get_mut(&slot) {
             seat.decoded = None;
+            seat.rhythm.pause();
         }
     }
 
@@ -213,7 +221,7 @@ impl Queue {
         }
         let mut wait: Option<Instant> = None;
         let due = groups.into_iter().filter(|group| {
-            let until = now.and_then(|now| self.held(group, now, worth));
+            let until = now.and_then(|now| self.held(group, long.is_none(), now, worth));
             wait = wait.min(until).or(wait).or(until);
             until.is_none()
         });
@@ -271,30 +279,44 @@ impl Queue {
                     bench,
                     turn: turns.row,
                     since: run.since,
+                    tokens: matches!(run.job.input, Rows::Tokens(_)),
                 }),
             }
         }
         (groups, long.map(|(_, at)| at), None)
     }
 
-    /// Until when a group waits for those who usually come along, if it does.
-    fn held(&self, group: &Group, now: Instant, worth: Worth<'_>) -> Option<Instant> {
-        let bench = group.bench?;
+    /// Until when a group waits for others of its bench, if it does.
+    fn held(
+        &mut self,
+        group: &Group,
+        spare: bool,
+        now: Instant,
+        worth: Worth<'_>,
+    ) -> Option<Instant> {
+        let bench = group.bench.filter(|_| !self.closed)?;
         let ready: Vec<Slot> = group
             .at
             .iter()
             .filter_map(|at| self.items[*at].slot())
             .collect();
-        let regular = |(slot, seat): &(&Slot, &Seat)| {
-            seat.bench == Some(bench) && seat.beats & REGULAR == REGULAR && !ready.contains(slot)
-        };
-        let missing = self.seats.iter().filter(regular).count();
-        if missing == 0 || self.closed {
+        let others = self.seats.iter();
+        let others = others.filter(|(slot, s)| s.bench == Some(bench) && !ready.contains(slot));
+        let missing: Vec<Rhythm> = others.map(|(_, seat)| seat.rhythm).collect();
+        if missing.is_empty() {
             return None;
         }
-        let rows = u32::try_from(ready.len() + missing).ok()?;
-        let until = group.since + worth(bench, rows)?;
-        (now < until).then_some(until)
+        let seats = ready.iter().filter_map(|slot| self.seats.get(slot));
+        let sessions: Vec<Rhythm> = seats.map(|seat| seat.rhythm).collect();
+        let ready = Ready {
+            bench,
+            since: group.since,
+            sessions: &sessions,
+            missing: &missing,
+            gathers: group.tokens && spare,
+        };
+        let company = self.companies.entry(bench).or_default();
+        company.until(&ready, now, worth)
     }
 
     fn take_rows(&mut self, group: &Group) -> Vec<Run> {
@@ -313,19 +335,13 @@ impl Queue {
         runs.reverse();
         self.turn += 1;
         for run in &runs {
-            if let Some(seat) = self.seats.get(&run.job.step.slot) {
+            if let Some(seat) = self.seats.get_mut(&run.job.step.slot) {
+                seat.rhythm.came(run.since, self.turn);
                 self.turns.entry(seat.owner).or_default().row = self.turn;
             }
         }
-        if group.bench.is_some() {
-            let ran: HashSet<Slot> = runs.iter().map(|run| run.job.step.slot).collect();
-            let of_bench = self
-                .seats
-                .iter_mut()
-                .filter(|(_, s)| s.bench == group.bench);
-            for (slot, seat) in of_bench {
-                seat.beats = seat.beats << 1 | u8::from(ran.contains(slot));
-            }
+        if let Some(bench) = group.bench {
+            self.companies.entry(bench).or_default().ran();
         }
         runs
     }
@@ -416,7 +432,7 @@ impl Item {
 mod tests {
     use super::*;
     use crate::stage::{Step, Want};
-    use crate::worker::{Reply, Rows};
+    use crate::worker::Reply;
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -496,31 +512,36 @@ mod tests {
         let mut now = Instant::now();
         let mut queue = queue(&[(1, Some(7), 0), (2, Some(7), 0), (3, Some(7), 0)]);
         let worth = |_: Bench, rows: u32| (rows >= 2).then_some(5 * MS);
-        for pos in 0..2 {
+        for pos in 0..3 {
+            now += 20 * MS;
             (1..=2).for_each(|slot| queue.items.push_back(run(slot, pos, 1, now)));
             assert_eq!(named(&queue.take(Some(now), &worth)), "1+2");
         }
-        queue.items.push_back(run(1, 2, 1, now));
+        now += 20 * MS;
+        queue.items.push_back(run(1, 3, 1, now));
         let until = queue.take(Some(now), &worth);
         assert!(matches!(until, Taken::Wait(until) if until == now + 5 * MS));
         assert_eq!(named(&queue.take(Some(now), &nobody)), "1", "not worth it");
-        // It did not come along: it is not waited for until it does again.
-        queue.items.push_back(run(1, 3, 1, now));
+        // It did not come for two gaps: it is not waited for until it does again.
+        now += 21 * MS;
+        queue.items.push_back(run(1, 4, 1, now));
         assert_eq!(named(&queue.take(Some(now), &worth)), "1");
-        for pos in 4..6 {
+        for pos in 5..7 {
+            now += 20 * MS;
             (1..=2).for_each(|slot| queue.items.push_back(run(slot, pos, 1, now)));
             assert_eq!(named(&queue.take(Some(now), &worth)), "1+2");
         }
-        queue.items.push_back(run(2, 6, 1, now));
-        assert_eq!(named(&queue.take(Some(now), &worth)), "wait");
-        now += 5 * MS;
-        assert_eq!(named(&queue.take(Some(now), &worth)), "2");
-        // Nobody is waited for by hand, and nobody who left.
+        now += 20 * MS;
         queue.items.push_back(run(2, 7, 1, now));
+        assert_eq!(named(&queue.take(Some(now), &worth)), "wait");
+        assert_eq!(named(&queue.take(Some(now + 5 * MS), &worth)), "2");
+        // Nobody is waited for by hand, and nobody who left.
+        now += 20 * MS;
+        queue.items.push_back(run(2, 8, 1, now));
         assert_eq!(named(&queue.take(None, &worth)), "2");
         drop(queue.close(Slot(1)));
         assert_eq!(named(&queue.take(Some(now), &worth)), "item");
-        queue.items.push_back(run(2, 8, 1, now));
+        queue.items.push_back(run(2, 9, 1, now));
         assert_eq!(named(&queue.take(Some(now), &worth)), "2");
     }
 
