@@ -29,6 +29,8 @@ use super::{
 const BUSY_AGAIN: Duration = Duration::from_millis(5);
 /// How often a step looks for somebody that waits for a place in a queue.
 const ORPHAN_AGAIN: Duration = Duration::from_millis(20);
+/// How long a step looks out for an answer before it sleeps: to be woken takes a good part of what an answer does.
+const AWAKE_MAX: Duration = Duration::from_micros(300);
 /// The least often that a waiting step looks up.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -49,6 +51,7 @@ pub(super) fn ask(
         wants: Vec::with_capacity(calls.len()),
         told: false,
     };
+    let mut local = Vec::new();
     for (holder, call) in calls {
         for group in &call.groups {
             shared.picked(call.layer, group.expert, group.rows.len() as u64);
@@ -56,9 +59,15 @@ pub(super) fn ask(
         let want = step.wants.len();
         step.wants.push(Want::new(call));
         // What cannot be sent is settled below, when everything else is on its way.
-        if holder != NOBODY {
-            step.send(want, holder.0, None);
+        match holder {
+            NOBODY => {}
+            HolderId(LOCAL) => local.push(want),
+            HolderId(remote) => step.send(want, remote, None),
         }
+    }
+    // These may be computed at once, on this thread: while the others travel.
+    for want in local {
+        step.send(want, LOCAL, None);
     }
     step.run()?;
     let replies = step.wants.into_iter();
@@ -186,16 +195,26 @@ impl Step<'_> {
         }
         while self.open > 0 {
             let due = self.due()?;
-            let mut event = self
-                .events
-                .recv_timeout(due.saturating_duration_since(Instant::now()))
-                .ok();
+            let mut event = self.next(due);
             while let Some(now) = event {
                 self.take(now);
                 event = self.events.try_recv().ok();
             }
         }
         Ok(())
+    }
+
+    /// The next event, until then.
+    fn next(&self, due: Instant) -> Option<Event> {
+        let begun = Instant::now();
+        while begun.elapsed() < AWAKE_MAX {
+            if let Ok(event) = self.events.try_recv() {
+                return Some(event);
+            }
+            std::thread::yield_now();
+        }
+        let wait = due.saturating_duration_since(Instant::now());
+        self.events.recv_timeout(wait).ok()
     }
 
     /// Does what is due, and says when to look again.

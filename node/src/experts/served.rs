@@ -173,6 +173,10 @@ impl Served {
             Ok(()) => {
                 let since = self.heard;
                 self.in_work.push(InWork { id, since });
+                if let Ok((id, answer)) = self.answers.try_recv() {
+                    self.give(id, answer);
+                    return Ok(true);
+                }
                 let due = since + WORKING_EVERY;
                 if self.timer.deadline() > due {
                     self.timer.as_mut().reset(due);
