@@ -17,7 +17,7 @@ use crate::stage::Bench;
 const GAPS_MAX: u32 = 2;
 /// How much a new gap weighs beside those before: one in so many.
 const SMOOTH: u32 = 4;
-/// One pass in so many of a bench may wait for longer than a pass.
+/// One pass in so many of a bench may wait for longer than a pass, and one when a session is new.
 const GATHER_EVERY: u32 = 16;
 
 /// When the single rows of a session come.
@@ -60,7 +60,7 @@ impl Rhythm {
 pub(super) struct Company {
     /// Until when its rows wait for more than a pass.
     gathers: Option<Instant>,
-    /// Passes since they did.
+    /// Passes since they did, or so many that they may.
     passes: u32,
 }
 
@@ -116,6 +116,11 @@ impl Company {
         let until = (last + pass).min(ready.since + gap);
         self.gathers = Some(until);
         (now < until).then_some(until)
+    }
+
+    /// Another session is in it, which is gathered as soon as its rhythm is known.
+    pub(super) fn joined(&mut self) {
+        self.passes = GATHER_EVERY;
     }
 
     /// A pass of it ran.
@@ -212,12 +217,7 @@ mod tests {
         let until = |company: &mut Company, at: Instant, gathers| {
             company.until(&ready(&two, now, &far, gathers), at, &by_four)
         };
-        assert_eq!(
-            until(&mut company, now, true),
-            None,
-            "not in its first passes"
-        );
-        (0..GATHER_EVERY).for_each(|_| company.ran());
+        company.joined();
         assert_eq!(
             until(&mut company, now, false),
             None,
@@ -229,6 +229,8 @@ mod tests {
         assert_eq!(until(&mut company, now + 100 * MS, true), None);
         company.ran();
         assert_eq!(until(&mut company, now, true), None, "not again so soon");
+        (0..GATHER_EVERY).for_each(|_| company.ran());
+        assert_eq!(until(&mut company, now, true), gathered);
     }
 
     #[test]

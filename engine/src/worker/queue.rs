@@ -149,6 +149,9 @@ impl Queue {
             decoded: None,
         };
         self.seats.insert(slot, seat);
+        if let Some(bench) = bench {
+            self.companies.entry(bench).or_default().joined();
+        }
     }
 
     /// Puts the closing first, where it keeps nobody waiting for long and may

@@ -50,9 +50,9 @@ pub struct Args {
         value_parser = clap::value_parser!(u32).range(1..=16)
     )]
     sessions: Vec<u32>,
-    /// Tokens that each decodes [default: 32; with --one-billion 16].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
-    tokens: Option<u32>,
+    /// Tokens that each decodes.
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(2..))]
+    tokens: u32,
     /// Tokens of the prompt that arrives beside a session that runs; 0 leaves that out.
     #[arg(long, value_name = "N", default_value_t = 2000)]
     prompt: u32,
@@ -72,11 +72,6 @@ impl Args {
             ([], true) => vec![8],
             (some, _) => some.to_vec(),
         }
-    }
-
-    fn tokens(&self) -> u32 {
-        let usual = if self.model.one_billion { 16 } else { 32 };
-        self.tokens.unwrap_or(usual)
     }
 }
 
@@ -150,7 +145,7 @@ async fn measure(args: &Args, file: &Path, blueprint: &Blueprint) -> anyhow::Res
     let member = nodes.client().join_quietly().await?;
     let model = member.model(None).await?;
     let most = args.crowds().into_iter().max().unwrap_or(1);
-    let n_ctx = (PROMPT_MAX + args.tokens().max(noise::TOKENS)).min(model.n_ctx_max);
+    let n_ctx = (PROMPT_MAX + args.tokens.max(noise::TOKENS)).min(model.n_ctx_max);
     let mut sessions = Vec::new();
     for _ in 0..most {
         sessions.push(open(args, &member, n_ctx).await?);
@@ -170,7 +165,7 @@ async fn measure(args: &Args, file: &Path, blueprint: &Blueprint) -> anyhow::Res
         model: model.name,
         hops: args.hops,
         numerics: args.numerics,
-        tokens_each: args.tokens(),
+        tokens_each: args.tokens,
         alone_tokens_per_s,
         at_once,
         batch_noise: Noise::of(&noise),
@@ -276,7 +271,7 @@ async fn run(args: &Args, sessions: &mut [&mut Session], first: usize) -> anyhow
         .zip(tokens)
         .map(async |(session, (token, apart))| {
             let (mut text, mut apart, mut gaps) = (vec![token], vec![apart], Vec::new());
-            for _ in 0..args.tokens() {
+            for _ in 0..args.tokens {
                 let last = Instant::now();
                 let (token, by) = answer(session, &[text[text.len() - 1]]).await?;
                 gaps.push(last.elapsed());
