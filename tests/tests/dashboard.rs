@@ -11,7 +11,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
-use testnet::swarm::Swarm;
+use testnet::swarm::{Node, Swarm};
 use tests::browser::{self, Browser};
 use tests::http::{Api, asking, keep_asking};
 use tests::{FOUR_SPANS, PATIENCE, join, repository, serve, until};
@@ -261,7 +261,13 @@ async fn take(folder: &Path, program: &Path) -> Result<()> {
         .await?;
     page.until("document.querySelectorAll('#requests .stage').length === 2")
         .await?;
-    let lost = swarm.nodes_mut().get_mut(1).context("no such node")?;
+    let routes = page.text("#requests").await?;
+    let on_a_route = |node: &&mut Node| {
+        let ready = node.ready.as_ref();
+        ready.is_some_and(|ready| routes.contains(&ready.peer[ready.peer.len() - 6..]))
+    };
+    let lost = swarm.nodes_mut().iter_mut().find(on_a_route);
+    let lost = lost.context("no node of the swarm is on a route")?;
     lost.process.signal(Signal::KILL)?;
     // Some seconds of a curve.
     page.until("document.querySelector('.curve .line').getAttribute('d').split('L').length > 6")
