@@ -227,10 +227,7 @@ pub trait Stage: Send {
     ///
     /// # Errors
     /// A slot that is not open.
-    fn copy(&mut self, from: Slot, to: Slot, n: u32) -> Result<u32, EngineError> {
-        let _ = (from, to, n);
-        Ok(0)
-    }
+    fn copy(&mut self, from: Slot, to: Slot, n: u32) -> Result<u32, EngineError>;
 
     /// Gives a session's KV back. An unknown slot is no error.
     fn close(&mut self, slot: Slot);
