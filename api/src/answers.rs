@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use engine::{SampleError, Sampler, SamplerOptions, Vocab};
 use node::answer::{
-    Answer, Answering, Cancel, Piece, PromptError, Question, Row, Source, Stop, Words, keep, n_ctx,
+    Answer, Answering, Cancel, Piece, PromptError, Question, Row, Source, Stop, Words, n_ctx,
     not_empty, of_chat, of_text,
 };
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -317,7 +317,10 @@ impl Run {
             let asked = Asked { caller, prompt };
             let mut source = match models.kept(&model, asked, positions) {
                 Some(kept) => kept,
-                None => self.or_hung_up(models.open(&model, positions)).await??,
+                None => {
+                    let opened = models.open_for(&model, asked, positions);
+                    self.or_hung_up(opened).await??
+                }
             };
             self.seen.opened(&mut source, prompt.len());
             waiting.opened();
@@ -386,7 +389,7 @@ impl Run {
         for at in 0..self.ask.n {
             let seed = seed.wrapping_add(at);
             let index = first_index.saturating_add(at);
-            let kept_tokens = keep(source.held(), prompt);
+            let kept_tokens = source.spares(prompt);
             let (answer, calls, row) = self
                 .answer(model, source, prompt, after_prompt.take(), seed, index)
                 .await?;

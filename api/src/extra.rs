@@ -26,7 +26,7 @@ pub struct Extra {
     peers_can_read_prompt: bool,
     /// Type of the activations between hops.
     wire: String,
-    /// Tokens of the prompt that were computed before, for an earlier answer to the same caller.
+    /// Tokens of the prompt that were computed for another answer to the same caller.
     kept_tokens: usize,
     /// Seed of the dice; embeddings are made without.
     #[serde(skip_serializing_if = "Option::is_none")]

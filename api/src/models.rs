@@ -71,13 +71,25 @@ pub trait Models: Seeing {
     /// Dropping the future, or the source, frees what it holds at every peer.
     fn open<'a>(&'a self, model: &'a Found, n_ctx: u32) -> BoxFuture<'a, Result<Source, ApiError>>;
 
+    /// The same for who asks this, so that the session may begin with what another one of the same caller computed, or
+    /// is computing: then it waits for that, a bounded time.
+    fn open_for<'a>(
+        &'a self,
+        model: &'a Found,
+        asked: Asked<'a>,
+        n_ctx: u32,
+    ) -> BoxFuture<'a, Result<Source, ApiError>> {
+        let _ = asked;
+        self.open(model, n_ctx)
+    }
+
     /// What this process counts: the server adds to it, and shows it at `/metrics`.
     fn metrics(&self) -> Metrics {
         Metrics::new("api")
     }
 
-    /// A session that was kept of an earlier answer to the same caller and begins as `prompt` does, with room for
-    /// `n_ctx` positions.
+    /// A session that was kept of an earlier answer in the conversation that `asked` goes on with, with room for `n_ctx`
+    /// positions.
     fn kept(&self, model: &Found, asked: Asked<'_>, n_ctx: u32) -> Option<Source> {
         let _ = (model, asked, n_ctx);
         None

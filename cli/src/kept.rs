@@ -9,10 +9,9 @@ use swarm_proto::ModelId;
 
 /// Sessions kept at once: each holds memory on every hop of its route, until others need it.
 const SESSIONS_MAX: usize = 8;
-/// A beginning shorter than this is computed again sooner than a session is taken from another conversation.
-const COMMON_MIN: usize = 32;
-/// Who comes back at all has mostly done so by then: an older session may serve another conversation.
-const FRESH: Duration = Duration::from_secs(30);
+/// Tokens at the end of a prompt that its next turn may write in another way: templates that show the answer's
+/// beginning to the model (as `<think>`) leave that out later.
+const REWRITTEN_MAX: usize = 4;
 
 /// Whose a session is: the model, and the hash of the key that was asked with.
 pub type Owner = (ModelId, Option<[u8; 32]>);
@@ -45,6 +44,8 @@ pub struct Kept<T> {
 struct Entry<T> {
     owner: Owner,
     since: Instant,
+    /// Tokens of the prompt that was answered.
+    asked: usize,
     what: T,
 }
 
@@ -55,31 +56,35 @@ impl<T: Holds> Kept<T> {
         Self { all, time }
     }
 
-    /// The session that spares most of `prompt`, with room for `n_ctx` positions; it is the caller's from now on.
-    pub fn take(&mut self, owner: Owner, prompt: &[u32], n_ctx: u32, now: Instant) -> Option<T> {
+    /// The session of the conversation that `prompt` goes on with, the one that spares most, with room for `n_ctx`
+    /// positions; it is the caller's from now on. Another conversation does not get it: that one forks it.
+    pub fn take(&mut self, owner: Owner, prompt: &[u32], n_ctx: u32) -> Option<T> {
         let spared = |entry: &Entry<T>| keep(entry.what.held(), prompt);
-        let fits = |entry: &Entry<T>| {
+        let goes_on = |entry: &Entry<T>| {
             let common = spared(entry);
-            let lost = entry.what.held().len() - common;
-            let fresh = now.saturating_duration_since(entry.since) < FRESH;
             entry.owner == owner
                 && entry.what.n_ctx() >= n_ctx
                 && common > 0
-                && (lost <= common || common >= COMMON_MIN && !fresh)
+                && common + REWRITTEN_MAX >= entry.asked
         };
-        let at = self.all.iter().enumerate().filter(|(_, entry)| fits(entry));
+        let all = self.all.iter().enumerate();
+        let at = all.filter(|(_, entry)| goes_on(entry));
         let (at, _) = at.max_by_key(|(_, entry)| (spared(entry), entry.since))?;
         Some(self.all.remove(at).what)
     }
 
-    /// Keeps a session; gives back what goes for it.
+    /// Keeps a session that answered a prompt of `asked` tokens; gives back what goes for it.
     #[must_use]
-    pub fn keep(&mut self, owner: Owner, what: T, now: Instant) -> Vec<T> {
+    pub fn keep(&mut self, owner: Owner, what: T, asked: usize, now: Instant) -> Vec<T> {
         if self.time.is_zero() {
             return vec![what];
         }
-        let since = now;
-        self.all.push(Entry { owner, since, what });
+        self.all.push(Entry {
+            owner,
+            since: now,
+            asked,
+            what,
+        });
         let over = self.all.len().saturating_sub(SESSIONS_MAX);
         self.all.drain(..over).map(|entry| entry.what).collect()
     }
@@ -140,42 +145,39 @@ mod tests {
         let mut kept = Kept::new(MINUTE);
         let first = tokens(40, &[901, 902]);
         assert!(
-            kept.keep(owner(1), Some1(first.clone(), 256), now)
+            kept.keep(owner(1), Some1(first.clone(), 256), 40, now)
                 .is_empty()
         );
         let next = tokens(40, &[901, 902, 903]);
-        assert!(
-            kept.take(owner(2), &next, 100, now).is_none(),
-            "another key"
-        );
+        assert!(kept.take(owner(2), &next, 100).is_none(), "another key");
         let other_model = (ModelId(Hash([2; 32])), owner(1).1);
-        assert!(kept.take(other_model, &next, 100, now).is_none());
-        assert!(kept.take(owner(1), &next, 257, now).is_none(), "too small");
-        let nothing = [7, 8];
-        assert!(kept.take(owner(1), &nothing, 100, now).is_none());
-        let took = kept.take(owner(1), &next, 256, now).unwrap();
+        assert!(kept.take(other_model, &next, 100).is_none());
+        assert!(kept.take(owner(1), &next, 257).is_none(), "too small");
+        assert!(kept.take(owner(1), &[7, 8], 100).is_none());
+        let took = kept.take(owner(1), &next, 256).unwrap();
         assert_eq!(took.0, first);
-        assert!(kept.take(owner(1), &next, 256, now).is_none(), "it is gone");
+        assert!(kept.take(owner(1), &next, 256).is_none(), "it is gone");
     }
 
     #[test]
-    fn another_conversation_gets_the_common_beginning_of_an_old_one() {
+    fn another_conversation_leaves_a_session_to_its_own() {
         let now = Instant::now();
         let mut kept = Kept::new(MINUTE);
-        let long: Vec<u32> = (500..600).collect();
-        let _ = kept.keep(owner(1), Some1(tokens(40, &long), 256), now);
-        let other = tokens(40, &[7]);
-        assert!(
-            kept.take(owner(1), &other, 100, now).is_none(),
-            "its own turn may come"
-        );
-        // What begins mostly alike is taken at once: the longest first.
-        let _ = kept.keep(owner(1), Some1(tokens(30, &[]), 256), now);
-        let _ = kept.keep(owner(1), Some1(tokens(38, &[1]), 256), now);
-        assert_eq!(kept.take(owner(1), &other, 100, now).unwrap().0.len(), 39);
-        assert_eq!(kept.take(owner(1), &other, 100, now).unwrap().0.len(), 30);
-        let old = kept.take(owner(1), &other, 100, now + FRESH).unwrap();
-        assert_eq!(old.0.len(), 140);
+        // What both begin with, then a question, and its answer.
+        let held = tokens(40, &[801, 802, 803, 804, 805, 901, 902]);
+        let _ = kept.keep(owner(1), Some1(held, 256), 45, now);
+        let other = tokens(40, &[7, 8, 9]);
+        assert!(kept.take(owner(1), &other, 100).is_none());
+        assert!(kept.take(owner(1), &other[..40], 100).is_none());
+        // Its next turn rewrites the last token of the prompt and all that was said.
+        let next = tokens(40, &[801, 802, 803, 804, 7, 8, 9]);
+        assert_eq!(kept.take(owner(1), &next, 100).unwrap().0.len(), 47);
+
+        // Of several turns of one conversation, the one that spares most.
+        let _ = kept.keep(owner(1), Some1(tokens(38, &[1]), 256), 36, now);
+        let _ = kept.keep(owner(1), Some1(tokens(30, &[]), 256), 28, now);
+        assert_eq!(kept.take(owner(1), &other, 100).unwrap().0.len(), 39);
+        assert_eq!(kept.take(owner(1), &other, 100).unwrap().0.len(), 30);
     }
 
     #[test]
@@ -183,13 +185,13 @@ mod tests {
         let now = Instant::now();
         let mut kept = Kept::new(MINUTE);
         for i in 0..10 {
-            let gone = kept.keep(owner(1), Some1(vec![i], 256), now);
+            let gone = kept.keep(owner(1), Some1(vec![i], 256), 1, now);
             assert_eq!(gone.len(), usize::from(i >= 8));
         }
         assert!(kept.expired(now + MINUTE / 2).is_empty());
         assert_eq!(kept.expired(now + MINUTE).len(), 8);
         assert!(kept.clear().is_empty());
         let mut none = Kept::new(Duration::ZERO);
-        assert_eq!(none.keep(owner(1), Some1(vec![1], 256), now).len(), 1);
+        assert_eq!(none.keep(owner(1), Some1(vec![1], 256), 1, now).len(), 1);
     }
 }

@@ -3,6 +3,7 @@
 
 mod answer;
 mod api_args;
+mod beginnings;
 mod choose_model;
 mod commands;
 mod conversation;

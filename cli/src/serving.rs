@@ -10,14 +10,15 @@ use api::{ApiError, Asked, Embeds, Found, Listed, Models};
 use engine::{Pooling, Vocab};
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use node::SessionSpec;
 use node::answer::Source;
 use node::control::{self, NodeStatus};
 use node::exact_batch;
 use node::metrics::Metrics;
+use node::{Beginning, SessionSpec};
 use shard_registry::Manifest;
 use swarm_proto::{ModelId, Numerics, Peer};
 
+use crate::beginnings::Beginnings;
 use crate::kept::{Kept, Owner};
 use crate::run_report::Privacy;
 use crate::session_args::TravelArgs;
@@ -40,6 +41,8 @@ pub struct Serving {
     pub queue: Duration,
     /// Sessions whose answer is complete.
     kept: Arc<Mutex<Kept<Source>>>,
+    /// What these and those that run begin with.
+    beginnings: Beginnings,
     described: Mutex<HashMap<ModelId, Described>>,
     /// Held while a description is fetched: a crowd that comes first fetches it once.
     fetching: tokio::sync::Mutex<()>,
@@ -66,6 +69,7 @@ impl Serving {
             model,
             queue,
             kept: Arc::new(Mutex::new(Kept::new(keep))),
+            beginnings: Beginnings::default(),
             described: Mutex::new(HashMap::new()),
             fetching: tokio::sync::Mutex::new(()),
         }
@@ -148,17 +152,46 @@ impl Serving {
         }))
     }
 
-    async fn opened(&self, model: &Found, n_ctx: u32) -> Result<Source, ApiError> {
+    /// A session for who asks this, which begins with what another one of theirs has computed, where there is one.
+    async fn opened_for(
+        &self,
+        model: &Found,
+        asked: Asked<'_>,
+        n_ctx: u32,
+    ) -> Result<Source, ApiError> {
+        let Ok(id) = model.id.parse() else {
+            return self.opened(model, n_ctx, None).await;
+        };
+        let owner = (id, asked.caller);
+        let (lender, begun) = self.beginnings.enter(owner, asked.prompt).await;
+        let mut source = self.opened(model, n_ctx, begun).await?;
+        source.lend(lender);
+        Ok(source)
+    }
+
+    async fn opened(
+        &self,
+        model: &Found,
+        n_ctx: u32,
+        begun: Option<(Beginning, u32)>,
+    ) -> Result<Source, ApiError> {
         // What hops allocate anyway, so that the next turn has room, too.
         let n_ctx = n_ctx
             .checked_next_power_of_two()
             .unwrap_or(n_ctx)
             .min(model.n_ctx_max);
         let spec = self.spec(model, n_ctx).await?;
+        let client = &self.member.client;
+        if let Some((beginning, common)) = begun {
+            match client.fork(&spec, &beginning, common).await {
+                Ok(session) => return Ok(Source::swarm(session, spec.batch, None)),
+                // Another route, perhaps, and all of the prompt.
+                Err(why) => tracing::debug!(%why, "a session was not forked"),
+            }
+        }
         // Others wait for what we only keep.
         let kept = Arc::clone(&self.kept);
         let busy = move |_: &[swarm_proto::LayerRange]| drop(lock(&kept).clear());
-        let client = &self.member.client;
         let session = client.open_waiting(&spec, self.queue, busy).await?;
         Ok(Source::swarm(session, spec.batch, None))
     }
@@ -253,7 +286,16 @@ impl Models for Serving {
     }
 
     fn open<'a>(&'a self, model: &'a Found, n_ctx: u32) -> BoxFuture<'a, Result<Source, ApiError>> {
-        self.opened(model, n_ctx).boxed()
+        self.opened(model, n_ctx, None).boxed()
+    }
+
+    fn open_for<'a>(
+        &'a self,
+        model: &'a Found,
+        asked: Asked<'a>,
+        n_ctx: u32,
+    ) -> BoxFuture<'a, Result<Source, ApiError>> {
+        self.opened_for(model, asked, n_ctx).boxed()
     }
 
     fn metrics(&self) -> Metrics {
@@ -262,7 +304,7 @@ impl Models for Serving {
 
     fn kept(&self, model: &Found, asked: Asked<'_>, n_ctx: u32) -> Option<Source> {
         let owner = self.owner(model, asked)?;
-        lock(&self.kept).take(owner, asked.prompt, n_ctx, Instant::now())
+        lock(&self.kept).take(owner, asked.prompt, n_ctx)
     }
 
     fn keep<'a>(&'a self, model: &'a Found, asked: Asked<'a>, source: Source) -> BoxFuture<'a, ()> {
@@ -272,7 +314,8 @@ impl Models for Serving {
             };
             let (gone, time) = {
                 let mut kept = lock(&self.kept);
-                (kept.keep(owner, source, Instant::now()), kept.time())
+                let gone = kept.keep(owner, source, asked.prompt.len(), Instant::now());
+                (gone, kept.time())
             };
             let kept = Arc::clone(&self.kept);
             tokio::spawn(async move {

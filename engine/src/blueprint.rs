@@ -241,6 +241,11 @@ impl Blueprint {
         class
     }
 
+    /// Whether the rope depends on the context's size.
+    pub(crate) fn rope_by_context(&self) -> bool {
+        self.rope_by_context
+    }
+
     /// The token embedding: rows of `n_embd`, `n_vocab` of them.
     pub(crate) fn embedding(&self) -> &TensorInfo {
         &self.embedding

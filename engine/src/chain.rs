@@ -203,6 +203,23 @@ impl Stage for ChainStage {
         Ok(slot)
     }
 
+    fn copy(&mut self, from: Slot, to: Slot, n: u32) -> Result<u32, EngineError> {
+        let source = self.slots.get(&from).ok_or(EngineError::BadSlot(from))?;
+        let target = self.slots.get(&to).ok_or(EngineError::BadSlot(to))?;
+        let empty = target.history.iter().all(Vec::is_empty);
+        if source.layers != target.layers || !empty {
+            return Ok(0);
+        }
+        let ends = source.history.iter().map(|layer| layer.len() as u32);
+        let n = ends.min().unwrap_or(0).min(n).min(target.n_ctx);
+        let states = source.history.iter();
+        let history = states.map(|layer| layer[..n as usize].to_vec()).collect();
+        if let Some(target) = self.slots.get_mut(&to) {
+            target.history = history;
+        }
+        Ok(n)
+    }
+
     fn close(&mut self, slot: Slot) {
         self.slots.remove(&slot);
     }
@@ -399,6 +416,26 @@ mod tests {
                 "{cuts:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_copied_session_goes_on_as_its_own() {
+        let tokens = [3, 1, 4, 1, 5, 9];
+        let mut stages = cut(&[0, 2, 5]);
+        through(&mut stages, 0, &tokens).unwrap();
+        let fork = |(stage, slot): &mut (ChainStage, Slot)| {
+            let layers = stage.stats().held.spans()[0].clone();
+            let to = stage.open(16, layers).unwrap();
+            assert_eq!(stage.copy(*slot, to, 4).unwrap(), 4);
+            assert_eq!(stage.copy(*slot, to, 4).unwrap(), 0, "it is not empty");
+            assert!(stage.copy(Slot(99), to, 4).is_err());
+            to
+        };
+        let forked: Vec<Slot> = stages.iter_mut().map(fork).collect();
+        let own = std::mem::take(&mut stages).into_iter().zip(forked);
+        let mut own: Vec<_> = own.map(|((stage, _), slot)| (stage, slot)).collect();
+        let expected = stage(0..5).expected(&[3, 1, 4, 1, 7]);
+        assert_eq!(through(&mut own, 4, &[7]).unwrap(), expected);
     }
 
     #[test]

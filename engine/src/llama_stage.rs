@@ -26,6 +26,7 @@ use crate::stage::{
 };
 use crate::stage::{all_finite, check_step};
 
+mod copy;
 mod costs;
 mod pack;
 mod places;
@@ -480,6 +481,10 @@ impl Stage for LlamaStage {
         let (together, one) = (pack.cost(rows as usize), pack.cost(1));
         let worth = rows > 1 && together > 0.0 && together <= one * rows as f32 / 2.0;
         worth.then(|| Duration::from_secs_f32(together.min(1.0)))
+    }
+
+    fn copy(&mut self, from: Slot, to: Slot, n: u32) -> Result<u32, EngineError> {
+        self.copy_session(from, to, n)
     }
 
     fn close(&mut self, slot: Slot) {

@@ -221,6 +221,14 @@ pub trait Stage: Send {
             .collect()
     }
 
+    /// Copies the first `n` positions of a session into one of the same layers that holds nothing; how many it has
+    /// then. They are all that `from` has of them, or 0 where they cannot be copied: never others than `to` would
+    /// have computed.
+    ///
+    /// # Errors
+    /// A slot that is not open.
+    fn copy(&mut self, from: Slot, to: Slot, n: u32) -> Result<u32, EngineError>;
+
     /// Gives a session's KV back. An unknown slot is no error.
     fn close(&mut self, slot: Slot);
 

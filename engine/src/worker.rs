@@ -16,6 +16,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -195,6 +196,11 @@ impl Worker {
         (worker, WorkerByHand::new(runner))
     }
 
+    /// Whether both are handles to the same stage.
+    pub fn is(&self, other: &Worker) -> bool {
+        Arc::ptr_eq(&self.handle, &other.handle)
+    }
+
     /// The stage's dimensions.
     pub fn shape(&self) -> &StageShape {
         &self.shared().shape
@@ -273,6 +279,23 @@ impl Worker {
         for job in dropped {
             (job.reply)(Err(EngineError::BadSlot(slot)));
         }
+    }
+
+    /// Queues [`Stage::copy`], between two steps; `reply` gets the result.
+    ///
+    /// # Errors
+    /// [`Busy`] when the queue is full.
+    pub fn copy(&self, from: Slot, to: Slot, n: u32, reply: Reply<u32>) -> Result<(), Busy> {
+        let copied = Arc::new(AtomicU32::new(0));
+        let n_copied = Arc::clone(&copied);
+        let change = Box::new(move |stage: &mut dyn Stage| {
+            n_copied.store(stage.copy(from, to, n)?, Ordering::Relaxed);
+            Ok(())
+        });
+        // On the same thread, right behind it.
+        let reply: Reply<()> =
+            Box::new(move |done| reply(done.map(|()| copied.load(Ordering::Relaxed))));
+        self.shared().push(Item::Change { change, reply })
     }
 
     /// Queues [`Stage::add`]; `reply` gets the result.

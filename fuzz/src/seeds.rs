@@ -125,6 +125,7 @@ fn open() -> Open {
         epoch: Epoch(2),
         resume: 77,
         since: Epoch(0),
+        fork: None,
         client: Peer([9; 32]),
         model: ModelId(Hash([7; 32])),
         n_ctx: 4096,

@@ -12,7 +12,7 @@ use crate::{
     peer_book::PeerBook,
     recovery::Session,
     routes::{Explained, Privacy, Routes, SessionSpec},
-    session::{ClientError, Opener},
+    session::{Beginning, ClientError, Opener},
 };
 
 /// How long connecting waits for a first peer's adverts.
@@ -131,6 +131,20 @@ impl Client {
         busy: impl FnOnce(&[LayerRange]),
     ) -> Result<Session, ClientError> {
         self.routes.open_waiting(spec, patience, busy).await
+    }
+
+    /// Opens a session that begins with the first `positions` of another one, along the same route: hops that can
+    /// copy them compute them no more. What is fed then comes behind them.
+    ///
+    /// # Errors
+    /// The route does not open again: nobody else is asked.
+    pub async fn fork(
+        &self,
+        spec: &SessionSpec,
+        of: &Beginning,
+        positions: u32,
+    ) -> Result<Session, ClientError> {
+        self.routes.fork(spec, of, positions).await
     }
 
     /// The route that [`Client::open`] would take now, without the peers to avoid. Where the adverts

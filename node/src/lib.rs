@@ -44,6 +44,6 @@ pub use peer_book::PeerBook;
 pub use random::Random;
 pub use recovery::{Event, Listener, Recovery, Session};
 pub use routes::{Explained, Privacy, Routes, SessionSpec, View, exact_batch};
-pub use session::{ClientError, ClientSession};
+pub use session::{Beginning, ClientError, ClientSession, Lender};
 pub use swarm_node::{NodeConfig, StartError, SwarmNode};
 pub use transfer::{Transfer, TransferError};

@@ -121,6 +121,10 @@ impl<S: Stage> Stage for Timed<S> {
         self.stage.worth_waiting(bench, rows)
     }
 
+    fn copy(&mut self, from: Slot, to: Slot, n: u32) -> Result<u32, EngineError> {
+        self.stage.copy(from, to, n)
+    }
+
     fn close(&mut self, slot: Slot) {
         self.stage.close(slot);
     }

@@ -19,7 +19,7 @@ use crate::{
     experience::{STEPS, quick},
     peer_book::PeerBook,
     routes::{Routes, SessionSpec},
-    session::{ClientError, ClientSession, LogitsRow, Route},
+    session::{ClientError, ClientSession, Lender, LogitsRow, Route},
 };
 
 /// Losses further apart have nothing to do with each other.
@@ -113,6 +113,21 @@ impl Session {
     /// Tells `listener` of failures and recoveries from now on.
     pub fn on_event(&mut self, listener: Listener) {
         self.listener = Some(listener);
+    }
+
+    /// As [`ClientSession::lend`].
+    pub fn lend(&mut self, to: Lender) {
+        self.inner.lend(to);
+    }
+
+    /// As [`ClientSession::spared`].
+    pub fn spared(&self) -> u32 {
+        self.inner.spared()
+    }
+
+    /// As [`ClientSession::tokens`].
+    pub fn tokens(&self) -> &[u32] {
+        self.inner.tokens()
     }
 
     /// The span in which it was opened.

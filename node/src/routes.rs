@@ -30,7 +30,7 @@ use crate::{
     net::Net,
     peer_book::PeerBook,
     recovery::Session,
-    session::{ClientError, Kind, Opener, Route},
+    session::{Beginning, ClientError, Kind, Opener, Route},
 };
 
 /// Gossip may still be on its way when a first plan finds a gap: planning waits this long for it.
@@ -158,6 +158,19 @@ impl SessionSpec {
     }
 }
 
+impl SessionSpec {
+    fn kind(&self) -> Kind {
+        Kind {
+            model: self.model,
+            n_ctx: self.n_ctx,
+            dtype: self.dtype,
+            n_embd: self.n_embd,
+            numerics: self.numerics,
+            n_vocab: self.n_vocab,
+        }
+    }
+}
+
 /// Decoded rows that may be computed again as one step, with the same bits as one by one, by the kernels
 /// of this build for a model of these types: seen in frames of less than 64 rows, not for the K quants.
 pub fn exact_batch(mut types: impl Iterator<Item = TensorType>) -> u16 {
@@ -239,14 +252,7 @@ impl Routes {
     ) -> Result<Session, ClientError> {
         self.wait_for_route(spec).await;
         let seed = self.opener.random.u64();
-        let kind = Kind {
-            model: spec.model,
-            n_ctx: spec.n_ctx,
-            dtype: spec.dtype,
-            n_embd: spec.n_embd,
-            numerics: spec.numerics,
-            n_vocab: spec.n_vocab,
-        };
+        let kind = spec.kind();
         let opened = self
             .opener
             .open_waiting(
@@ -261,6 +267,23 @@ impl Routes {
             )
             .await?;
         Ok(Session::new(self.clone(), spec.clone(), opened))
+    }
+
+    /// As [`crate::Client::fork`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn fork(
+        &self,
+        spec: &SessionSpec,
+        of: &Beginning,
+        positions: u32,
+    ) -> Result<Session, ClientError> {
+        let hops = of.route().hops.clone();
+        let standbys = self.standbys(spec, &hops, &[], of.route());
+        let route = Route { hops, standbys };
+        let forked = self.opener.fork(spec.kind(), route, of, positions).await?;
+        Ok(Session::new(self.clone(), spec.clone(), forked))
     }
 
     /// A route without those who had better be left alone, unless there is no other; and who was left alone.

@@ -37,9 +37,9 @@ pub use numerics::{Numerics, NumericsError};
 pub use protocol::PROTOCOL_VERSION;
 pub use publisher::{ModelSignature, ModelSignatureError};
 pub use session::{
-    Answer, Attach, Content, Down, Dtype, DtypeError, Epoch, Failure, FailureCode, Fault, Form,
-    Hop, Logits, LogitsForm, Open, ROWS_MAX, Rows, SessionId, Standby, Standbys, TraceParent, Up,
-    Want, WantRows,
+    Answer, Attach, Content, Down, Dtype, DtypeError, Epoch, Failure, FailureCode, Fault, Fork,
+    Form, Hop, Logits, LogitsForm, Open, ROWS_MAX, Rows, SessionId, Standby, Standbys, TraceParent,
+    Up, Want, WantRows,
 };
 pub use span::{LayerRange, LayerRangeError};
 pub use ticket::{Ticket, TicketError};

@@ -4,7 +4,7 @@
 use crate::{ModelId, SwarmId};
 
 /// The version in every name: peers of two versions share none of them, and identify tells them so.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 impl SwarmId {
     /// Rows from hop to hop.

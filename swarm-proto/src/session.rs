@@ -221,6 +221,17 @@ impl Standbys {
     }
 }
 
+/// Another session of the same client, whose beginning a new one takes over instead of computing it again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Fork {
+    /// Which.
+    pub session: SessionId,
+    /// Its epoch. A hop that holds it in another one may hold what was taken back.
+    pub epoch: Epoch,
+    /// So many of its positions at most. The client does not write them anew before the new session is open.
+    pub positions: u32,
+}
+
 /// Opens a session on a hop, which opens the next hop in turn; or, in a higher epoch, opens it again:
 /// a hop that holds the session for the same layers keeps what it holds before `resume`.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -234,6 +245,9 @@ pub struct Open {
     /// The last epoch in which rows ran. A hop that was not there holds nothing of use: what it has may
     /// have been written anew since.
     pub since: Epoch,
+    /// What it begins with, when it is opened first: a hop that holds that session for the same layers copies
+    /// it, any other begins empty.
+    pub fork: Option<Fork>,
     /// Who may attach to the tail.
     pub client: Peer,
     /// The model.
@@ -294,6 +308,9 @@ impl Open {
                 "a session of {n_ctx} positions resumed at {resume}"
             )));
         }
+        if let Some(fork) = self.fork {
+            self.check_fork(fork)?;
+        }
         let mut next = 0;
         for (i, hop) in self.hops.iter().enumerate() {
             check_addrs(&hop.addrs, HOP_ADDRS_MAX)?;
@@ -306,6 +323,28 @@ impl Open {
             next = layers.end;
         }
         self.standbys.check_shape(&self.hops)
+    }
+
+    fn check_fork(&self, fork: Fork) -> Result<(), CheckError> {
+        if fork.positions > self.n_ctx {
+            let (positions, n_ctx) = (fork.positions, self.n_ctx);
+            return Err(wrong(format!(
+                "a session of {n_ctx} positions forked at {positions}"
+            )));
+        }
+        if fork.session == self.session {
+            return Err(wrong("a session forked from itself"));
+        }
+        if self.epoch > Epoch(0) {
+            let epoch = self.epoch.0;
+            return Err(wrong(format!("a session forked in epoch {epoch}")));
+        }
+        Ok(())
+    }
+
+    /// Positions that a hop may hold when it opens: no more than there are of the session.
+    pub fn held_max(&self) -> u32 {
+        self.fork.map_or(self.resume, |fork| fork.positions)
     }
 }
 

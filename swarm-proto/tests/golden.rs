@@ -38,6 +38,7 @@ fn session_opens_and_closes() {
         epoch: Epoch(1),
         resume: 7,
         since: Epoch(1),
+        fork: None,
         client: Peer([0xcc; 32]),
         model: ModelId(Hash([0xab; 32])),
         n_ctx: 1024,
@@ -58,7 +59,7 @@ fn session_opens_and_closes() {
     };
     let addr = "12 2f6970342f312e322e332e342f7463702f39";
     let expected = format!(
-        "00 {S} 01 07 01 {} {} fb0004 02 01 02 {} 01 {addr} 00 02 {} 01 {addr} 02 fb2c01 01 \
+        "00 {S} 01 07 01 00 {} {} fb0004 02 01 02 {} 01 {addr} 00 02 {} 01 {addr} 02 fb2c01 01 \
          01 01 {} 01 {addr} 10 01 01 {} {} 01",
         "cc".repeat(32),
         "ab".repeat(32),
@@ -68,7 +69,25 @@ fn session_opens_and_closes() {
         "11".repeat(16),
         "22".repeat(8),
     );
-    golden(&Down::Open(open), &expected);
+    golden(&Down::Open(open.clone()), &expected);
+    let fork = Fork {
+        session: SessionId([0x4f; 16]),
+        epoch: Epoch(3),
+        positions: 96,
+    };
+    let forked = Open {
+        epoch: Epoch(0),
+        resume: 0,
+        since: Epoch(0),
+        fork: Some(fork),
+        ..open
+    };
+    let expected = expected.replacen(
+        "01 07 01 00",
+        &format!("00 00 00 01 {} 03 60", "4f".repeat(16)),
+        1,
+    );
+    golden(&Down::Open(forked), &expected);
     golden(&Down::Close, "02");
 }
 
@@ -348,17 +367,17 @@ const TICKET: &str = "shoal192fa9Qn7g8GLekJ7URzchB9G3A4BnBic3Ri7m3QUnkK778CAhZWa
 fn names() {
     let swarm: SwarmId = "home".parse().unwrap();
     let model = ModelId(Hash([0xab; 32]));
-    assert_eq!(swarm.session_protocol(), "/shoal/home/session/2");
-    assert_eq!(swarm.answer_protocol(), "/shoal/home/answer/2");
-    assert_eq!(swarm.fetch_protocol(), "/shoal/home/fetch/2");
-    assert_eq!(swarm.transfer_protocol(), "/shoal/home/transfer/2");
-    assert_eq!(swarm.experts_protocol(), "/shoal/home/experts/2");
-    assert_eq!(swarm.kad_protocol(), "/shoal/home/kad/2");
-    assert_eq!(swarm.identify_protocol(), "/shoal/home/2");
-    assert_eq!(swarm.advert_topic(), "shoal/home/adverts/2");
+    assert_eq!(swarm.session_protocol(), "/shoal/home/session/3");
+    assert_eq!(swarm.answer_protocol(), "/shoal/home/answer/3");
+    assert_eq!(swarm.fetch_protocol(), "/shoal/home/fetch/3");
+    assert_eq!(swarm.transfer_protocol(), "/shoal/home/transfer/3");
+    assert_eq!(swarm.experts_protocol(), "/shoal/home/experts/3");
+    assert_eq!(swarm.kad_protocol(), "/shoal/home/kad/3");
+    assert_eq!(swarm.identify_protocol(), "/shoal/home/3");
+    assert_eq!(swarm.advert_topic(), "shoal/home/adverts/3");
     assert_eq!(
         swarm.model_advert_topic(&model),
-        format!("shoal/home/adverts/2/{model}")
+        format!("shoal/home/adverts/3/{model}")
     );
     // The libp2p specification's form: base58 of an identity multihash of the protobuf key.
     let peer = Peer([1; 32]);

@@ -66,7 +66,7 @@ fn announced_lengths_are_refused_before_allocation() {
     // An open message that announces 2^60 hops after the fixed fields.
     let mut bytes = vec![0];
     bytes.extend([0x5e; 16]);
-    bytes.extend([0, 0, 0]);
+    bytes.extend([0, 0, 0, 0]);
     bytes.extend([0xcc; 32]);
     bytes.extend([0xab; 32]);
     bytes.extend([1, 0, 0]);
@@ -83,7 +83,7 @@ fn announced_lengths_are_refused_before_allocation() {
     bytes.extend(4000u16.to_le_bytes());
     assert_eq!(
         refusal::<Down>(&bytes),
-        "session message ends after 90 bytes, more were announced"
+        "session message ends after 91 bytes, more were announced"
     );
     // A text of 4 GiB.
     let bytes = [3, 252, 255, 255, 255, 255];
@@ -212,6 +212,7 @@ fn open(layers: &[(u16, u16)]) -> Open {
         epoch: Epoch(0),
         resume: 0,
         since: Epoch(0),
+        fork: None,
         client: Peer([0; 32]),
         model: ModelId(Hash([0; 32])),
         n_ctx: 16,
@@ -223,6 +224,26 @@ fn open(layers: &[(u16, u16)]) -> Open {
         standing_by: false,
         trace: None,
     }
+}
+
+#[test]
+fn forks_that_are_none() {
+    let why = |session: u8, epoch: u32, positions: u32| {
+        let mut open = open(&[(0, 4)]);
+        open.epoch = Epoch(epoch);
+        open.fork = Some(Fork {
+            session: SessionId([session; 16]),
+            epoch: Epoch(u32::MAX),
+            positions,
+        });
+        open.check(4).err().map(|e| e.to_string())
+    };
+    assert_eq!(why(1, 0, 16), None);
+    let expected = "a session of 16 positions forked at 17";
+    assert!(why(1, 0, 17).unwrap().contains(expected));
+    assert!(why(1, 0, u32::MAX).unwrap().contains("forked at"));
+    assert!(why(0, 0, 16).unwrap().contains("forked from itself"));
+    assert!(why(1, 1, 16).unwrap().contains("forked in epoch 1"));
 }
 
 #[test]

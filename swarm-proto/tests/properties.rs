@@ -40,7 +40,7 @@ prop_compose! {
     fn open()(
         hops in route(),
         session in any::<[u8; 16]>(),
-        epoch in any::<u32>(),
+        epoch in prop_oneof![Just(0), any::<u32>()],
         model in any::<[u8; 32]>(),
         n_ctx in 1u32..,
         at in any::<prop::sample::Index>(),
@@ -51,6 +51,11 @@ prop_compose! {
             epoch: Epoch(epoch),
             resume: n_ctx - 1,
             since: Epoch(0),
+            fork: (epoch == 0).then_some(Fork {
+                session: SessionId(session.map(|byte| !byte)),
+                epoch: Epoch(n_ctx),
+                positions: n_ctx,
+            }),
             client: Peer(model),
             model: ModelId(Hash(model)),
             n_ctx,

@@ -181,7 +181,11 @@ pub struct Response {
 }
 
 impl Response {
-    fn read(bytes: &[u8]) -> Result<Self> {
+    /// From all that came.
+    ///
+    /// # Errors
+    /// It is not whole.
+    pub fn read(bytes: &[u8]) -> Result<Self> {
         let text = String::from_utf8_lossy(bytes);
         let (head, body) = text.split_once("\r\n\r\n").context("no whole head")?;
         let mut lines = head.lines();

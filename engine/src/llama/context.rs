@@ -254,6 +254,50 @@ impl Context {
         }
     }
 
+    /// Sequences that lie side by side.
+    pub(crate) fn lanes(&self) -> u32 {
+        self.lanes
+    }
+
+    /// Keys and values of a lane, for [`Context::put_state`]; as many bytes as they take.
+    pub(crate) fn state(&mut self, lane: u32) -> Result<Vec<u8>, String> {
+        log::clear();
+        // SAFETY: the context lives.
+        let len = unsafe { sys::llama_state_seq_get_size(self.ptr.as_ptr(), lane as i32) };
+        let mut state = vec![0; len];
+        let bytes = state.as_mut_ptr();
+        // SAFETY: `state` has room for `len` bytes; the call waits for the computation.
+        let written =
+            unsafe { sys::llama_state_seq_get_data(self.ptr.as_ptr(), bytes, len, lane as i32) };
+        if written == len && len > 0 {
+            Ok(state)
+        } else {
+            Err(log::errors("no state of a lane"))
+        }
+    }
+
+    /// Fills an empty lane with the state of one that holds `end` positions, of a context of the same model with as
+    /// many lanes. Whether it has them all then; else it is empty: there was no room, or a window that slides has
+    /// forgotten some.
+    pub(crate) fn put_state(&mut self, lane: u32, state: &[u8], end: u32) -> Result<bool, String> {
+        log::clear();
+        let (bytes, len) = (state.as_ptr(), state.len());
+        // SAFETY: the context lives, and the call reads no more than `len` bytes.
+        let read =
+            unsafe { sys::llama_state_seq_set_data(self.ptr.as_ptr(), bytes, len, lane as i32) };
+        // SAFETY: the context lives.
+        let memory = unsafe { sys::llama_get_memory(self.ptr.as_ptr()) };
+        // SAFETY: the memory is the context's.
+        let first = unsafe { sys::llama_memory_seq_pos_min(memory, lane as i32) };
+        // SAFETY: as above.
+        let last = unsafe { sys::llama_memory_seq_pos_max(memory, lane as i32) };
+        let whole = read == len && first == 0 && i64::from(last) + 1 == i64::from(end);
+        if !whole {
+            self.truncate(lane, 0)?;
+        }
+        Ok(whole)
+    }
+
     /// Runs rows, each given by its lane and its position: those of one lane, one after the other, or one each
     /// of lanes that follow each other, in their order. `out` is replaced by the rows asked for: hidden ones
     /// behind a layer (always all), or behind the last norm, else logits.

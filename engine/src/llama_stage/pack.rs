@@ -197,6 +197,12 @@ impl Pack {
         Ok(())
     }
 
+    /// Drops what the session in `lane` holds from `pos` on, in every group.
+    pub(super) fn rewind(&mut self, lane: u32, pos: u32) -> Result<(), EngineError> {
+        let mut parts = self.parts.iter_mut();
+        parts.try_for_each(|part| part.rewind(lane, pos))
+    }
+
     /// The session in `lane` is over.
     pub(super) fn leave(&mut self, lane: u32) {
         self.lanes[lane as usize] = None;

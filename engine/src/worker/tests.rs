@@ -69,6 +69,10 @@ impl Stage for Gate {
     fn open(&mut self, n_ctx: u32, layers: Range<u32>) -> Result<Slot, EngineError> {
         self.inner.open(n_ctx, layers)
     }
+    fn copy(&mut self, _: Slot, _: Slot, _: u32) -> Result<u32, EngineError> {
+        Ok(0)
+    }
+
     fn close(&mut self, slot: Slot) {
         self.inner.close(slot);
     }

@@ -251,6 +251,42 @@ impl Chain {
         }
     }
 
+    /// One that others may run beside, with the first `n` positions of another; how many it has in each stage.
+    pub fn fork(&mut self, from: &Session, n_ctx: u32, n: u32) -> (Session, Vec<u32>) {
+        let session = self.open_beside(n_ctx);
+        let mut held = Vec::new();
+        for ((at, _), (from, to)) in self.hops.iter().zip(from.slots.iter().zip(&session.slots)) {
+            held.push(self.stages[*at].copy(*from, *to, n).unwrap());
+        }
+        (session, held)
+    }
+
+    /// One that others may run beside.
+    pub fn open_beside(&mut self, n_ctx: u32) -> Session {
+        let hops = self.hops.iter();
+        let slots = hops.map(|(at, span)| {
+            let stage = &mut self.stages[*at];
+            stage.open_beside(n_ctx, span.clone(), false).unwrap()
+        });
+        Session {
+            slots: slots.collect(),
+            out: Vec::new(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Greedy tokens behind what was fed, and the rows they were chosen from.
+    pub fn decode(&mut self, session: &mut Session, pos: u32, n: u32) -> (Vec<u32>, Vec<Vec<f32>>) {
+        let (mut tokens, mut rows) = (Vec::new(), vec![session.out.clone()]);
+        for pos in pos..pos + n {
+            let token = greedy(&session.out);
+            tokens.push(token);
+            self.frame(session, pos, &[token], Want::Last);
+            rows.push(session.out.clone());
+        }
+        (tokens, rows)
+    }
+
     pub fn close(&mut self, session: Session) {
         for ((at, _), slot) in self.hops.iter().zip(session.slots) {
             self.stages[*at].close(slot);

@@ -8,11 +8,12 @@ use engine::{Candidates, Want as Output, WholeModel};
 use swarm_proto::{Form, Hop, Want, WantRows};
 use tokio::time::Instant;
 
+use super::answering::keep;
 use super::cancel::Cancel;
 use super::fed::Fed;
 use crate::phases::{Phase, Phases, Sums};
 use crate::recovery::{Listener, Recovery, Session};
-use crate::session::{ClientError, log_sum_exp};
+use crate::session::{ClientError, Lender, log_sum_exp};
 
 /// Saying goodbye to every hop may take this long; somebody may be waiting for it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -40,6 +41,8 @@ pub struct Source {
     pub(super) kind: Kind,
     /// Tokens whose KV is held.
     pub(super) fed: Fed,
+    /// How many of them were there as the session was opened; all count once something was computed here.
+    spared: Option<usize>,
     /// Decoded tokens that may be fed again as one step.
     batch: u16,
     /// What goes on when the swarm cannot.
@@ -95,11 +98,27 @@ impl Source {
     /// Over the swarm; `spare` goes on in this process when the swarm cannot. `batch`: decoded tokens that may be
     /// fed again as one step ([`crate::exact_batch`]).
     pub fn swarm(session: Session, batch: u16, spare: Option<Box<dyn Spare>>) -> Self {
+        let mut fed = Fed::default();
+        fed.push(session.tokens());
         Self {
             spare,
+            fed,
+            spared: Some(session.spared() as usize),
             phases: Phases::within(session.span().clone()),
             ..Self::new(Kind::Swarm(Box::new(session)), batch)
         }
+    }
+
+    /// Says its beginning to `to` from now on, so that another session can begin with it.
+    pub fn lend(&mut self, to: Lender) {
+        if let Kind::Swarm(session) = &mut self.kind {
+            session.lend(to);
+        }
+    }
+
+    /// Tokens of `prompt` that need not be computed again.
+    pub fn spares(&self, prompt: &[u32]) -> usize {
+        keep(self.held(), prompt).min(self.spared.unwrap_or(usize::MAX))
     }
 
     /// In this process.
@@ -119,6 +138,7 @@ impl Source {
         Self {
             kind,
             fed: Fed::default(),
+            spared: None,
             batch,
             spare: None,
             left: None,
@@ -220,6 +240,7 @@ impl Source {
             row => row?,
         };
         self.fed.push(tokens);
+        self.spared = None;
         Ok(row)
     }
 

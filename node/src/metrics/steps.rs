@@ -17,6 +17,7 @@ pub struct SessionMetrics {
     opened: Counter,
     refused: Family<[(&'static str, &'static str); 1], Counter>,
     ended: Family<[(&'static str, &'static str); 1], Counter>,
+    forked: Counter,
     step_rows: Histogram,
     step_queue: Histogram,
     step_compute: Histogram,
@@ -30,6 +31,7 @@ impl Default for SessionMetrics {
             opened: Counter::default(),
             refused: Family::default(),
             ended: Family::default(),
+            forked: Counter::default(),
             step_rows: Histogram::new(rows),
             step_queue: Histogram::new(seconds_buckets()),
             step_compute: Histogram::new(seconds_buckets()),
@@ -49,6 +51,11 @@ impl SessionMetrics {
             "shoal_sessions_refused",
             "Sessions that were not opened here, by the reason that the peer was told",
             self.refused.clone(),
+        );
+        to.register(
+            "shoal_forked_positions",
+            "Positions that sessions took over from others here instead of computing them",
+            self.forked.clone(),
         );
         to.register(
             "shoal_sessions_ended",
@@ -74,6 +81,10 @@ impl SessionMetrics {
 
     pub(crate) fn opened(&self) {
         self.opened.inc();
+    }
+
+    pub(crate) fn forked(&self, positions: u32) {
+        self.forked.inc_by(positions.into());
     }
 
     pub(crate) fn refused(&self, why: &Failure) {

@@ -130,10 +130,10 @@ fn check(open: &Open, shape: Shape, told: (u32, u32), held: u32) -> Option<Strin
             told.0, told.1, shape.n_vocab
         ));
     }
-    if held > open.resume {
+    let max = open.held_max();
+    if held > max {
         return Some(format!(
-            "it holds {held} positions of a session that goes on at {}",
-            open.resume
+            "it holds {held} positions of a session that goes on at {max}"
         ));
     }
     None

@@ -40,8 +40,11 @@ use super::{
 };
 
 mod again;
+mod fork;
 
 use again::History;
+use fork::Lending;
+pub use fork::{Beginning, Lender};
 
 /// Frames sent and not yet acknowledged by the first hop: enough to keep its queue full while the
 /// acknowledgements travel, few enough that a truncation does not wait for a long prompt.
@@ -76,6 +79,9 @@ pub struct ClientSession {
     /// Everything fed, by position, and the frames that it went in.
     tokens: Vec<u32>,
     frames: Vec<Frame>,
+    /// Positions that the first hop had from another session.
+    spared: u32,
+    lending: Lending,
     /// The last row that came.
     last: Option<Answered>,
     /// How far its log-probability may differ when it comes again.
@@ -166,6 +172,8 @@ impl ClientSession {
             queue: VecDeque::new(),
             tokens: Vec::new(),
             frames: Vec::new(),
+            spared: 0,
+            lending: Lending::default(),
             last: None,
             tolerance: 0.0,
             again: None,
@@ -337,8 +345,10 @@ impl ClientSession {
                 tokens: tokens.to_vec(),
                 want,
             });
+            self.lend_frame(self.pos, n_rows);
             self.pos += n_rows;
         }
+        self.say_beginning();
         Ok(())
     }
 
@@ -463,6 +473,7 @@ impl ClientSession {
             // Every hop has computed what was written anew.
             None => self.floor = self.floor.filter(|floor| row.pos < *floor),
         }
+        self.say_beginning();
         if self.again.is_some_and(|again| row.pos <= again) {
             if self.again.take_if(|again| *again == row.pos).is_some()
                 && let Some(last) = self.last
@@ -492,6 +503,7 @@ impl ClientSession {
                 Ok(Some(Up::Ack { epoch, pos_end })) => {
                     let acked = self.outbox.acked(self.epoch, epoch, pos_end);
                     acked.map_err(|e| self.bad_hop(0, &e.to_string()))?;
+                    self.lend_computed(pos_end);
                     let now = Instant::now();
                     (self.progress, self.heard) = (now, now);
                 }

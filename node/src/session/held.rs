@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     admit::admit,
     failure::{fail, is_goodbye, is_leaving},
+    fork::ForkAsk,
     hop::{Chain, Lease, Served, Shared},
     relay::{Below, End, Relay},
     standby::{Fed, resume_at, streams_to},
@@ -39,6 +40,8 @@ const GIVE_WAY: Duration = Duration::from_secs(1);
 const REST: Duration = Duration::from_secs(5);
 /// Openings that may wait for a session's task: a client that is in a hurry sends one, then another.
 const COMEBACKS_MAX: usize = 2;
+/// Forks that may wait for it: as many sessions as begin alike at once. Others begin empty.
+const FORKS_MAX: usize = 16;
 
 /// An opening of a session that is held here already, on a stream of its own.
 pub(super) struct Comeback {
@@ -65,9 +68,16 @@ pub(super) struct Desks(Arc<Mutex<HashMap<Key, Entry>>>);
 struct Entry {
     model: ModelId,
     to: mpsc::Sender<Comeback>,
+    forks: mpsc::Sender<ForkAsk>,
     idle: Idle,
     give_way: CancellationToken,
     goes: CancellationToken,
+}
+
+/// What reaches the task of a session beside its streams.
+pub(super) struct Calls {
+    comebacks: mpsc::Receiver<Comeback>,
+    forks: mpsc::Receiver<ForkAsk>,
 }
 
 /// Whether a session could give way to one that runs; those that cost least first.
@@ -95,9 +105,10 @@ pub(super) struct Desk {
 }
 
 impl Desks {
-    /// Openings of this session come to the receiver from now on.
-    pub(super) fn take(&self, open: &Open) -> (Desk, mpsc::Receiver<Comeback>) {
+    /// Openings of this session come to the receiver from now on, and so do those of sessions that begin as it.
+    pub(super) fn take(&self, open: &Open) -> (Desk, Calls) {
         let (to, comebacks) = mpsc::channel(COMEBACKS_MAX);
+        let (forks, asked) = mpsc::channel(FORKS_MAX);
         let key = key(open);
         let desk = Desk {
             desks: self.clone(),
@@ -109,12 +120,22 @@ impl Desks {
         let entry = Entry {
             model: open.model,
             to,
+            forks,
             idle: Idle::No,
             give_way: desk.give_way.clone(),
             goes: desk.goes.clone(),
         };
         self.lock().insert(key, entry);
-        (desk, comebacks)
+        let forks = asked;
+        (desk, Calls { comebacks, forks })
+    }
+
+    /// Asks the task that holds a session of the same client and layers for its beginning; false where there is none.
+    pub(super) fn fork(&self, open: &Open, session: SessionId, ask: ForkAsk) -> bool {
+        let (client, _, layers) = key(open);
+        let desks = self.lock();
+        let entry = desks.get(&(client, session, layers));
+        entry.is_some_and(|entry| entry.forks.try_send(ask).is_ok())
     }
 
     /// Tells the sessions of a model on layers that `go` that they go on elsewhere; how many they are.
@@ -205,7 +226,7 @@ pub(super) struct Held {
     pub(super) relay: Relay,
     /// Who is upstream.
     pub(super) from: Peer,
-    pub(super) comebacks: mpsc::Receiver<Comeback>,
+    pub(super) calls: Calls,
     /// Our place in the pairing table, when we are the tail.
     pub(super) place: Option<Place>,
     /// When what is kept is given up; set when something is lost, unset when it runs again.
@@ -277,7 +298,11 @@ impl Held {
             let end = tokio::select! {
                 biased;
                 end = self.relay.run() => end,
-                Some(come) = self.comebacks.recv() => return come.into(),
+                Some(come) = self.calls.comebacks.recv() => return come.into(),
+                Some(ask) = self.calls.forks.recv() => {
+                    self.lend(ask);
+                    continue;
+                }
                 () = self.desk.give_way.cancelled(), if standing_by => return self.give_way(),
                 () = self.desk.give_way.cancelled(), if resting => return self.rest_is_over(),
                 () = sleep(REST), if !standing_by => {
@@ -314,7 +339,11 @@ impl Held {
         let end = tokio::select! {
             biased;
             end = self.relay.hear() => end,
-            Some(come) = self.comebacks.recv() => return come.into(),
+            Some(come) = self.calls.comebacks.recv() => return come.into(),
+            Some(ask) = self.calls.forks.recv() => {
+                self.lend(ask);
+                return Turn::Keep;
+            }
             () = sleep_until(until) => return Turn::End(self.given_up()),
             () = self.desk.give_way.cancelled() => return self.give_way(),
         };
@@ -322,12 +351,23 @@ impl Held {
             // Its stream has nothing more to say; another may.
             return tokio::select! {
                 biased;
-                Some(come) = self.comebacks.recv() => come.into(),
+                Some(come) = self.calls.comebacks.recv() => come.into(),
+                Some(ask) = self.calls.forks.recv() => {
+                    self.lend(ask);
+                    Turn::Keep
+                }
                 () = sleep_until(until) => Turn::End(End::UpstreamLost),
                 () = self.desk.give_way.cancelled() => self.give_way(),
             };
         }
         self.after(end)
+    }
+
+    /// Gives another session its beginning. Who knows the number of this one, but is not above it, gets nothing.
+    fn lend(&mut self, ask: ForkAsk) {
+        if ask.from == self.from {
+            self.relay.lend(ask);
+        }
     }
 
     /// Somebody who runs needs the room.
@@ -452,7 +492,7 @@ impl Held {
                     chain = &mut chain => return Ok(chain),
                     // The client lost patience, or is gone.
                     end = self.relay.hear() => break end,
-                    Some(come) = self.comebacks.recv() => {
+                    Some(come) = self.calls.comebacks.recv() => {
                         // A late or foreign one changes nothing.
                         match self.admit_again(&come.open, Some(come.from)) {
                             Ok(()) => return Err(come.into()),

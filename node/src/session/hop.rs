@@ -25,14 +25,14 @@ use swarm_proto::{
     Peer, Up,
 };
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::mpsc,
     time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
 
 use super::{
-    admit::{Admitted, admit},
+    admit::admit,
     chain::{Shape, open_next},
     config::SessionLimits,
     failure::{fail, is_goodbye, paused},
@@ -40,8 +40,7 @@ use super::{
     ledger::Ledger,
     limits::{ATTACH, OPEN},
     relay::{Below, End, Parts, Relay},
-    retained::{Budget, Retained},
-    slot::{KvWaiter, SlotGuard, share},
+    retained::Budget,
     standby::{Fed, Follower, standby_open},
     tail::{Claim, Pairing, Place},
     topk::TopK,
@@ -67,8 +66,6 @@ pub trait Dialer: Send + Sync + 'static {
 
 /// What a pipe from a node to itself buffers: about one frame of a prompt.
 const TO_SELF_BYTES: usize = 256 * 1024;
-/// Sessions that give way to one: more are not worth it.
-const GIVE_WAY_MAX: usize = 8;
 /// The callers' own deadlines are shorter; this one only bounds a caller without.
 const DIAL_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -147,8 +144,8 @@ pub(super) struct Shared {
     clients: Shares<(Peer, Peer)>,
     pairing: Pairing,
     /// Where a session that comes back finds the task that holds it.
-    desks: Desks,
-    retained: Arc<Budget>,
+    pub(super) desks: Desks,
+    pub(super) retained: Arc<Budget>,
     pub(super) metrics: crate::metrics::SessionMetrics,
     /// Sessions fail for reasons of our own.
     failing: Seldom,
@@ -376,21 +373,23 @@ impl Shared {
             return Err(None);
         };
         let lease = self.lease(from, open)?;
-        let (desk, comebacks) = self.desks.take(open);
-        let both = async {
-            tokio::try_join!(
-                self.room_for(open, &admitted, &served),
-                self.below(open, &served, None)
-            )
+        let (desk, calls) = self.desks.take(open);
+        let ours = async {
+            let slot = self.room_for(open, &admitted, &served).await?;
+            let begun = self.forked(from, open, &served.worker, slot.slot());
+            let begun = begun.await;
+            Ok((slot, begun))
         };
-        let (slot, chain) = self.while_heard(open, up, both).await?;
-        let ledger = Ledger::new(
+        let both = async { tokio::try_join!(ours, self.below(open, &served, None)) };
+        let ((slot, begun), chain) = self.while_heard(open, up, both).await?;
+        let mut ledger = Ledger::new(
             open.session,
             open.epoch,
             open.n_ctx,
             (served.n_embd, served.n_vocab),
             admitted.content,
         );
+        ledger.begin_at(begun.held);
         let standby = self.standby(open, &served, None);
         let (open, limits) = (open.clone(), self.limits);
         Ok(move |up| {
@@ -404,7 +403,7 @@ impl Shared {
                 below: chain.below,
                 below_held: chain.held,
                 standby,
-                retained: Retained::new(self.retained.clone()),
+                retained: begun.retained,
                 deadlines: limits.deadlines,
                 frames_in_flight: limits.frames_in_flight,
                 metrics: self.metrics.clone(),
@@ -414,7 +413,7 @@ impl Shared {
                 served,
                 relay,
                 from,
-                comebacks,
+                calls,
                 place: chain.place,
                 kept_until: None,
                 desk,
@@ -470,56 +469,6 @@ impl Shared {
             _client: client.map_err(|no| full("this client", no))?,
             _upstream: upstream.map_err(|no| full("the peer before this hop", no))?,
         })
-    }
-
-    /// KV for a session; those that nothing runs on give way to it, unless it only stands by.
-    async fn room_for(
-        &self,
-        open: &Open,
-        admitted: &Admitted,
-        served: &Served,
-    ) -> Result<SlotGuard, Failure> {
-        for _ in 0..GIVE_WAY_MAX {
-            match self.kv(open, admitted, served).await {
-                Err(full) if full.code == FailureCode::Full && !open.standing_by => {
-                    if !self.desks.make_room().await {
-                        return Err(full);
-                    }
-                }
-                kv => return kv,
-            }
-        }
-        self.kv(open, admitted, served).await
-    }
-
-    async fn kv(
-        &self,
-        open: &Open,
-        admitted: &Admitted,
-        served: &Served,
-    ) -> Result<SlotGuard, Failure> {
-        let at = admitted.at;
-        let (to, slot) = oneshot::channel();
-        let worker = served.worker.clone();
-        let waiter = KvWaiter { to, worker };
-        let local = |code, message: String| fail(at, Fault::Local, code, message);
-        served
-            .worker
-            .open_for(share(open), open.n_ctx, admitted.layers.clone(), waiter)
-            .map_err(|e| local(FailureCode::Full, e.to_string()))?;
-        let deadline = self.limits.deadlines.open;
-        match timeout(deadline, slot).await {
-            Ok(Ok(Ok(slot))) => Ok(slot),
-            Ok(Ok(Err(e))) => Err(local(engine_code(&e), e.to_string())),
-            Ok(Err(_)) => Err(local(
-                FailureCode::Engine,
-                "the stage worker is gone".into(),
-            )),
-            Err(_) => {
-                let message = format!("no KV within {deadline:?}: the stage worker is busy");
-                Err(local(FailureCode::Deadline, message))
-            }
-        }
     }
 
     /// Opens what is below: over `current` where that still works, else over a new stream.
@@ -672,13 +621,6 @@ impl Shared {
             FailureCode::ShuttingDown,
             "this node is shutting down",
         )
-    }
-}
-
-fn engine_code(e: &engine::EngineError) -> FailureCode {
-    match e {
-        engine::EngineError::Full { .. } => FailureCode::Full,
-        _ => FailureCode::Engine,
     }
 }
 

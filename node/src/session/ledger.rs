@@ -177,6 +177,14 @@ impl Ledger {
         Ok(())
     }
 
+    /// A session that holds positions as it opens: a prompt's frames, which may be sent on.
+    pub(super) fn begin_at(&mut self, held: u32) {
+        self.end = held.min(self.n_ctx);
+        if held > 0 {
+            self.rows_max = ROWS_MAX.into();
+        }
+    }
+
     /// A higher epoch: positions from `resume` on come again.
     pub(super) fn reopen(&mut self, epoch: Epoch, resume: u32) {
         self.epoch = epoch;

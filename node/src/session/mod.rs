@@ -10,6 +10,7 @@
 //! | `wire` | frames over one stream |
 //! | `ledger`, `admit`, `failure`, `topk`, `row`, `payload` | rules that need neither streams nor clocks |
 //! | `hop`, `held`, `relay`, `retained`, `tail`, `slot` | the service that every node runs |
+//! | `fork` | a session that begins with another's beginning, on a hop |
 //! | `chain`, `standby` | opening the next hop, first or again, and feeding who stands by for it |
 //! | `open`, `client`, `error` | opening and driving a session |
 //! | `bench` | what a hop costs |
@@ -21,6 +22,7 @@ mod client;
 mod config;
 mod error;
 mod failure;
+mod fork;
 mod held;
 mod hop;
 mod ledger;
@@ -38,7 +40,7 @@ mod trace;
 pub(crate) mod wire;
 
 pub use bench::{BenchError, HopBench, HopCost, bench_hops};
-pub use client::ClientSession;
+pub use client::{Beginning, ClientSession, Lender};
 pub use config::{Deadlines, SessionLimits};
 pub use error::{ClientError, HopName};
 pub use hop::{Dialer, Holdings, Served, Sessions};

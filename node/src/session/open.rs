@@ -5,14 +5,14 @@
 use std::{sync::Arc, time::Duration};
 
 use swarm_proto::{
-    Answer, Attach, Content, Dtype, Epoch, Failure, FailureCode, Fault, Hop, LayerRange, ModelId,
-    Numerics, Open, Peer, SessionId, Standbys,
+    Answer, Attach, Content, Dtype, Epoch, Failure, FailureCode, Fault, Fork, Hop, LayerRange,
+    ModelId, Numerics, Open, Peer, SessionId, Standbys,
 };
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
     chain::{Next, Shape, open_next},
-    client::{ClientSession, Opened},
+    client::{Beginning, ClientSession, Opened},
     config::Deadlines,
     error::{ClientError, HopName},
     failure::fail,
@@ -237,7 +237,34 @@ impl Opener {
         kind: Kind,
         route: impl Into<Route>,
     ) -> Result<ClientSession, ClientError> {
-        let route = route.into();
+        self.open_with(kind, route.into(), None).await
+    }
+
+    /// The same for a session that begins with the first `positions` of another one, which runs or is kept on the
+    /// same route: hops that can copy them compute them no more. They are the session's from the beginning.
+    ///
+    /// # Errors
+    /// As [`Opener::open_route`].
+    ///
+    /// # Cancel safety
+    /// As [`Opener::open_route`].
+    pub async fn fork(
+        &self,
+        kind: Kind,
+        route: impl Into<Route>,
+        of: &Beginning,
+        positions: u32,
+    ) -> Result<ClientSession, ClientError> {
+        let begun = of.fork(positions.min(kind.n_ctx));
+        self.open_with(kind, route.into(), Some(begun)).await
+    }
+
+    async fn open_with(
+        &self,
+        kind: Kind,
+        route: Route,
+        begun: Option<(Fork, &[u32])>,
+    ) -> Result<ClientSession, ClientError> {
         let session = SessionId(self.random.bytes());
         let epoch = Epoch(0);
         let open = Open {
@@ -245,6 +272,7 @@ impl Opener {
             epoch,
             resume: 0,
             since: epoch,
+            fork: begun.map(|(fork, _)| fork),
             client: self.me,
             model: kind.model,
             n_ctx: kind.n_ctx,
@@ -263,7 +291,7 @@ impl Opener {
         let deadline = Instant::now() + self.deadlines.opened(route.hops.len());
         let opened = self.both_ends(&open, shape, None, deadline).await;
         let (next, answers) = opened.map_err(|failure| ClientError::hop(&route.hops, failure))?;
-        Ok(ClientSession::new(Opened {
+        let mut opened = ClientSession::new(Opened {
             up: next.pipe,
             answers,
             model: kind.model,
@@ -276,7 +304,11 @@ impl Opener {
             n_ctx: kind.n_ctx,
             shape,
             deadlines: self.deadlines,
-        }))
+        });
+        if let Some((_, tokens)) = begun {
+            opened.begin_with(tokens, next.held);
+        }
+        Ok(opened)
     }
 
     /// Opens a session again along another route, in a higher epoch. Hops that are on both routes keep

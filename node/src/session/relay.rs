@@ -22,7 +22,7 @@ use std::{
     time::Duration,
 };
 
-use engine::{Done, EngineError, Job, Step, Worker};
+use engine::{Done, EngineError, Job, Slot, Step, Worker};
 use swarm_proto::{
     Answer, Content, Down, Failure, FailureCode, Fault, Form, Open, Rows, Up, WantRows, activation,
     session::LOGITS_BYTES_MAX,
@@ -189,6 +189,9 @@ impl Relay {
             phases: Phases::default(),
             p: parts,
         };
+        if matches!(relay.p.below, Below::Next(_)) && relay.p.below_held < relay.p.ledger.end() {
+            relay.replay = Some(relay.p.retained.frame_of(relay.p.below_held));
+        }
         relay.say_opened();
         relay
     }
@@ -255,6 +258,18 @@ impl Relay {
     /// The session as it was opened last.
     pub(super) fn open(&self) -> &Open {
         &self.p.open
+    }
+
+    pub(super) fn worker(&self) -> &Worker {
+        &self.p.worker
+    }
+
+    pub(super) fn slot(&self) -> Slot {
+        self.p.slot.slot()
+    }
+
+    pub(super) fn retained(&mut self) -> &mut Retained {
+        &mut self.p.retained
     }
 
     /// Whether nothing is under way, and nothing came for so long.
@@ -384,7 +399,7 @@ impl Relay {
         Ok(true)
     }
 
-    fn tail(&self) -> bool {
+    pub(super) fn tail(&self) -> bool {
         usize::from(self.at()) + 1 == self.p.open.hops.len()
     }
 

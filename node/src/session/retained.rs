@@ -154,8 +154,30 @@ impl Retained {
 
     /// Keeps a frame; what was kept from its position on is forgotten, as the KV is.
     pub(super) fn push(&mut self, rows: &Rows, payload: &[u8]) {
-        self.truncate(rows.pos0);
-        if self.end() != Some(rows.pos0) {
+        self.keep(rows.pos0, rows.n_rows, payload);
+    }
+
+    /// The whole frames before `pos`, as another session's own.
+    pub(super) fn copy(&mut self, pos: u32) -> Self {
+        let mut copy = Self::new(self.budget.clone());
+        let whole = self.frames.partition_point(|frame| frame.end() <= pos);
+        let mut payload = Vec::new();
+        for at in 0..whole {
+            let Some(Kept { pos0, .. }) = self.frames.get(at).copied() else {
+                break;
+            };
+            payload.clear();
+            match self.read(pos0, &mut payload) {
+                Ok(n_rows) => copy.keep(pos0, n_rows, &payload),
+                Err(_) => break,
+            }
+        }
+        copy
+    }
+
+    fn keep(&mut self, pos0: u32, n_rows: u16, payload: &[u8]) {
+        self.truncate(pos0);
+        if self.end() != Some(pos0) {
             return;
         }
         if let Err(why) = self.store(payload) {
@@ -164,8 +186,8 @@ impl Retained {
             return;
         }
         self.frames.push_back(Kept {
-            pos0: rows.pos0,
-            n_rows: rows.n_rows,
+            pos0,
+            n_rows,
             len: payload.len(),
             at: self.len,
         });
@@ -384,6 +406,27 @@ mod tests {
             kept.push(&rows(0, 1), &[5; 8]);
             assert_eq!(kept.end(), Some(1));
         }
+    }
+
+    #[test]
+    fn a_copy_ends_with_a_frame_and_is_counted() {
+        for memory in [1 << 30, 0] {
+            let budget = Budget::new(memory, 1 << 30);
+            let mut kept = Retained::new(budget.clone());
+            fill(&mut kept, 3, 8);
+            let used = budget.used();
+            let mut copy = kept.copy(11);
+            assert_eq!(copy.end(), Some(8));
+            assert_eq!(budget.used(), (2 * used.0, 2 * used.1));
+            check(&mut copy, 2, 8);
+            kept.push(&rows(0, 1), &[9; 8]);
+            drop(kept);
+            check(&mut copy, 2, 8);
+            assert_eq!(copy.copy(0).end(), Some(0));
+        }
+        let mut full = Retained::new(Budget::new(PIECE as u64, 0));
+        fill(&mut full, 3, 8);
+        assert_eq!(full.copy(12).end(), None, "no budget is left for it");
     }
 
     #[test]

@@ -1,8 +1,76 @@
 //! KV of one session in a stage worker, freed when dropped: whatever ends a session frees it.
 
 use engine::{EngineError, Share, Slot, SlotWaiter, Worker};
-use swarm_proto::{Numerics, Open};
-use tokio::sync::oneshot;
+use swarm_proto::{Failure, FailureCode, Fault, Numerics, Open};
+use tokio::{sync::oneshot, time::timeout};
+
+use super::{
+    admit::Admitted,
+    failure::fail,
+    hop::{Served, Shared},
+};
+
+/// Sessions that give way to one: more are not worth it.
+const GIVE_WAY_MAX: usize = 8;
+
+impl Shared {
+    /// KV for a session; those that nothing runs on give way to it, unless it only stands by.
+    pub(super) async fn room_for(
+        &self,
+        open: &Open,
+        admitted: &Admitted,
+        served: &Served,
+    ) -> Result<SlotGuard, Failure> {
+        for _ in 0..GIVE_WAY_MAX {
+            match self.kv(open, admitted, served).await {
+                Err(full) if full.code == FailureCode::Full && !open.standing_by => {
+                    if !self.desks.make_room().await {
+                        return Err(full);
+                    }
+                }
+                kv => return kv,
+            }
+        }
+        self.kv(open, admitted, served).await
+    }
+
+    async fn kv(
+        &self,
+        open: &Open,
+        admitted: &Admitted,
+        served: &Served,
+    ) -> Result<SlotGuard, Failure> {
+        let at = admitted.at;
+        let (to, slot) = oneshot::channel();
+        let worker = served.worker.clone();
+        let waiter = KvWaiter { to, worker };
+        let local = |code, message: String| fail(at, Fault::Local, code, message);
+        served
+            .worker
+            .open_for(share(open), open.n_ctx, admitted.layers.clone(), waiter)
+            .map_err(|e| local(FailureCode::Full, e.to_string()))?;
+        let deadline = self.limits.deadlines.open;
+        match timeout(deadline, slot).await {
+            Ok(Ok(Ok(slot))) => Ok(slot),
+            Ok(Ok(Err(e))) => Err(local(engine_code(&e), e.to_string())),
+            Ok(Err(_)) => Err(local(
+                FailureCode::Engine,
+                "the stage worker is gone".into(),
+            )),
+            Err(_) => {
+                let message = format!("no KV within {deadline:?}: the stage worker is busy");
+                Err(local(FailureCode::Deadline, message))
+            }
+        }
+    }
+}
+
+fn engine_code(e: &engine::EngineError) -> FailureCode {
+    match e {
+        engine::EngineError::Full { .. } => FailureCode::Full,
+        _ => FailureCode::Engine,
+    }
+}
 
 /// A client's sessions have their turns together, and run as it wants.
 pub(super) fn share(open: &Open) -> Share {

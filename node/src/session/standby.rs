@@ -62,6 +62,7 @@ pub(super) fn standby_open(open: &Open, at: u8) -> Option<Open> {
         at,
         standbys: Standbys::default(),
         standing_by: true,
+        fork: None,
         ..open.clone()
     })
 }

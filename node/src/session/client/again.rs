@@ -65,6 +65,7 @@ impl ClientSession {
 
     /// Forgets what was fed from `pos` on; what was answered there will be answered anew.
     pub(super) fn forget(&mut self, pos: u32) {
+        let takes_back = self.tokens.len() > pos as usize;
         self.tokens.truncate(pos as usize);
         while let Some(last) = self.frames.last_mut() {
             if last.end() <= pos {
@@ -80,7 +81,9 @@ impl ClientSession {
             self.last = None;
         }
         self.answered = self.answered.min(pos);
-        self.floor = Some(self.floor.map_or(pos, |floor| floor.min(pos)));
+        if takes_back {
+            self.floor = Some(self.floor.map_or(pos, |floor| floor.min(pos)));
+        }
         let queued = self.queue.iter().map(|chunk| match chunk.want.rows {
             WantRows::None => 0,
             WantRows::Last => 1,
@@ -90,6 +93,7 @@ impl ClientSession {
         if let Some(standby) = &mut self.standby {
             standby.truncate(pos);
         }
+        self.lend_no_more(pos);
     }
 
     /// What it takes to open the session along another route. What it had of streams is gone after
@@ -105,6 +109,7 @@ impl ClientSession {
             epoch: self.epoch,
             resume: self.resume(),
             since: self.ran,
+            fork: None,
             client: me,
             model: self.model,
             n_ctx: self.n_ctx,
@@ -176,5 +181,6 @@ impl ClientSession {
         self.answers_over = None;
         let now = Instant::now();
         (self.progress, self.heard) = (now, now);
+        self.lend_computed(held);
     }
 }

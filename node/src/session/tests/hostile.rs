@@ -38,6 +38,7 @@ fn open(swarm: &Swarm) -> Open {
         epoch: Epoch(0),
         resume: 0,
         since: Epoch(0),
+        fork: None,
         client: CLIENT,
         model: MODEL,
         n_ctx: N_CTX,

@@ -292,6 +292,7 @@ async fn nobody_takes_over_the_session_of_another() {
             epoch,
             resume: 0,
             since: Epoch(0),
+            fork: None,
             client: CLIENT,
             model: MODEL,
             n_ctx: session.n_ctx(),

@@ -3,6 +3,7 @@
 
 mod chain;
 mod faults;
+mod forks;
 mod handed_over;
 mod hostile;
 mod lost;
