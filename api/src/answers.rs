@@ -69,6 +69,8 @@ pub struct Begun {
     pub model_id: String,
     /// Tokens of all prompts.
     pub prompt_tokens: usize,
+    /// Those of the first that a session holds already.
+    pub cached_tokens: usize,
 }
 
 /// How an answer ended.
@@ -100,6 +102,8 @@ impl Ended {
 pub struct Usage {
     /// Tokens of all prompts.
     pub prompt_tokens: usize,
+    /// Those of them that were not computed: a session held them already.
+    pub cached_tokens: usize,
     /// Tokens of all answers.
     pub completion_tokens: usize,
 }
@@ -325,11 +329,14 @@ impl Run {
             self.seen.opened(&mut source, prompt.len());
             waiting.opened();
             let _session = self.state.metrics.session();
+            let cached_tokens = source.spares(prompt);
+            self.used(|usage| usage.cached_tokens += cached_tokens);
             if at == 0 {
                 self.send(Event::Begun(Begun {
                     model: model.name.clone(),
                     model_id: model.id.clone(),
                     prompt_tokens,
+                    cached_tokens,
                 }))
                 .await?;
             }

@@ -92,7 +92,7 @@ async fn embedded(state: &Shared, ask: Ask) -> Result<Response, ApiError> {
     let vectors = vectors?;
     state.metrics.used(Usage {
         prompt_tokens: tokens,
-        completion_tokens: 0,
+        ..Usage::default()
     });
     told_later();
     tracing::info!(

@@ -323,6 +323,35 @@ fn a_bad_row_spoils_nothing_for_the_others() {
     assert_eq!(b.rows, alone(&model, &[4, 5], 1));
 }
 
+/// A row that is replayed beside others that decode: an answer that nobody asked for would be a lie.
+#[test]
+fn who_wants_no_logits_gets_none_in_company_either() {
+    let model = Model::random("llama", &tiny("llama"), SEED);
+    let mut stages = Stages::new(&model, false);
+    let (mut a, mut b) = (stages.open(&[1, 2, 3]), stages.open(&[4, 5]));
+    let (stage, layers) = (&mut stages.stages[1], stages.spans[1].clone());
+    let step = |session: &Session, pos0, want| Step {
+        slot: session.slots[1],
+        layers: layers.clone(),
+        pos0,
+        n_rows: 1,
+        want,
+    };
+    let steps = [step(&a, 3, Want::None), step(&b, 2, Want::Last)];
+    let row = vec![0.5; model.blueprint.n_embd() as usize];
+    let mut outs = vec![vec![9.0]; 2];
+    let ran = stage.run_rows(
+        &steps,
+        &[Input::Hidden(&row), Input::Hidden(&row)],
+        &mut outs,
+    );
+    assert_eq!(ran, [Ok(()), Ok(())]);
+    assert!(outs[0].is_empty() && outs[1].len() == stage.shape().n_vocab as usize);
+    stages.decode(&mut [&mut a, &mut b]);
+    assert_eq!(a.rows, alone(&model, &[1, 2, 3], 1));
+    assert_eq!(b.rows, alone(&model, &[4, 5], 1));
+}
+
 /// Frames of a prompt in parts of a multiple of four rows, as a stage runs them while others decode.
 #[test]
 fn a_frame_in_parts_has_the_bits_of_the_whole() {

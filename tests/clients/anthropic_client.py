@@ -31,7 +31,7 @@ print(
             "counted": client.messages.count_tokens(
                 model="demo", messages=messages, system="Be brief."
             ).input_tokens,
-            "input_tokens": whole.usage.input_tokens,
+            "input_tokens": whole.usage.input_tokens + whole.usage.cache_read_input_tokens,
             "unknown": status,
         }
     )

@@ -28,14 +28,17 @@ async fn ask(api: &Api, key: &str, prompt: &[u32]) -> Result<Said> {
             .get(name)
             .or(answer["x_shoal"].get(name))
     };
+    let kept = extra("kept_tokens")
+        .and_then(Value::as_u64)
+        .with_context(|| answer.to_string())?;
+    let cached = &answer["usage"]["prompt_tokens_details"]["cached_tokens"];
+    ensure!(*cached == kept, "{answer}");
     Ok(Said {
         text: answer["choices"][0]["text"]
             .as_str()
             .context("no text")?
             .to_owned(),
-        kept: extra("kept_tokens")
-            .and_then(Value::as_u64)
-            .with_context(|| answer.to_string())?,
+        kept,
         prompt_ms: extra("timings")
             .and_then(|timings| timings["prompt_ms"].as_f64())
             .context("no time")?,

@@ -346,7 +346,7 @@ impl Context {
     }
 
     /// Whether rows are taken behind a layer.
-    fn leaves(&self) -> bool {
+    pub(crate) fn leaves(&self) -> bool {
         // SAFETY: ours, and never written after it was made.
         self.tap
             .as_ref()

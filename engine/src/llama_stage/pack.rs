@@ -189,7 +189,12 @@ impl Pack {
             std::mem::swap(&mut self.hidden, &mut self.out);
         }
         let width = self.hidden.len() / n;
+        let ends = self.parts.last().is_some_and(|part| !part.context.leaves());
         for row in rows {
+            // Where others want logits, the call gives them for every row.
+            if ends && row.step.want == Want::None {
+                continue;
+            }
             let at = (row.lane - first) as usize;
             row.out
                 .extend_from_slice(&self.hidden[at * width..(at + 1) * width]);
