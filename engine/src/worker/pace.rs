@@ -116,8 +116,8 @@ impl Pace {
         } else {
             (self.share * MORE).min(SHARE_MAX)
         };
-        // Where prompts have next to nothing, gaps are what they are without them: more sessions decode than before.
-        if gap < usual || self.share == SHARE_MIN {
+        // Never a longer one, also not where prompts have next to nothing: what is usual would grow with what it allows.
+        if gap < usual {
             mix(&mut self.gap, gap);
         }
     }
@@ -288,10 +288,10 @@ mod tests {
             token(&mut pace, 150);
         }
         assert_eq!(pace.share, SHARE_MAX);
-        // They are all late whatever prompts have: that is what is usual now.
+        // They are all late whatever prompts have: that does not become what is usual.
         for _ in 0..60 {
             token(&mut pace, 400);
         }
-        assert!(pace.gap() > 0.2, "{pace:?}");
+        assert!(pace.share == SHARE_MIN && pace.gap() < 0.101, "{pace:?}");
     }
 }
