@@ -70,7 +70,7 @@ fn message_json(begun: &Begun, usage: Usage) -> Value {
         "stop_sequence": null,
         "usage": {
             // What was not computed counts apart.
-            "input_tokens": begun.prompt_tokens - begun.cached_tokens.min(begun.prompt_tokens),
+            "input_tokens": begun.prompt_tokens.saturating_sub(begun.cached_tokens),
             "cache_read_input_tokens": begun.cached_tokens,
             "cache_creation_input_tokens": 0,
             "output_tokens": usage.completion_tokens,

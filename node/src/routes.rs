@@ -156,9 +156,7 @@ impl SessionSpec {
             patience: Self::PATIENCE,
         }
     }
-}
 
-impl SessionSpec {
     fn kind(&self) -> Kind {
         Kind {
             model: self.model,
